@@ -1,0 +1,1 @@
+"""Metrics, evaluation through seqio, and score tables."""

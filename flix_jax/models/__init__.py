@@ -1,0 +1,1 @@
+"""What the adapters are injected into: the T5 family, its loss and its decoding."""

@@ -1,0 +1,1 @@
+"""Mesh, optimizers, checkpoints, the jitted step and the training loop."""

@@ -1,0 +1,1 @@
+"""seqio registrations: the XTREME-UP release and the embedded benchmark."""
