@@ -1,0 +1,1 @@
+"""The gin files that travel with the package."""
