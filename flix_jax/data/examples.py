@@ -1,0 +1,160 @@
+"""The tokenised examples of one cell as flat arrays in memory."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Int
+
+from flix_jax.data.cells import Cell, format_table
+
+Example = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True, eq=False)
+class Ragged:
+    """Rows of different lengths: row i is `values[offsets[i]:offsets[i + 1]]`."""
+
+    values: Int[np.ndarray, "tokens"]
+    offsets: Int[np.ndarray, "rows_plus_one"]
+
+    @classmethod
+    def from_rows(cls, rows: Sequence[Sequence[int] | np.ndarray]) -> "Ragged":
+        """Joins `rows` into one int32 array."""
+        offsets = np.zeros(len(rows) + 1, np.int64)
+        np.cumsum([len(row) for row in rows], out=offsets[1:])
+        values = np.zeros(offsets[-1], np.int32)
+        for row, start, limit in zip(rows, offsets[:-1], offsets[1:], strict=True):
+            values[start:limit] = row
+        return cls(values, offsets)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: int) -> Int[np.ndarray, "length"]:
+        return self.values[self.offsets[index] : self.offsets[index + 1]]
+
+
+@dataclass(frozen=True, eq=False)
+class CellData:
+    """All training examples of a cell, tokenised, ended by EOS and cut to the configured lengths.
+
+    Attributes:
+      inputs, targets: one row of token ids per example.
+      feature_ids: int32 [examples, slots], or None for data without features.
+      cut_inputs, cut_targets: how many rows were longer than the configured length and lost
+        their end; None where the source does not tell.
+    """
+
+    inputs: Ragged
+    targets: Ragged
+    feature_ids: Int[np.ndarray, "examples slots"] | None = None
+    cut_inputs: int | None = 0
+    cut_targets: int | None = 0
+
+    def __post_init__(self) -> None:
+        if len(self.inputs) != len(self.targets):
+            raise ValueError(f"{len(self.inputs)} inputs but {len(self.targets)} targets")
+        if self.feature_ids is not None and len(self.feature_ids) != len(self.inputs):
+            raise ValueError(f"{len(self.inputs)} inputs but {len(self.feature_ids)} feature_ids")
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __getitem__(self, index: int) -> Example:
+        example = {"inputs": self.inputs[index], "targets": self.targets[index]}
+        if self.feature_ids is not None:
+            example["feature_ids"] = self.feature_ids[index]
+        return example
+
+    def digest(self) -> str:
+        """Hash of everything that the examples consist of."""
+        hasher = hashlib.blake2b(digest_size=16)
+        arrays = [self.inputs.values, self.inputs.offsets, self.targets.values]
+        arrays += [self.targets.offsets]
+        if self.feature_ids is not None:
+            arrays.append(self.feature_ids)
+        for array in arrays:
+            hasher.update(f"{array.dtype.str}{array.shape}".encode())
+            hasher.update(np.ascontiguousarray(array).data)
+        return hasher.hexdigest()
+
+
+@dataclass(frozen=True)
+class CellReport:
+    """What training sees of one cell; lengths are means in tokens, EOS included."""
+
+    examples: int
+    rate: float
+    cut_inputs: int | None
+    cut_targets: int | None
+    mean_input_length: float
+    mean_target_length: float
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """Per training cell: examples, rate, token lengths, and how much the lengths cut off."""
+
+    cells: Mapping[Cell, CellReport]
+
+    @property
+    def cut(self) -> bool:
+        """Whether any input or target lost its end."""
+        return any(row.cut_inputs or row.cut_targets for row in self.cells.values())
+
+    def table(self) -> str:
+        """A line per cell, and one for the whole."""
+        header = ["cell", "examples", "rate", "inputs cut", "targets cut"]
+        rows = [[*header, "input tokens", "target tokens"]]
+        for cell, row in self.cells.items():
+            rows.append(_line(cell.name, row))
+        if len(self.cells) > 1:
+            rows.append(_line("all", _total(list(self.cells.values()))))
+        return format_table(rows)
+
+
+def report_on(data: Mapping[Cell, CellData], rates: Mapping[Cell, float]) -> DataReport:
+    """Counts `data`."""
+    return DataReport(
+        {
+            cell: CellReport(
+                examples=len(examples),
+                rate=rates[cell],
+                cut_inputs=examples.cut_inputs,
+                cut_targets=examples.cut_targets,
+                mean_input_length=len(examples.inputs.values) / len(examples),
+                mean_target_length=len(examples.targets.values) / len(examples),
+            )
+            for cell, examples in data.items()
+        }
+    )
+
+
+def _total(rows: Sequence[CellReport]) -> CellReport:
+    examples = sum(row.examples for row in rows)
+    unknown = any(row.cut_inputs is None or row.cut_targets is None for row in rows)
+    return CellReport(
+        examples=examples,
+        rate=sum(row.rate for row in rows),
+        cut_inputs=None if unknown else sum(row.cut_inputs or 0 for row in rows),
+        cut_targets=None if unknown else sum(row.cut_targets or 0 for row in rows),
+        mean_input_length=sum(r.mean_input_length * r.examples for r in rows) / examples,
+        mean_target_length=sum(r.mean_target_length * r.examples for r in rows) / examples,
+    )
+
+
+def _line(name: str, row: CellReport) -> list[str]:
+    def cut(count: int | None) -> str:
+        return "?" if count is None else f"{count:,} ({count / row.examples:.1%})"
+
+    return [
+        name,
+        f"{row.examples:,}",
+        f"{row.rate:.4f}",
+        cut(row.cut_inputs),
+        cut(row.cut_targets),
+        f"{row.mean_input_length:.1f}",
+        f"{row.mean_target_length:.1f}",
+    ]

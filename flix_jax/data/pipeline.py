@@ -1,0 +1,349 @@
+"""Training batches: a pure function of (seed, step) over examples held in memory, and a prefetcher.
+
+`TrainPipeline.batch_at(step)` can be asked for any step in any order; `PrefetchIterator` walks the
+steps in a background thread. Neither touches TensorFlow: the examples come from `seqio_tasks`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from flix_jax.data.cells import Cell, match
+from flix_jax.data.examples import CellData, DataReport, Example, report_on
+from flix_jax.data.order import VERSION, ExampleOrder, philox
+
+Batch = dict[str, np.ndarray]
+Transform = Callable[[Example, np.random.Generator], Example]
+TOKENS = ("inputs", "targets")
+
+
+class TrainPipeline:
+    """Batches of a mixture of cells, the same for the same seed on any number of processes.
+
+    Args:
+      data: the training examples of each cell.
+      rates: the share of each cell; they sum to 1 (`Mixture.rates_for`).
+      lengths: {'inputs': L, 'targets': T}; every batch is padded to them with zeros.
+      global_batch_size: rows over all processes.
+      seed: of the order, and of the transforms.
+      transforms: by pattern over cell names, a function (example, generator) -> example that is
+        applied whenever an example is drawn (masking, noise); its generator is keyed by the seed
+        and the global position. The first pattern that matches a cell counts. What comes out longer
+        than `lengths` is cut.
+      process_index, process_count: which contiguous slice of the global batch to return. Where
+        several processes need the same rows, give the index and the number of the distinct slices.
+
+    Raises:
+      ValueError: for no cells, lengths below 1, a batch that the processes do not divide, cells of
+        which only some have feature ids, transforms for no cell.
+    """
+
+    def __init__(
+        self,
+        data: Mapping[Cell, CellData],
+        rates: Mapping[Cell, float],
+        *,
+        lengths: Mapping[str, int],
+        global_batch_size: int,
+        seed: int = 0,
+        transforms: Mapping[str, Transform] | None = None,
+        process_index: int = 0,
+        process_count: int = 1,
+    ):
+        check_lengths(lengths)
+        if global_batch_size < 1:
+            raise ValueError(f"global_batch_size={global_batch_size}: expected at least 1")
+        if process_count < 1 or global_batch_size % process_count:
+            raise ValueError(
+                f"global_batch_size={global_batch_size} does not divide by {process_count} processes"
+            )
+        if not 0 <= process_index < process_count:
+            raise ValueError(f"process_index={process_index} of process_count={process_count}")
+        self.lengths = {name: int(lengths[name]) for name in TOKENS}
+        self.global_batch_size = int(global_batch_size)
+        self.process_index = process_index
+        self.process_count = process_count
+        self._data = {cell.name: examples for cell, examples in data.items()}
+        self._order = ExampleOrder(
+            sizes={name: len(examples) for name, examples in self._data.items()},
+            rates={cell.name: rate for cell, rate in rates.items()},
+            seed=seed,
+        )
+        self.num_slots = _num_slots(self._data)
+        self._transforms = _assign(transforms or {}, tuple(data))
+        self._report = report_on(data, rates)
+        self._state = self._describe()
+
+    @property
+    def seed(self) -> int:
+        return self._order.seed
+
+    @property
+    def local_batch_size(self) -> int:
+        """Rows of a batch on this process."""
+        return self.global_batch_size // self.process_count
+
+    def batch_at(self, step: int) -> Batch:
+        """The rows of this process in the batch of `step` (from 0), padded with zeros.
+
+        Returns:
+          int32 `encoder_input_tokens` [rows, L], `decoder_input_tokens`, `decoder_target_tokens`,
+          `decoder_loss_weights` [rows, T], and, where the cells have them, `feature_ids` [rows,
+          slots].
+        """
+        rows = self.local_batch_size
+        start = step * self.global_batch_size + self.process_index * rows
+        cells, draws = self._order.cells_at(start, rows)
+        inputs = np.zeros((rows, self.lengths["inputs"]), np.int32)
+        targets = np.zeros((rows, self.lengths["targets"]), np.int32)
+        feature_ids = np.zeros((rows, self.num_slots or 0), np.int32)
+        for row in range(rows):
+            example = self._example(int(cells[row]), int(draws[row]), start + row)
+            tokens = example["inputs"][: inputs.shape[1]]
+            inputs[row, : len(tokens)] = tokens
+            tokens = example["targets"][: targets.shape[1]]
+            targets[row, : len(tokens)] = tokens
+            if self.num_slots is not None:
+                feature_ids[row] = example["feature_ids"]
+        batch = as_batch(inputs, targets)
+        if self.num_slots is not None:
+            batch["feature_ids"] = feature_ids
+        return batch
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every array of the global batch."""
+        rows = self.global_batch_size
+        inputs, targets = (rows, self.lengths["inputs"]), (rows, self.lengths["targets"])
+        shapes: dict[str, tuple[int, ...]] = {
+            "encoder_input_tokens": inputs,
+            "decoder_input_tokens": targets,
+            "decoder_target_tokens": targets,
+            "decoder_loss_weights": targets,
+        }
+        if self.num_slots is not None:
+            shapes["feature_ids"] = (rows, self.num_slots)
+        return shapes
+
+    def report(self) -> DataReport:
+        """Examples, rates, lengths and cut examples per cell. Transforms are not counted."""
+        return self._report
+
+    def state(self) -> dict[str, Any]:
+        """What the sequence of batches depends on, as json; equal states give equal batches."""
+        return dict(self._state)
+
+    def _describe(self) -> dict[str, Any]:
+        order = self._order
+        digests = {name: self._data[name].digest() for name in order.names}
+        return {
+            "order_version": VERSION,
+            "seed": order.seed,
+            "global_batch_size": self.global_batch_size,
+            "lengths": dict(self.lengths),
+            "sizes": dict(zip(order.names, order.sizes, strict=True)),
+            "shares": dict(zip(order.names, order.shares, strict=True)),
+            "transforms": {name: describe(self._transforms[name]) for name in self._transforms},
+            "data_digest": hashlib.blake2b(repr(digests).encode(), digest_size=16).hexdigest(),
+        }
+
+    def _example(self, cell: int, draw: int, position: int) -> Example:
+        name = self._order.names[cell]
+        example = self._data[name][self._order.example(cell, draw)]
+        transform = self._transforms.get(name)
+        if transform is None:
+            return example
+        generator = np.random.Generator(philox(self.seed, "transform", position))
+        return {**example, **transform(example, generator)}
+
+
+class PrefetchIterator:
+    """Batches from a step on, made and placed by a background thread.
+
+    Args:
+      pipeline: where the batches come from.
+      step: the first step to deliver.
+      depth: how many batches wait at most.
+      put: applied to each batch in the thread (say, placement on the devices).
+
+    Attributes:
+      wait_seconds: how long the consumer has waited for batches so far.
+
+    An exception in the thread is raised by the `next` that would have delivered the batch. Close
+    the iterator, or use it as a context manager, to end the thread.
+    """
+
+    def __init__(
+        self,
+        pipeline: TrainPipeline,
+        step: int = 0,
+        *,
+        depth: int = 2,
+        put: Callable[[Batch], Any] | None = None,
+    ):
+        if depth < 1:
+            raise ValueError(f"depth={depth}: expected at least 1 batch")
+        self._pipeline = pipeline
+        self._depth = depth
+        self._put = put
+        self.wait_seconds = 0.0
+        self._failure: Exception | None = None
+        self._start(step)
+
+    def __iter__(self) -> PrefetchIterator:
+        return self
+
+    def __next__(self) -> Any:
+        if self._failure is not None:
+            raise self._failure
+        if self._thread is None:
+            raise ValueError("the iterator is closed")
+        started = time.perf_counter()
+        batch, failure = self._queue.get()
+        self.wait_seconds += time.perf_counter() - started
+        if failure is not None:
+            self._failure = failure
+            raise failure
+        self._step += 1
+        return batch
+
+    @property
+    def step(self) -> int:
+        """The step that the next batch belongs to."""
+        return self._step
+
+    def state(self) -> dict[str, Any]:
+        """The position, and what the sequence depends on, as json."""
+        return {"step": self._step, **self._pipeline.state()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a saved state.
+
+        Raises:
+          ValueError: when the state belongs to another sequence; says what differs.
+        """
+        check_state(state, self._pipeline.state())
+        self.close()
+        self._start(int(state["step"]))
+
+    def close(self) -> None:
+        """Ends the thread; batches that were made and not delivered are dropped. Safe to repeat."""
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            self._stop.set()
+            thread.join()
+
+    def __enter__(self) -> PrefetchIterator:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _start(self, step: int) -> None:
+        if step < 0:
+            raise ValueError(f"step={step}: expected at least 0")
+        self._step = step
+        self._failure = None
+        self._stop = threading.Event()
+        self._queue: queue.Queue = queue.Queue(self._depth)
+        # The thread gets its own stop and queue, so that it cannot meet those of a later start.
+        self._thread: threading.Thread | None = threading.Thread(
+            target=self._produce, args=(step, self._stop, self._queue), daemon=True, name="prefetch"
+        )
+        self._thread.start()
+
+    def _produce(self, step: int, stop: threading.Event, out: queue.Queue) -> None:
+        while not stop.is_set():
+            try:
+                batch = self._pipeline.batch_at(step)
+                item = (batch if self._put is None else self._put(batch), None)
+            except Exception as failure:  # handed to the consumer, which raises it
+                item = (None, failure)
+            while not stop.is_set():
+                try:
+                    out.put(item, timeout=0.05)
+                    break
+                except queue.Full:
+                    continue
+            if item[1] is not None:
+                return
+            step += 1
+
+
+def as_batch(inputs: np.ndarray, targets: np.ndarray) -> Batch:
+    """The batch of padded `inputs` [rows, L] and `targets` [rows, T], as seqio converts it.
+
+    The decoder reads the targets shifted right behind a zero, and the loss skips the padding.
+    """
+    shifted = np.zeros_like(targets)
+    shifted[:, 1:] = targets[:, :-1]
+    return {
+        "encoder_input_tokens": inputs,
+        "decoder_input_tokens": shifted,
+        "decoder_target_tokens": targets,
+        "decoder_loss_weights": (targets != 0).astype(np.int32),
+    }
+
+
+def check_lengths(lengths: Mapping[str, int]) -> None:
+    """ValueError unless `lengths` gives inputs and targets lengths of at least 1."""
+    for name in TOKENS:
+        if name not in lengths:
+            raise ValueError(f"lengths {dict(lengths)}: {name!r} is missing")
+        if lengths[name] < 1:
+            raise ValueError(f"lengths[{name!r}]={lengths[name]}: expected at least 1 token")
+
+
+def check_state(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    """ValueError, in one line, when `saved` belongs to another sequence of batches."""
+    differences = []
+    for name, now in current.items():
+        before = saved.get(name)
+        if before == now:
+            continue
+        if isinstance(before, Mapping) and isinstance(now, Mapping):
+            for key in sorted({*before, *now}):
+                if before.get(key) != now.get(key):
+                    differences.append(f"{name}[{key}] {before.get(key)} -> {now.get(key)}")
+        else:
+            differences.append(f"{name} {before} -> {now}")
+    if differences:
+        more = f" and {len(differences) - 4} more" if len(differences) > 4 else ""
+        raise ValueError(
+            "the saved data position belongs to other training data (saved -> now): "
+            + ", ".join(differences[:4])
+            + more
+        )
+
+
+def describe(transform: Transform) -> str:
+    """A name for a transform that is the same in every process: a dataclass names its fields."""
+    if hasattr(transform, "__dataclass_fields__"):
+        return repr(transform)
+    kind = transform if hasattr(transform, "__qualname__") else type(transform)
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _assign(transforms: Mapping[str, Transform], cells: tuple[Cell, ...]) -> dict[str, Transform]:
+    assigned: dict[str, Transform] = {}
+    for pattern, transform in transforms.items():
+        for cell in match([pattern], cells, "transforms"):
+            assigned.setdefault(cell.name, transform)
+    return assigned
+
+
+def _num_slots(data: Mapping[str, CellData]) -> int | None:
+    widths: dict[int | None, str] = {}
+    for name, examples in data.items():
+        slots = None if examples.feature_ids is None else examples.feature_ids.shape[1]
+        widths.setdefault(slots, name)
+    if len(widths) > 1:
+        found = ", ".join(f"{name}: {slots}" for slots, name in widths.items())
+        raise ValueError(f"cells with different numbers of feature slots: {found}")
+    return next(iter(widths), None)
