@@ -1,0 +1,213 @@
+"""The embedded benchmark: small artificial languages times tasks shaped like XTREME-UP's.
+
+`write` generates the jsonl files of a seed in XTREME-UP's folder layout; `Babel` is the source of
+cells that generates them once and leaves the reading to the reader of that layout. A pivot
+language carries every task in pretraining; of the nine others one is held out of every task, and
+at least three cells a task are held out besides, other ones for every seed.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flix_jax.data.cells import Cell
+from flix_jax.tasks.babel_languages import LANGUAGES, PIVOT, Draw, Language, make_languages
+from flix_jax.tasks.babel_tasks import TASKS, Record, glossary, make_record, make_tag
+
+if TYPE_CHECKING:
+    from flix_jax.adapters.features import FeatureSpace
+    from flix_jax.tasks.xtreme_up import XtremeUp
+
+VERSION = 1  # raised whenever the same seed gives other data
+HELD_OUT_PER_TASK = 3
+SETTINGS_FILE = "babel.json"
+_TASK_PATTERN = "{" + ",".join(TASKS) + "}"
+PRETRAINING = ("denoising/*", "glossary/*", f"{_TASK_PATTERN}/{PIVOT.code}")
+ADAPTATION = tuple(
+    f"{_TASK_PATTERN}/{typology.code}" for typology in LANGUAGES
+)  # every language but the pivot
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Records per cell. Records of a cell are distinct, over all its splits.
+
+    Attributes:
+      train, validation, test: of a task in one language.
+      pivot: training records of a task in the pivot, for pretraining.
+      denoising: masked clauses per language, for pretraining. The glossary's size is the lexicon's.
+    """
+
+    train: int = 256
+    validation: int = 64
+    test: int = 128
+    pivot: int = 2048
+    denoising: int = 1024
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if value < 1 or value > 4096:
+                raise ValueError(f"Sizes.{name}={value}: expected 1 to 4096 records")
+
+
+def held_out_language(seed: int) -> str:
+    """The language that is text only, in pretraining, and unseen in every task."""
+    return Draw("babel", seed, "held out").shuffled(LANGUAGES)[0].code
+
+
+def held_out(seed: int) -> tuple[str, ...]:
+    """Patterns of the held-out cells of a seed, as `Mixture(held_out=...)` takes them.
+
+    All cells of one language, and three of each task spread evenly over the eight others, so
+    that each of those is still seen in at least three tasks and each task in five languages.
+    """
+    first, *others = (t.code for t in Draw("babel", seed, "held out").shuffled(LANGUAGES))
+    patterns = [f"{_TASK_PATTERN}/{first}"]
+    for i, task in enumerate(TASKS):
+        unseen = [
+            others[(i * HELD_OUT_PER_TASK + j) % len(others)] for j in range(HELD_OUT_PER_TASK)
+        ]
+        patterns.append(f"{task}/{{{','.join(sorted(unseen))}}}")
+    return tuple(patterns)
+
+
+def records(
+    task: str, language: Language, pivot: Language, *, seed: int, sizes: Sizes, tags: bool
+) -> dict[str, list[Record]]:
+    """The records of a cell by split."""
+    # One word alone does not reveal its language: a line of the glossary always names it.
+    tag = make_tag(task, language) if tags or task == "glossary" else ""
+    if task == "glossary":
+        return {"train": glossary(language, pivot, tag)}
+    counts = {"train": sizes.train, "validation": sizes.validation, "test": sizes.test}
+    if language is pivot:
+        counts["train"] = sizes.pivot
+    if task == "denoising":
+        counts = {"train": sizes.denoising}
+    # Tags take no part in the choices, so that data with and without them are the same data.
+    draw = Draw("babel", seed, task, language.code)
+    distinct: dict[str, Record] = {}
+    while len(distinct) < sum(counts.values()):
+        record = make_record(task, language, draw, pivot=pivot, tag=tag)
+        distinct.setdefault(str(record.get("text", record.get("input"))), record)
+    remaining = iter(distinct.values())
+    return {split: [next(remaining) for _ in range(n)] for split, n in counts.items()}
+
+
+def write(
+    out_dir: str | os.PathLike[str], seed: int, *, sizes: Sizes | None = None, tags: bool = True
+) -> Path:
+    """Writes the data of a seed as `<out_dir>/<task>/<split>/<language>.jsonl`.
+
+    The folder appears whole or not at all.
+
+    Args:
+      out_dir: a local folder that does not exist yet or is empty.
+      seed: languages, records and held-out cells follow from it, the same on every machine.
+      tags: whether inputs open with their task and language, as `ner qal: `.
+
+    Raises:
+      ValueError: if `out_dir` holds something already.
+    """
+    out_dir, sizes = Path(out_dir), sizes or Sizes()
+    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
+        raise ValueError(f"Babel cannot be written to {out_dir}: it is not an empty folder")
+    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", dir=out_dir.parent))
+    try:
+        partial.chmod(0o755)
+        _write_files(partial, seed, sizes, tags)
+        os.replace(partial, out_dir)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return out_dir
+
+
+def _write_files(folder: Path, seed: int, sizes: Sizes, tags: bool) -> None:
+    languages = make_languages(seed)
+    pivot = languages[PIVOT.code]
+    for task in (*TASKS, "denoising", "glossary"):
+        for code, language in languages.items():
+            if task == "glossary" and language is pivot:
+                continue
+            splits = records(task, language, pivot, seed=seed, sizes=sizes, tags=tags)
+            for split, lines in splits.items():
+                path = folder / task / split / f"{code}.jsonl"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+                path.write_text(text, encoding="utf-8", newline="\n")
+    settings = json.dumps(_settings(seed, sizes, tags), indent=2) + "\n"
+    (folder / SETTINGS_FILE).write_text(settings, encoding="utf-8", newline="\n")
+
+
+def _settings(seed: int, sizes: Sizes, tags: bool) -> dict[str, Any]:
+    return {
+        "version": VERSION,
+        "seed": seed,
+        "tags": tags,
+        "sizes": asdict(sizes),
+        "held_out": list(held_out(seed)),
+    }
+
+
+@dataclass(frozen=True)
+class Babel:
+    """The embedded benchmark of a seed as a source of cells.
+
+    Attributes:
+      cache_dir: local folder in which the data are generated, once for each choice of the rest.
+      seed: languages, records and held-out cells follow from it.
+      tags: whether inputs open with their task and language.
+      sizes: records per cell.
+    """
+
+    cache_dir: str
+    seed: int = 0
+    tags: bool = True
+    sizes: Sizes = field(default_factory=Sizes)
+
+    @property
+    def name(self) -> str:
+        return "babel"
+
+    @property
+    def data_dir(self) -> Path:
+        """Where the generated files are, or will be."""
+        settings = json.dumps(_settings(self.seed, self.sizes, self.tags), sort_keys=True)
+        digest = hashlib.sha256(settings.encode()).hexdigest()[:8]
+        return Path(self.cache_dir) / f"babel_seed{self.seed}_{digest}"
+
+    def held_out(self) -> tuple[str, ...]:
+        """Patterns of this seed's held-out cells; see `held_out`."""
+        return held_out(self.seed)
+
+    def cells(self) -> tuple[Cell, ...]:
+        return self._reader.cells()
+
+    def splits(self, cell: Cell) -> tuple[str, ...]:
+        return self._reader.splits(cell)
+
+    def register(
+        self, cells: Iterable[Cell], *, vocabulary: Any, space: "FeatureSpace | None"
+    ) -> Mapping[Cell, str]:
+        return self._reader.register(cells, vocabulary=vocabulary, space=space)
+
+    @cached_property
+    def _reader(self) -> "XtremeUp":
+        from flix_jax.tasks.xtreme_up import XtremeUp
+
+        if not (self.data_dir / SETTINGS_FILE).exists():
+            try:
+                write(self.data_dir, self.seed, sizes=self.sizes, tags=self.tags)
+            except (OSError, ValueError):  # another process may have been first
+                if not (self.data_dir / SETTINGS_FILE).exists():
+                    raise
+        return XtremeUp(str(self.data_dir), name=self.name)

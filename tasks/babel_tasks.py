@@ -1,0 +1,172 @@
+"""The examples of the embedded benchmark: five tasks shaped like XTREME-UP's, and text.
+
+Every function makes one record of one language from a `Draw`. Records are XTREME-UP's: `text` and
+`spans` for ner, `input` and `target` for the rest. Inputs may open with a tag such as `ner qal: `.
+"""
+
+from collections.abc import Callable, Mapping
+
+from flix_jax.tasks.babel_languages import (
+    ADJECTIVES,
+    ADPOSITIONS,
+    CONCEPTS,
+    PERSONS,
+    PIVOT,
+    PLACES,
+    SCRIPTS,
+    THINGS,
+    VERBS,
+    Clause,
+    Draw,
+    Language,
+)
+
+Record = dict[str, object]
+MASK = "_"
+ROLE_QUESTIONS = {"subject": "who", "object": "whom", "place": "where"}
+SLOTS = {"subject": "WHO", "object": "OBJ", "place": "LOC"}
+
+
+def _actor(draw: Draw) -> str:
+    return draw.pick(PERSONS) if draw.chance(0.6) else draw.pick(THINGS)
+
+
+def full_clause(draw: Draw) -> Clause:
+    """Subject, verb, object and place: somebody does something to something somewhere."""
+    subject, object_ = _actor(draw), _actor(draw)
+    while object_ == subject:
+        object_ = _actor(draw)
+    return Clause(
+        draw.pick(VERBS), subject, object_, draw.pick(PLACES), draw.pick(ADPOSITIONS), None
+    )
+
+
+def short_clause(draw: Draw) -> Clause:
+    """A subject and a verb with an object, a place, or an object that has an adjective."""
+    whole = full_clause(draw)
+    kind = draw.below(3)
+    if kind == 0:
+        return Clause(whole.verb, whole.subject, whole.object)
+    if kind == 1:
+        return Clause(whole.verb, whole.subject, None, whole.place, whole.adposition)
+    thing = draw.pick([thing for thing in THINGS if thing != whole.subject])
+    return Clause(whole.verb, whole.subject, thing, adjective=draw.pick(ADJECTIVES))
+
+
+def ner(language: Language, draw: Draw, tag: str) -> Record:
+    """Names in a clause: `text` with byte spans labelled PER and LOC, at least one of them."""
+    while True:
+        words = language.words(short_clause(draw))
+        if any(word.concept in PERSONS + PLACES for word in words):
+            break
+    text, spans = tag, []
+    for word in words:
+        text += "" if text == tag else " "
+        start = len(text.encode())
+        text += word.surface
+        label = "PER" if word.concept in PERSONS else "LOC" if word.concept in PLACES else None
+        if label:
+            limit = len(text.encode())
+            spans.append({"start_byte": start, "limit_byte": limit, "label": label})
+    return {"text": text, "spans": spans}
+
+
+def semantic_parsing(language: Language, draw: Draw, tag: str) -> Record:
+    """A verb with one argument, perhaps described: `[IN:BUY [SL:OBJ big stone ] ]`."""
+    whole = full_clause(draw)
+    role = draw.pick(tuple(SLOTS))
+    if role == "place":
+        clause = Clause(whole.verb, place=whole.place, adposition=whole.adposition)
+    else:
+        adjective = draw.pick(ADJECTIVES) if draw.chance(0.5) else None
+        concept = getattr(whole, role)
+        clause = Clause(whole.verb, **{role: concept}, adjective=adjective)
+    words = language.words(clause)
+    inside = {role, "adjective"}
+    value = " ".join(word.surface for word in words if word.role in inside)
+    text = " ".join(word.surface for word in words)
+    return {"input": tag + text, "target": f"[IN:{clause.verb.upper()} [SL:{SLOTS[role]} {value} ] ]"}
+
+
+def qa(language: Language, draw: Draw, tag: str) -> Record:
+    """Who, whom or where, then a clause in which all three are: the answer is a word of it."""
+    words = language.words(full_clause(draw))
+    role = draw.pick(tuple(ROLE_QUESTIONS))
+    answer = next(word.surface for word in words if word.role == role)
+    context = " ".join(word.surface for word in words)
+    return {"input": f"{tag}{language.lemma(ROLE_QUESTIONS[role])}? {context}", "target": answer}
+
+
+def translation(language: Language, draw: Draw, tag: str, pivot: Language) -> Record:
+    """A clause into the pivot. The pivot's own cell puts a shuffled clause into order."""
+    clause = short_clause(draw)
+    source = language.say(clause)
+    if language.typology is PIVOT:
+        source = " ".join(draw.shuffled(source.split(" ")))
+    return {"input": tag + source, "target": pivot.say(clause)}
+
+
+def transliteration(language: Language, draw: Draw, tag: str) -> Record:
+    """Words in the pivot's letters and sounds. The pivot's own cell starts from another script."""
+    words = language.words(short_clause(draw))[:3]
+    text = " ".join(word.surface for word in words)
+    if language.typology is PIVOT:
+        letters = SCRIPTS[draw.pick([script for script in SCRIPTS if script != "latin"])]
+        text = text.translate(str.maketrans(SCRIPTS["latin"], letters))
+    return {"input": tag + text, "target": " ".join(word.plain for word in words)}
+
+
+def denoising(language: Language, draw: Draw, tag: str) -> Record:
+    """A clause with one word masked, wholly or in part; the target is the whole word."""
+    clause = full_clause(draw) if draw.chance(0.5) else short_clause(draw)
+    words = language.say(clause).split(" ")
+    place = draw.below(len(words))
+    target = words[place]
+    start, limit = 0, len(target)
+    if draw.chance(0.7):
+        start = draw.below(len(target))
+        limit = start + 1 + draw.below(min(2, len(target) - start))
+    words[place] = target[:start] + MASK + target[limit:]
+    return {"input": tag + " ".join(words), "target": target}
+
+
+def glossary(language: Language, pivot: Language, tag: str) -> list[Record]:
+    """A dictionary with one side of each line masked: `bako = _` and `_ = pako`."""
+    lines: list[Record] = []
+    for concept in CONCEPTS:
+        own, foreign = language.lemma(concept), pivot.lemma(concept)
+        lines.append({"input": f"{tag}{own} = {MASK}", "target": foreign})
+        lines.append({"input": f"{tag}{MASK} = {foreign}", "target": own})
+    return lines
+
+
+TASKS: Mapping[str, Callable[..., Record]] = {
+    "ner": ner,
+    "semantic_parsing": semantic_parsing,
+    "qa": qa,
+    "translation": translation,
+    "transliteration": transliteration,
+}
+TAGS: Mapping[str, str] = {
+    "ner": "ner",
+    "semantic_parsing": "sem",
+    "qa": "qa",
+    "translation": "mt",
+    "transliteration": "tl",
+    "denoising": "den",
+    "glossary": "dic",
+}
+
+
+def make_tag(task: str, language: Language) -> str:
+    """What tells a model without features the task and the language: `ner qal: `."""
+    return f"{TAGS[task]} {language.code}: "
+
+
+def make_record(task: str, language: Language, draw: Draw, *, pivot: Language, tag: str) -> Record:
+    """One record of a task, or of denoising."""
+    if task == "denoising":
+        return denoising(language, draw, tag)
+    if task == "translation":
+        return translation(language, draw, tag, pivot)
+    return TASKS[task](language, draw, tag)
