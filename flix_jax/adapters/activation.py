@@ -1,0 +1,122 @@
+"""Which features act on which example, and how much: ids, weights and feature dropout.
+
+Feature dropout (FLix, arXiv 2402.17934) switches a random subset of an example's features off in
+training, so that the model does not lean on the annotation. It is drawn once per example,
+outside the network, and reaches the network as weights: a rematerialised or scanned layer then
+needs no random numbers for it, and every layer sees the same subset.
+"""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from flix_jax.adapters.features import ABSENT, FeatureSpace
+
+
+@flax.struct.dataclass
+class ActiveFeatures:
+    """The features of a batch as the network sees them.
+
+    Attributes:
+      ids: int32 [batch, slots], each id counting within its type, -1 where absent.
+      weights: float32 [batch, slots], what each feature's update is multiplied with: 0 where the
+        feature is absent or dropped.
+    """
+
+    ids: Int[Array, "batch slots"]
+    weights: Float[Array, "batch slots"]
+
+
+def check_shape(space: FeatureSpace, ids, weights, place: str = "feature_ids") -> None:
+    """ValueError unless ids (integers) and weights are both [batch, num_slots]."""
+    if ids.ndim != 2 or ids.shape[1] != space.num_slots:
+        raise ValueError(
+            f"{place} have shape {tuple(ids.shape)}, expected [batch, {space.num_slots}] "
+            f"(slots of {', '.join(space.names)})"
+        )
+    if not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise ValueError(f"{place} have dtype {ids.dtype}, expected integers")
+    if weights.shape != ids.shape:
+        raise ValueError(
+            f"feature_weights have shape {tuple(weights.shape)}, expected {tuple(ids.shape)}, the "
+            "shape of feature_ids"
+        )
+
+
+def activate(
+    space: FeatureSpace,
+    feature_ids: Int[Array | np.ndarray, "batch slots"],
+    feature_weights: Float[Array | np.ndarray, "batch slots"] | None = None,
+    *,
+    dropout_rng: Array | None = None,
+) -> ActiveFeatures:
+    """Computes the active features of a batch, with feature dropout when given a key.
+
+    A type of several slots is kept or dropped whole, at the largest rate of the values that the
+    example has in it.
+
+    Args:
+      space: the feature space; its values must be known.
+      feature_ids: integers [batch, slots], -1 where absent. A NumPy array is checked for its
+        values; under jit they cannot be, so an id out of range makes its example NaN rather than
+        silently another feature.
+      feature_weights: float [batch, slots]; 1 by default.
+      dropout_rng: key for feature dropout; None switches it off (evaluation).
+
+    Returns:
+      ActiveFeatures; weights are exactly 0 where a feature is absent or dropped.
+
+    Raises:
+      ValueError: for shapes or dtypes other than the above, and for ids out of range where they
+        are known.
+    """
+    if isinstance(feature_ids, np.ndarray):
+        space.validate_ids(feature_ids)
+    ids = jnp.asarray(feature_ids)
+    weights = (
+        jnp.ones(ids.shape, jnp.float32)
+        if feature_weights is None
+        else jnp.asarray(feature_weights, jnp.float32)
+    )
+    check_shape(space, ids, weights)
+    ids = ids.astype(jnp.int32)
+    present = ids != ABSENT
+    if dropout_rng is not None and any(max(t.value_dropouts) > 0 for t in space.types):
+        rates = _rates(space, ids)
+        kept = _kept(space, present, rates, dropout_rng)
+        weights = jnp.where(kept, weights, 0.0)
+        if space.rescale:
+            weights = weights / (1.0 - rates)
+    weights = jnp.where(present, weights, 0.0)
+    bounds = jnp.asarray([t.num_values for t in space.slot_types], jnp.int32)
+    weights = jnp.where((ids < ABSENT) | (ids >= bounds), jnp.nan, weights)
+    return ActiveFeatures(ids=ids, weights=weights)
+
+
+def _rates(space: FeatureSpace, ids: Array) -> Float[Array, "batch slots"]:
+    """The dropout rate of every slot: the same for all slots of a type."""
+    columns = []
+    for t in space.types:
+        slots = ids[:, space.slots(t).start : space.slots(t).stop]
+        table = jnp.asarray(t.value_dropouts, jnp.float32)
+        rate = jnp.where(slots == ABSENT, 0.0, jnp.take(table, slots, mode="clip"))
+        columns.append(jnp.broadcast_to(rate.max(axis=1, keepdims=True), slots.shape))
+    return jnp.concatenate(columns, axis=1)
+
+
+def _kept(space: FeatureSpace, present: Array, rates: Array, rng: Array) -> Array:
+    """[batch, slots] booleans: False where the feature is dropped."""
+    repeats = np.asarray([t.slots for t in space.types])
+    per_type = jax.random.uniform(rng, (present.shape[0], len(space.types)))
+    uniform = jnp.repeat(per_type, repeats, axis=1, total_repeat_length=space.num_slots)
+    kept = uniform >= rates
+    if space.keep_one:
+        # Given that all were dropped, uniform / rate is uniform on [0, 1) for each of them, so the
+        # largest is a fair choice without another random number.
+        fraction = jnp.where(present & (rates > 0), uniform / jnp.maximum(rates, 1e-9), -1.0)
+        chosen = fraction == fraction.max(axis=1, keepdims=True)
+        none_left = ~jnp.any(kept & present, axis=1, keepdims=True)
+        kept = kept | (none_left & chosen & present)
+    return kept

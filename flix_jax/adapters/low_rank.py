@@ -1,0 +1,197 @@
+"""The low-rank delta of a batch in which every example has its own features.
+
+    delta(x)[n] = Σ_{f ∈ F(n)} w_nf · s_f · x[n] A_f B_f          (arXiv 2402.17934, Eq. 2)
+
+with s_f = alpha / rank_f (or 1) and w_nf the weight of feature f in example n. The matrices of an
+example's features are gathered and laid side by side along the rank, so that their sum is two
+batched products however many features there are:
+
+    A[n] = [A_f1 | A_f2 | …]  [d_in, R]      B[n] = [B_f1 ; B_f2 ; …]  [R, d_out]
+    delta(x)[n] = ((x[n] A[n]) · c[n]) B[n],   c[n, column of f] = w_nf · s_f
+
+The derivative of the gather would be a scatter, which is slow; the gradients of the banks are
+formed by a product with the one-hot ids instead. A type of one value (LoRA) needs no gather: it is
+a plain low-rank product whose activation is weighted per example.
+"""
+
+import functools
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from flix_jax.adapters.activation import ActiveFeatures, check_shape
+from flix_jax.adapters.features import FeatureSpace
+
+Bank = tuple[Array, Array]
+
+
+def delta(
+    x: Float[Array, "batch *positions d_in"],
+    banks: Mapping[str, Bank],
+    active: ActiveFeatures,
+    space: FeatureSpace,
+    *,
+    alpha: float | None = None,
+) -> Float[Array, "batch *positions d_out"]:
+    """The summed low-rank update of every example's active features.
+
+    Args:
+      x: the input of the adapted layer.
+      banks: type name -> (a [values, d_in, rank], b [values, rank, d_out]), usually float32.
+      active: the features of each example, ids and weights [batch, slots].
+      space: the feature space that the ids count in.
+      alpha: scale alpha / rank of each value; None means 1.
+
+    Returns:
+      The update, in x's dtype; the products are computed in that dtype and accumulate in float32
+      (or wider).
+
+    Raises:
+      ValueError: when the ids are of another batch size or number of slots, or a bank has a shape
+        that the space does not give it.
+    """
+    check_shape(space, active.ids, active.weights)
+    if active.ids.shape[0] != x.shape[0]:
+        raise ValueError(
+            f"feature_ids are of {active.ids.shape[0]} examples, expected {x.shape[0]}, the batch "
+            f"of the layer's input {tuple(x.shape)}"
+        )
+    _check_banks(x.shape[-1], banks, space)
+    rows = x.reshape(x.shape[0], -1, x.shape[-1])
+    shared, gathered = [], []
+    for t in space.types:
+        (shared if t.num_values == 1 else gathered).append(t)
+
+    def coefficients(types) -> Array:
+        return jnp.concatenate([_coefficients(t, space, active, alpha) for t in types], axis=1)
+
+    total = None
+    if gathered:
+        slots = tuple(t.slots for t in gathered)
+        ids = jnp.concatenate([_columns(active.ids, space.slots(t)) for t in gathered], axis=1)
+        a, b = (tuple(banks[t.name][i] for t in gathered) for i in (0, 1))
+        total = _gathered_product(slots, rows, a, b, ids, coefficients(gathered))
+    if shared:
+        a = jnp.concatenate([banks[t.name][0][0] for t in shared], axis=1)
+        b = jnp.concatenate([banks[t.name][1][0] for t in shared], axis=0)
+        plain = _shared_product(rows, a, b, coefficients(shared))
+        total = plain if total is None else total + plain
+    return total.reshape(*x.shape[:-1], total.shape[-1])
+
+
+def _check_banks(d_in: int, banks: Mapping[str, Bank], space: FeatureSpace) -> None:
+    d_out = {b.shape[-1] for _, b in banks.values()}
+    for t in space.types:
+        a, b = banks[t.name]
+        expected = (t.num_values, d_in, t.max_rank), (t.num_values, t.max_rank)
+        if a.shape != expected[0] or b.shape[:-1] != expected[1] or len(d_out) != 1:
+            raise ValueError(
+                f"bank {t.name!r} has a {tuple(a.shape)} and b {tuple(b.shape)}, expected "
+                f"a {expected[0]} and b ({t.num_values}, {t.max_rank}, d_out)"
+            )
+
+
+def _columns(values: Array, columns: range) -> Array:
+    return values[:, columns.start : columns.stop]
+
+
+def _coefficients(t, space: FeatureSpace, active: ActiveFeatures, alpha: float | None) -> Array:
+    """c: [batch, slots of the type × rank], weight times scale, 0 beyond a value's rank."""
+    slots = space.slots(t)
+    weights = _columns(active.weights, slots)
+    if t.num_values == 1:
+        # One value in several slots is one update with the sum of their weights.
+        scale = jnp.asarray(t.scales(alpha))[0]
+        return weights.sum(axis=1, keepdims=True) * scale[None, :]
+    ids = _columns(active.ids, slots)
+    scales = jnp.take(jnp.asarray(t.scales(alpha)), ids, axis=0, mode="clip")
+    return (weights[:, :, None] * scales).reshape(weights.shape[0], -1)
+
+
+def _accumulator(x: Array):
+    return jnp.promote_types(x.dtype, jnp.float32)
+
+
+def _shared_product(x: Array, a: Array, b: Array, c: Array) -> Array:
+    """(x a · c) b for one a [d_in, R] and b [R, d_out] of the whole batch; c [batch, R]."""
+    wide = _accumulator(x)
+    h = jnp.einsum("nld,dr->nlr", x, a.astype(x.dtype), preferred_element_type=wide)
+    z = (h * c.astype(wide)[:, None, :]).astype(x.dtype)
+    return jnp.einsum("nlr,ro->nlo", z, b.astype(x.dtype))
+
+
+def _side_by_side(slots: tuple[int, ...], banks, ids: Array, axis: int, dtype) -> Array:
+    """Gathers every slot's matrix and lays them side by side along the rank (`axis`)."""
+    types = [t for t, n in enumerate(slots) for _ in range(n)]
+    rows = [
+        # Absent features have weight 0, so which row stands in for them does not matter.
+        jnp.take(banks[t].astype(dtype), ids[:, slot], axis=0, mode="clip")
+        for slot, t in enumerate(types)
+    ]
+    return jnp.concatenate(rows, axis=axis)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _gathered_product(slots, x, a_banks, b_banks, ids, c):
+    """Σ over slots of (x A_id · c) B_id.
+
+    Args:
+      slots: number of slots of each bank.
+      x: [batch, length, d_in].
+      a_banks, b_banks: one [values, d_in, rank] and [values, rank, d_out] for each type.
+      ids: int32 [batch, slots].
+      c: [batch, R], R = Σ over slots of the rank of their type.
+    """
+    return _forward(slots, x, a_banks, b_banks, ids, c)[0]
+
+
+def _forward(slots, x, a_banks, b_banks, ids, c):
+    wide = _accumulator(x)
+    a = _side_by_side(slots, a_banks, ids, 2, x.dtype)  # [batch, d_in, R]
+    b = _side_by_side(slots, b_banks, ids, 1, x.dtype)  # [batch, R, d_out]
+    h = jnp.einsum("nld,ndr->nlr", x, a, preferred_element_type=wide)
+    z = (h * c.astype(wide)[:, None, :]).astype(x.dtype)
+    y = jnp.einsum("nlr,nro->nlo", z, b)
+    return y, (x, a, b, h, a_banks, b_banks, ids, c)
+
+
+def _backward(slots, saved, g):
+    x, a, b, h, a_banks, b_banks, ids, c = saved
+    wide = h.dtype
+    scale = c.astype(wide)[:, None, :]
+    z = (h * scale).astype(x.dtype)
+    dz = jnp.einsum("nlo,nro->nlr", g, b, preferred_element_type=wide)
+    dh = (dz * scale).astype(x.dtype)
+    dx = jnp.einsum("nlr,ndr->nld", dh, a)
+    da = jnp.einsum("nld,nlr->ndr", x, dh, preferred_element_type=wide)
+    db = jnp.einsum("nlr,nlo->nro", z, g, preferred_element_type=wide)
+    dc = jnp.sum(dz * h, axis=1).astype(c.dtype)
+    da_banks = _add_up(slots, da.swapaxes(1, 2), a_banks, ids, lambda rows: rows.swapaxes(1, 2))
+    db_banks = _add_up(slots, db, b_banks, ids, lambda rows: rows)
+    return dx, da_banks, db_banks, None, dc
+
+
+def _add_up(slots, gradients, banks, ids, layout):
+    """The gradient of every bank from those of the gathered matrices [batch, R, width].
+
+    A product with the one-hot ids, [values, batch × slots] × [batch × slots, rank × width]; the
+    row of an absent feature (-1) is all zeros.
+    """
+    out, slot, column = [], 0, 0
+    for bank, n in zip(banks, slots, strict=True):
+        values = bank.shape[0]
+        width = gradients.shape[2]
+        rank = bank.shape[1] * bank.shape[2] // width
+        part = gradients[:, column : column + n * rank]
+        part = part.reshape(part.shape[0] * n, rank, width)
+        part = layout(part)
+        hot = jax.nn.one_hot(ids[:, slot : slot + n].reshape(-1), values, dtype=part.dtype)
+        total = jnp.einsum("mv,mp->vp", hot, part.reshape(part.shape[0], -1))
+        out.append(total.reshape(bank.shape).astype(bank.dtype))
+        slot, column = slot + n, column + n * rank
+    return tuple(out)
+
+
+_gathered_product.defvjp(_forward, _backward)

@@ -1,0 +1,26 @@
+"""The tail of an error message: the valid names nearest to a name that is not."""
+
+import difflib
+from collections.abc import Iterable
+
+
+def did_you_mean(name: str, candidates: Iterable[str], *, at_most: int = 3) -> str:
+    """Says on one line which of `candidates` come nearest to `name`.
+
+    Args:
+      name: what was asked for.
+      candidates: what there is.
+      at_most: how many names to give.
+
+    Returns:
+      "did you mean 'a' or 'b'?" where something is near, else "there is: 'a', 'b', …", else
+      "there is none".
+    """
+    candidates = list(dict.fromkeys(str(c) for c in candidates))
+    near = difflib.get_close_matches(str(name), candidates, n=at_most, cutoff=0.5)
+    if near:
+        return "did you mean " + " or ".join(repr(n) for n in near) + "?"
+    if not candidates:
+        return "there is none"
+    shown = ", ".join(repr(c) for c in candidates[: 2 * at_most])
+    return f"there is: {shown}" + (", …" if len(candidates) > 2 * at_most else "")
