@@ -1,0 +1,46 @@
+"""Small text files that are whole or absent, on a local disk or in a bucket."""
+
+import json
+import os
+from typing import Any
+
+from etils import epath
+
+
+def write_text(path: epath.PathLike, text: str) -> None:
+    """Writes `text` (UTF-8) so that a reader finds the old content or the new, never a part.
+
+    On a local disk through a neighbouring temporary file; a bucket's objects appear whole anyway
+    and cannot be renamed cheaply. Missing parent folders are made.
+    """
+    path = epath.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if "://" in os.fspath(path):
+        path.write_text(text)
+        return
+    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
+    try:
+        temporary.write_text(text)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: epath.PathLike, value: Any) -> None:
+    """`write_text` of readable json: indented, keys in the order given, no escaped letters."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: epath.PathLike) -> Any | None:
+    """The json value in a file; None where there is no such file.
+
+    Raises:
+      ValueError: the file is no json; names the file.
+    """
+    path = epath.Path(path)
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid json ({error})") from None
