@@ -250,8 +250,9 @@ class MultiHeadAttention(nn.Module):
     Cached keys and values are [batch, heads, length, head_dim] under `cached_key` and
     `cached_value`. Self-attention is given `position` while decoding: the first call, which finds
     no cache, makes one of zeros with the length of its inputs; every later call takes one token,
-    writes its key and value at `position` and attends to positions 0..position. Attention to a fixed
-    sequence (`keep_keys`) computes keys and values when it finds no cache and reads them afterwards.
+    writes its key and value at `position` and attends to positions 0..position. Attention to a
+    fixed sequence with `keep_keys` keeps its keys and values, and reads them whenever it finds
+    them.
     """
 
     num_heads: int

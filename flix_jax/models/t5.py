@@ -1,8 +1,8 @@
 """T5 1.1, mT5, ByT5 and umT5 as a flax.linen encoder-decoder, with T5X's parameters and interface.
 
 With its layers in a loop the parameter tree is that of T5X's `t5` network
-(`encoder/layers_0/attention/query/kernel`, `decoder/relpos_bias/rel_embedding`); scanned, it is that
-of T5X's `scalable_t5`: layers stacked on axis 1 under `encoder/encoder` and `decoder/decoder`, with
+(`encoder/layers_0/attention/query/kernel`, `decoder/relpos_bias/rel_embedding`); scanned, that of
+T5X's `scalable_t5`: layers stacked on axis 1 under `encoder/encoder` and `decoder/decoder`, with
 relative positions in every layer. Kernels are two-dimensional in both, so that T5X's scanned
 attention kernels [embed, layers, heads, kv] are here [embed, layers, heads * kv].
 """
@@ -161,7 +161,7 @@ class _Layer(nn.Module):
 
 
 class EncoderLayer(_Layer):
-    """Self-attention and feed-forward; returns (x, None), the form that a scan over layers takes."""
+    """Self-attention and feed-forward; returns (x, None), as a scan over layers wants it."""
 
     @nn.compact
     def __call__(

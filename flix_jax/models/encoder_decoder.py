@@ -1,0 +1,252 @@
+"""Loss and prediction of an encoder-decoder, with or without adapters.
+
+The one place where adapters meet a network: `EncoderDecoder` enters the injection around each call
+of the module, inside whatever is being traced. The module is any linen encoder-decoder with T5X's
+calling interface (`__call__`, `encode`, `decode`), T5X's own networks among them.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, Int
+
+from flix_jax.adapters.activation import ActiveFeatures, activate
+from flix_jax.adapters.injection import AdapterSpec, inject
+from flix_jax.models import decoding, losses
+
+Batch = Mapping[str, Array]
+Params = Any
+
+_PACKING = (
+    "encoder_segment_ids",
+    "decoder_segment_ids",
+    "encoder_positions",
+    "decoder_positions",
+)
+_FLOAT_INPUTS = ("decoder_loss_weights", "feature_weights")
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderDecoder:
+    """An encoder-decoder, its adapters, its loss and its decoding. Hashable: a static argument.
+
+    A batch has `encoder_input_tokens` [batch, input_length], `decoder_input_tokens`,
+    `decoder_target_tokens` [batch, length] (int32, 0 is padding), optionally
+    `decoder_loss_weights` [batch, length] (default: 1 on every target token) and T5X's
+    `*_segment_ids` and `*_positions`; with adapters also `feature_ids` int32 [batch, slots] and
+    optionally `feature_weights` of the same shape.
+
+    Attributes:
+      module: the network.
+      adapters: what is injected into it; None for the network alone.
+      label_smoothing, z_loss: of the loss (see losses.cross_entropy).
+      eos_id: the token that ends a decoded sequence.
+    """
+
+    module: nn.Module
+    adapters: AdapterSpec | None = None
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    eos_id: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.label_smoothing < 1.0:
+            raise ValueError(
+                f"EncoderDecoder.label_smoothing = {self.label_smoothing!r}: expected [0, 1)"
+            )
+        if self.z_loss < 0.0:
+            raise ValueError(f"EncoderDecoder.z_loss = {self.z_loss!r}: expected at least 0")
+
+    def init(self, rng: Array, batch_shapes: Mapping[str, tuple[int, ...]]) -> Params:
+        """Initial parameters of network and adapters, boxed with their logical axes.
+
+        Args:
+          rng: the key; the same key gives the network the same parameters whatever the adapters.
+          batch_shapes: shape of each entry of a batch; the parameters do not depend on its batch
+            size or lengths.
+        """
+        batch = {
+            name: jnp.zeros(shape, jnp.float32 if name in _FLOAT_INPUTS else jnp.int32)
+            for name, shape in batch_shapes.items()
+        }
+        check_tokens(batch)
+        with self._injected(self._active(batch, None), deterministic=True):
+            variables = self.module.init({"params": rng}, **_inputs(batch), enable_dropout=False)
+        return variables["params"]
+
+    def logits(
+        self, params: Params, batch: Batch, *, rng: Array | None = None
+    ) -> Float[Array, "batch length vocab"]:
+        """Float32 logits of the targets; `rng` switches dropout on, of features and network."""
+        check_tokens(batch)
+        feature_rng, dropout_rng = (None, None) if rng is None else jax.random.split(rng)
+        with self._injected(self._active(batch, feature_rng), deterministic=rng is None):
+            return self.module.apply(
+                {"params": params},
+                **_inputs(batch),
+                enable_dropout=rng is not None,
+                rngs=None if dropout_rng is None else {"dropout": dropout_rng},
+            )
+
+    def loss(
+        self, params: Params, batch: Batch, *, rng: Array | None = None
+    ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+        """Loss summed over the batch's target tokens, and sums for the metrics.
+
+        Args:
+          params: parameters of network and adapters, boxed or not.
+          batch: see the class.
+          rng: key of all dropout; None for none, as in evaluation.
+
+        Returns:
+          (total loss, {'loss', 'z_loss', 'weight', 'correct'}), float32 scalars, none of them
+          divided by the weight.
+
+        Raises:
+          ValueError: when traced with arrays that are missing or whose shapes disagree.
+        """
+        targets = batch["decoder_target_tokens"]
+        weights = batch.get("decoder_loss_weights")
+        return losses.weighted_sums(
+            self.logits(params, batch, rng=rng),
+            targets,
+            (targets > 0) if weights is None else weights,
+            label_smoothing=self.label_smoothing,
+            z_loss=self.z_loss,
+        )
+
+    def predict(
+        self, params: Params, batch: Batch, *, max_length: int
+    ) -> Int[Array, "batch {max_length}"]:
+        """Greedy decoding with a key-value cache; rows may have any mixture of features.
+
+        Args:
+          params: parameters of network and adapters, boxed or not.
+          batch: `encoder_input_tokens` and, with adapters, `feature_ids`; the rest is not used.
+            A row of padding alone is left empty.
+          max_length: tokens to decode at most; static under jit.
+
+        Returns:
+          int32 [batch, max_length]: tokens up to and including `eos_id`, then 0.
+        """
+        check_tokens(batch, ("encoder_input_tokens",))
+        tokens = batch["encoder_input_tokens"]
+        with self._injected(self._active(batch, None), deterministic=True):
+            encoded = self.module.apply(
+                {"params": params}, tokens, enable_dropout=False, method="encode"
+            )
+            return decoding.greedy(
+                self._step_function(params, encoded, tokens, max_length),
+                self._empty_cache(params, encoded, tokens, max_length),
+                tokens.shape[0],
+                max_length,
+                self.eos_id,
+                finished=jnp.all(tokens == 0, axis=1),
+            )
+
+    def _empty_cache(
+        self, params: Params, encoded: Array, tokens: Array, max_length: int
+    ) -> decoding.Cache:
+        targets = jnp.zeros((tokens.shape[0], max_length), jnp.int32)
+        _, variables = self.module.apply(
+            {"params": params},
+            encoded,
+            tokens,
+            targets,
+            targets,
+            enable_dropout=False,
+            decode=True,
+            mutable=["cache"],
+            method="decode",
+        )
+        return variables["cache"]
+
+    def _step_function(
+        self, params: Params, encoded: Array, tokens: Array, max_length: int
+    ) -> decoding.TokensToLogits:
+        def tokens_to_logits(step_tokens: Array, cache: Any) -> tuple[Array, Any]:
+            logits, variables = self.module.apply(
+                {"params": params, "cache": cache},
+                encoded,
+                tokens,
+                step_tokens[:, None],
+                step_tokens[:, None],
+                enable_dropout=False,
+                decode=True,
+                max_decode_length=max_length,
+                mutable=["cache"],
+                method="decode",
+            )
+            return logits[:, 0], variables["cache"]
+
+        return tokens_to_logits
+
+    def _active(self, batch: Batch, feature_rng: Array | None) -> ActiveFeatures | None:
+        if self.adapters is None:
+            return None
+        if "feature_ids" not in batch:
+            raise ValueError(
+                "batch has no 'feature_ids', which the adapters' feature space "
+                f"({', '.join(t.name for t in self.adapters.space.types)}) needs; "
+                f"it has {', '.join(sorted(batch))}"
+            )
+        ids, rows = batch["feature_ids"], batch["encoder_input_tokens"].shape[0]
+        if ids.shape != (rows, self.adapters.space.num_slots):
+            raise ValueError(
+                f"feature_ids has shape {ids.shape}: expected [batch, slots] = "
+                f"({rows}, {self.adapters.space.num_slots}), one row per row of "
+                "encoder_input_tokens"
+            )
+        return activate(
+            self.adapters.space, ids, batch.get("feature_weights"), dropout_rng=feature_rng
+        )
+
+    def _injected(
+        self, active: ActiveFeatures | None, *, deterministic: bool
+    ) -> contextlib.AbstractContextManager[None]:
+        if self.adapters is None or active is None:
+            return contextlib.nullcontext()
+        return inject(self.adapters, active, deterministic=deterministic)
+
+
+_TOKENS = ("encoder_input_tokens", "decoder_input_tokens", "decoder_target_tokens")
+
+
+def check_tokens(batch: Batch, names: tuple[str, ...] = _TOKENS) -> None:
+    """Checks that the arrays of a batch are there and that their shapes agree.
+
+    Shapes are known when a function is traced, so this costs nothing under jit; token ids are not.
+
+    Raises:
+      ValueError: names the array, its shape and what was expected.
+    """
+    for name in names:
+        if name not in batch:
+            raise ValueError(f"batch has no {name!r}: it has {', '.join(sorted(batch))}")
+        shape = batch[name].shape
+        if len(shape) != 2 or 0 in shape:
+            raise ValueError(f"{name} has shape {shape}: expected [batch, length], neither zero")
+        if shape[0] != batch[names[0]].shape[0]:
+            raise ValueError(
+                f"{name} has shape {shape}: expected {batch[names[0]].shape[0]} rows, "
+                f"as {names[0]} has"
+            )
+    if "decoder_target_tokens" not in names:
+        return
+    expected = batch["decoder_target_tokens"].shape
+    for name in ("decoder_input_tokens", "decoder_loss_weights"):
+        if name in batch and batch[name].shape != expected:
+            raise ValueError(
+                f"{name} has shape {batch[name].shape}: expected {expected}, "
+                "as decoder_target_tokens has"
+            )
+
+
+def _inputs(batch: Batch) -> dict[str, Array]:
+    """The arguments of the module's `__call__` that a batch has."""
+    return {name: batch[name] for name in (*_TOKENS, *_PACKING) if name in batch}
