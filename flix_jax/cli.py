@@ -1,0 +1,336 @@
+"""The command line: `flix train | evaluate | infer | sweep | report | data`.
+
+Nothing heavy is imported before a command runs, so that help and mistakes answer at once.
+"""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from flix_jax.adapters.suggest import did_you_mean
+
+if TYPE_CHECKING:
+    from flix_jax.configuration import Configuration
+
+USER_ERROR = 2
+INTERRUPTED = 130
+
+DESCRIPTION = """\
+Featurized low-rank mixtures (FLix) for T5-family encoder-decoders.
+
+A run is described by gin files and lives in a folder: train it, evaluate it cell by cell
+(a cell is a task in a language), read its predictions on text of yours. The same command
+in the same folder goes on where the run stood.
+"""
+
+EPILOG = """\
+first steps:
+  flix sweep --gin_file=configs/sweeps/babel_quickstart.gin --run_dir=runs/quickstart
+  flix train --help
+
+environment:
+  JAX_PLATFORMS   the devices to compute on, for example cpu
+"""
+
+GIN_HELP = """\
+Files are looked up from the working directory, then among those that flix_jax brings
+(configs/...). A file opens with the list of what it requires.
+
+  --gin.NAME=VALUE             sets the macro NAME, for example --gin.DATA_DIR="'data'"
+  --gin.Name.parameter=VALUE   sets a parameter, for example --gin.AdapterSpec.alpha=8,
+                               or in a scope --gin.task/FeatureType.rank=2
+
+VALUE is a Python literal, so a text has quotes of its own. Flags win over files.
+"""
+
+
+class UsageError(ValueError):
+    """A command line that cannot be understood."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def __init__(self, **options: Any) -> None:
+        super().__init__(
+            allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+# --------------------------------------------------------------------------------------------
+# Commands
+
+
+def _configure(arguments: argparse.Namespace, gin_files: Sequence[str]) -> "Configuration":
+    from flix_jax import configuration
+
+    return configuration.load(gin_files, arguments.bindings)
+
+
+def _build(arguments: argparse.Namespace, gin_files: Sequence[str], name: str) -> Any:
+    """The configured object; bindings without effect are errors (flags) or warnings (files)."""
+    config = _configure(arguments, gin_files)
+    built = config.build(name)
+    for line in config.check_used():
+        print(f"warning: {line}", file=sys.stderr)
+    return built
+
+
+def _saved_config(arguments: argparse.Namespace) -> list[str]:
+    """The gin files given, or the config that the run's folder holds."""
+    if arguments.gin_file:
+        return list(arguments.gin_file)
+    from etils import epath
+
+    path = epath.Path(arguments.run_dir) / "config.gin"
+    if not path.exists():
+        raise UsageError(f"{arguments.run_dir} holds no run: there is no {path}")
+    return [str(path)]
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    run = _build(arguments, arguments.gin_file, "Run")
+    from flix_jax.experiments import training
+
+    training.train(run, arguments.run_dir)
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    run = _build(arguments, _saved_config(arguments), "Run")
+    from flix_jax.experiments import inference
+
+    inference.evaluate(run, arguments.run_dir, split=arguments.split, step=arguments.step)
+
+
+def _infer(arguments: argparse.Namespace) -> None:
+    run = _build(arguments, _saved_config(arguments), "Run")
+    from flix_jax.experiments import inference
+
+    inference.infer(
+        run,
+        arguments.run_dir,
+        input_path=arguments.input,
+        output_path=arguments.output,
+        features=arguments.features,
+        step=arguments.step,
+    )
+
+
+def _sweep(arguments: argparse.Namespace) -> None:
+    sweep = _build(arguments, arguments.gin_file, "Sweep")
+    sweep.run(arguments.run_dir)
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from flix_jax.experiments import sweep
+
+    sweep.report(arguments.run_dir)
+
+
+def _data_babel(arguments: argparse.Namespace) -> None:
+    from flix_jax.tasks import babel
+
+    print(babel.write(arguments.out, arguments.seed, tags=arguments.tags))
+
+
+# --------------------------------------------------------------------------------------------
+# Flags
+
+
+def _command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], None], summary: str,
+    description: str, example: str,
+) -> _Parser:
+    parser: _Parser = commands.add_parser(
+        name, help=summary, description=description, epilog=f"example:\n{example}"
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.set_defaults(run=run, parser=parser)
+    return parser
+
+
+def _add_gin(parser: _Parser, *, required: bool) -> None:
+    group = parser.add_argument_group("configuration", GIN_HELP)
+    note = "repeatable, later files win"
+    group.add_argument(
+        "--gin_file", action="append", default=[], metavar="FILE", required=required,
+        help=f"gin file ({note})" if required else f"default: the run's own config.gin ({note})",
+    )
+
+
+def _add_run_dir(parser: _Parser, text: str) -> None:
+    parser.add_argument("--run_dir", required=True, metavar="DIR", help=text)
+
+
+def _add_step(parser: _Parser) -> None:
+    parser.add_argument(
+        "--step", type=int, metavar="N", help="checkpoint to read (default: the latest)"
+    )
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of every command but for `--gin.` flags, which `main` takes out beforehand."""
+    parser = _Parser(prog="flix", description=DESCRIPTION, epilog=EPILOG)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=_Parser)
+
+    train = _command(
+        commands, "train", _train, "train a run, or go on with it",
+        "Trains what the gin files describe (Run) and writes checkpoints, metrics and the\n"
+        "operative config to the run's folder. Started again there, it goes on.",
+        "  flix train --gin_file=configs/experiments/ner_tiny.gin \\\n"
+        "      --gin.DATA_DIR=\"'data/xtreme_up_v1.1'\" --run_dir=runs/ner_tiny",
+    )
+    _add_run_dir(train, "folder of the run; local or in a bucket (gs://...)")
+    _add_gin(train, required=True)
+
+    evaluate = _command(
+        commands, "evaluate", _evaluate, "score a run, cell by cell",
+        "Decodes every cell that has the split and prints its scores, with means over seen and\n"
+        "unseen cells. Predictions and scores are kept under the run's folder.",
+        "  flix evaluate --run_dir=runs/ner_tiny --split=test",
+    )
+    _add_run_dir(evaluate, "folder of a trained run")
+    evaluate.add_argument(
+        "--split", metavar="NAME", help="split of the data (default: the run's, validation)"
+    )
+    _add_step(evaluate)
+    _add_gin(evaluate, required=False)
+
+    infer = _command(
+        commands, "infer", _infer, "apply a run to text of yours",
+        "Reads a jsonl file with an 'input' on each line and writes the same lines with a\n"
+        "'prediction'. The features of a line are its own fields (task, language, ...) or,\n"
+        "where it has none, those of --features.",
+        "  flix infer --run_dir=runs/ner_tiny --input=in.jsonl --output=out.jsonl \\\n"
+        "      --features=task=ner,language=sw",
+    )
+    _add_run_dir(infer, "folder of a trained run")
+    infer.add_argument("--input", required=True, metavar="FILE", help="jsonl file to read")
+    infer.add_argument("--output", required=True, metavar="FILE", help="jsonl file to write")
+    infer.add_argument(
+        "--features", default="", metavar="TYPE=VALUE,...",
+        help="features of every line, for example task=ner,language=sw",
+    )
+    _add_step(infer)
+    _add_gin(infer, required=False)
+
+    sweep = _command(
+        commands, "sweep", _sweep, "train and compare several runs",
+        "Trains and evaluates every run of a Sweep, then writes the table and picture that\n"
+        "compare them. Runs that are done already are not repeated.",
+        "  flix sweep --gin_file=configs/sweeps/babel_quickstart.gin --run_dir=runs/quickstart",
+    )
+    _add_run_dir(sweep, "folder for all runs of the sweep")
+    _add_gin(sweep, required=True)
+
+    report = _command(
+        commands, "report", _report, "print the comparison of a sweep again",
+        "Reads the scores under a sweep's folder and writes its table and picture anew.",
+        "  flix report --run_dir=runs/quickstart",
+    )
+    _add_run_dir(report, "folder of a sweep")
+
+    data = commands.add_parser(
+        "data", help="write the data of an embedded benchmark",
+        description="Writes generated data as jsonl files in XTREME-UP's folder layout.",
+        epilog="example:\n  flix data babel --out=data/babel --seed=1",
+    )
+    data.set_defaults(parser=data)
+    benchmarks = data.add_subparsers(title="benchmarks", metavar="NAME", parser_class=_Parser)
+    babel = _command(
+        benchmarks, "babel", _data_babel, "ten artificial languages, five tasks",
+        "Writes Babel: small artificial languages times tasks shaped like XTREME-UP's, the\n"
+        "same for the same seed on every machine.",
+        "  flix data babel --out=data/babel --seed=1",
+    )
+    babel.add_argument("--out", required=True, metavar="DIR", help="new or empty folder")
+    babel.add_argument("--seed", type=int, default=0, help="(default: 0)")
+    babel.add_argument(
+        "--no_tags", dest="tags", action="store_false",
+        help="leave out the task and language tag that inputs open with",
+    )
+    return parser
+
+
+def _choices(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            return dict(action.choices)
+    return {}
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Reads a command line; `bindings` holds what followed each `--gin.`.
+
+    Raises:
+      UsageError: an unknown command or flag (with the nearest one), or one that is missing.
+    """
+    rest = [argument for argument in argv if not argument.startswith("--gin.")]
+    parser = make_parser()
+    level: argparse.ArgumentParser = parser
+    for argument in rest:
+        choices = _choices(level)
+        if not choices or argument.startswith("-"):
+            break
+        if argument not in choices:
+            raise UsageError(f"unknown command '{level.prog.removeprefix('flix').lstrip()}"
+                             f"{' ' if level is not parser else ''}{argument}';"
+                             f" {did_you_mean(argument, choices)}")
+        level = choices[argument]
+    flags = [flag for action in level._actions for flag in action.option_strings]
+    for argument in rest:
+        flag = argument.partition("=")[0]
+        if flag.startswith("--") and flag != "--" and flag not in flags:
+            raise UsageError(f"{level.prog} has no flag {flag}; {did_you_mean(flag, flags)}")
+    arguments = parser.parse_args(rest)
+    if not hasattr(arguments, "run"):
+        level.error(f"a command is missing: {', '.join(_choices(level))}")
+    arguments.bindings = [
+        argument.removeprefix("--gin.") for argument in argv if argument.startswith("--gin.")
+    ]
+    if arguments.bindings and not hasattr(arguments, "gin_file"):
+        level.error(f"{level.prog} takes no --gin. flags, got --gin.{arguments.bindings[0]}")
+    return arguments
+
+
+def quiet() -> None:
+    """Keeps TensorFlow and absl from logging; to be called before either is imported."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    logging.getLogger("absl").setLevel(logging.ERROR)
+
+
+def _describe(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command line and returns its exit status: 0, or 2 after a mistake of the user's."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv:
+        make_parser().print_help(sys.stderr)
+        return USER_ERROR
+    quiet()
+    try:
+        arguments = parse(argv)
+        arguments.run(arguments)
+    except (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError,
+            FileExistsError, PermissionError) as error:
+        if "--debug" in argv:
+            raise
+        print(f"error: {_describe(error)}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
