@@ -106,8 +106,9 @@ def expand(pattern: str) -> tuple[str, ...]:
     body, closing, tail = rest.partition("}")
     if not closing or "{" in body or "}" in head:
         raise ValueError(f"cell pattern {pattern!r}: braces must pair up and not nest")
+    ends = expand(tail) if tail else ("",)
     options = [option.strip() for option in body.split(",")]
-    return tuple(head + option + end for option in options for end in expand(tail))
+    return tuple(head + option + end for option in options for end in ends)
 
 
 def match(patterns: Sequence[str], cells: Iterable[Cell], what: str = "cells") -> tuple[Cell, ...]:

@@ -62,7 +62,7 @@ class TrainPipeline:
             raise ValueError(f"global_batch_size={global_batch_size}: expected at least 1")
         if process_count < 1 or global_batch_size % process_count:
             raise ValueError(
-                f"global_batch_size={global_batch_size} does not divide by {process_count} processes"
+                f"global_batch_size={global_batch_size} does not divide by {process_count=}"
             )
         if not 0 <= process_index < process_count:
             raise ValueError(f"process_index={process_index} of process_count={process_count}")
@@ -194,6 +194,7 @@ class PrefetchIterator:
         self._put = put
         self.wait_seconds = 0.0
         self._failure: Exception | None = None
+        self._thread: threading.Thread | None = None
         self._start(step)
 
     def __iter__(self) -> PrefetchIterator:
@@ -253,13 +254,15 @@ class PrefetchIterator:
         self._stop = threading.Event()
         self._queue: queue.Queue = queue.Queue(self._depth)
         # The thread gets its own stop and queue, so that it cannot meet those of a later start.
-        self._thread: threading.Thread | None = threading.Thread(
+        thread = threading.Thread(
             target=self._produce, args=(step, self._stop, self._queue), daemon=True, name="prefetch"
         )
-        self._thread.start()
+        thread.start()
+        self._thread = thread
 
     def _produce(self, step: int, stop: threading.Event, out: queue.Queue) -> None:
         while not stop.is_set():
+            item: tuple[Any, Exception | None]
             try:
                 batch = self._pipeline.batch_at(step)
                 item = (batch if self._put is None else self._put(batch), None)

@@ -1,0 +1,56 @@
+"""seqio's encoder-decoder feature converter with feature ids beside the tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import seqio
+import tensorflow as tf
+
+FEATURE_IDS = "feature_ids"
+
+
+class FlixFeatureConverter(seqio.EncDecFeatureConverter):
+    """Task features to model features for models that take `feature_ids`.
+
+    `inputs` and `targets` are padded and become T5X's `encoder_input_tokens`,
+    `decoder_input_tokens`, `decoder_target_tokens` and `decoder_loss_weights`; `feature_ids` int32
+    [slots] passes as it is, -1 included. Examples are not packed: seqio's packing drops the zeros
+    of every feature it packs, and 0 is a feature id.
+
+    Args:
+      num_slots: how many feature slots the tasks have; None for tasks without features.
+    """
+
+    def __init__(self, num_slots: int | None):
+        if num_slots is not None and num_slots < 1:
+            raise ValueError(f"num_slots={num_slots}: expected at least 1, or None")
+        self._num_slots = num_slots
+        if num_slots is not None:
+            spec = seqio.FeatureConverter.FeatureSpec(dtype=tf.int32)
+            # On the instance: another converter of this process may have no features.
+            plain = seqio.EncDecFeatureConverter
+            self.TASK_FEATURES = {**plain.TASK_FEATURES, FEATURE_IDS: spec}
+            self.MODEL_FEATURES = {**plain.MODEL_FEATURES, FEATURE_IDS: spec}
+        super().__init__(pack=False)
+
+    def task_feature_lengths(self, lengths: Mapping[str, int]) -> dict[str, int]:
+        """`lengths` of inputs and targets, completed by the number of slots."""
+        completed = {"inputs": lengths["inputs"], "targets": lengths["targets"]}
+        if self._num_slots is not None:
+            completed[FEATURE_IDS] = self._num_slots
+        return completed
+
+    def _convert_example(self, features: Mapping[str, tf.Tensor]) -> Mapping[str, tf.Tensor]:
+        converted = dict(super()._convert_example(features))
+        if self._num_slots is not None:
+            converted[FEATURE_IDS] = features[FEATURE_IDS]
+        return converted
+
+    def get_model_feature_lengths(
+        self, task_feature_lengths: Mapping[str, int]
+    ) -> Mapping[str, int]:
+        converted = dict(super().get_model_feature_lengths(task_feature_lengths))
+        if self._num_slots is not None:
+            converted[FEATURE_IDS] = task_feature_lengths[FEATURE_IDS]
+        return converted

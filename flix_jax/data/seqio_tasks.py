@@ -1,0 +1,167 @@
+"""Cells as seqio tasks: registering them, and loading a task's training split into memory."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import seqio
+import tensorflow as tf
+from jaxtyping import Int
+
+from flix_jax.data.cells import Cell
+from flix_jax.data.converter import FEATURE_IDS
+from flix_jax.data.examples import CellData, Ragged
+from flix_jax.data.pipeline import TOKENS, check_lengths
+
+Pairs = tuple[Sequence[str], Sequence[str]]
+
+
+def task_name(source: str, cell: Cell) -> str:
+    """seqio's name of a cell: `xtreme_up.ner.sw`, `xtreme_up.translation.sw:fr2sw`."""
+    name = ".".join([source, cell.task, cell.language])
+    name = f"{name}:{cell.variant}" if cell.variant else name
+    return re.sub(r"[^\w.:]", "_", name)  # seqio allows no other characters
+
+
+def register_task(
+    name: str,
+    read: Callable[[str], Pairs],
+    splits: Sequence[str],
+    *,
+    vocabulary: Any,
+    feature_ids: Int[np.ndarray, "slots"] | None = None,
+    metric_fns: Sequence[Callable[..., Mapping[str, float]]] = (),
+) -> str:
+    """Registers a text-to-text task with seqio, in place of an earlier one of its name.
+
+    Args:
+      name: see `task_name`.
+      read: split -> (inputs, targets), two lists of strings; called whenever the data is read.
+      splits: the splits that `read` knows.
+      vocabulary: a description of flix_jax.data.vocabularies, for inputs and targets.
+      feature_ids: int32 [slots], the same for every example; None for a task without features.
+      metric_fns: (targets, predictions) -> {metric: value}, over strings.
+
+    Returns:
+      `name`.
+    """
+    tokens = seqio.Feature(vocabulary.build(), add_eos=True)
+    features: dict[str, seqio.Feature] = {"inputs": tokens, "targets": tokens}
+    preprocessors = [seqio.preprocessors.tokenize, measure, append_eos_after_trim]
+    if feature_ids is not None:
+        features[FEATURE_IDS] = seqio.Feature(
+            seqio.PassThroughVocabulary(0), add_eos=False, dtype=tf.int32
+        )
+        preprocessors.append(annotate(feature_ids))
+
+    def dataset(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
+        del shuffle_files, seed  # one file: there is nothing to shuffle
+        inputs, targets = read(split)
+        return tf.data.Dataset.from_tensor_slices(
+            {
+                "inputs": np.array([text.encode() for text in inputs], object),
+                "targets": np.array([text.encode() for text in targets], object),
+            }
+        )
+
+    seqio.TaskRegistry.remove(name)
+    seqio.TaskRegistry.add(
+        name,
+        source=seqio.FunctionDataSource(dataset, splits=tuple(splits)),
+        preprocessors=preprocessors,
+        output_features=features,
+        metric_fns=list(metric_fns),
+    )
+    return name
+
+
+def register_mixture(name: str, rates: Mapping[str, float]) -> str:
+    """Registers a seqio mixture of registered tasks, in place of an earlier one of its name.
+
+    For users of seqio; TrainPipeline draws from the same tasks in an order of its own.
+    """
+    seqio.MixtureRegistry.remove(name)
+    seqio.MixtureRegistry.add(name, list(rates.items()))
+    return name
+
+
+def measure(dataset: tf.data.Dataset) -> tf.data.Dataset:
+    """Adds `inputs_length` and `targets_length`, int32: tokens before any cut, EOS included."""
+
+    def add_lengths(example: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        lengths = {f"{name}_length": tf.shape(example[name])[0] + 1 for name in TOKENS}
+        return {**example, **lengths}
+
+    return dataset.map(add_lengths, num_parallel_calls=tf.data.AUTOTUNE)
+
+
+def annotate(feature_ids: Int[np.ndarray, "slots"]) -> Callable[[tf.data.Dataset], tf.data.Dataset]:
+    """A preprocessor that adds the same `feature_ids` to every example."""
+    constant = np.asarray(feature_ids, np.int32)
+
+    def add_feature_ids(dataset: tf.data.Dataset) -> tf.data.Dataset:
+        return dataset.map(
+            lambda example: {**example, FEATURE_IDS: tf.constant(constant)},
+            num_parallel_calls=tf.data.AUTOTUNE,
+        )
+
+    return add_feature_ids
+
+
+append_eos_after_trim = seqio.preprocessors.append_eos_after_trim
+
+
+def load_cell(task: str, lengths: Mapping[str, int], split: str = "train") -> CellData:
+    """All examples of a registered task in order, tokenised, ended by EOS and cut to `lengths`.
+
+    Any seqio task with `inputs` and `targets` will do; inputs and targets that were cut are counted
+    where it tells `inputs_length` and `targets_length` (see `measure`).
+    """
+    check_lengths(lengths)
+    provider = seqio.TaskRegistry.get(task)
+    has_features = FEATURE_IDS in provider.output_features
+    sequence_length = {name: int(lengths[name]) for name in TOKENS}
+    dataset = provider.get_dataset(
+        sequence_length, split, shuffle=False, num_epochs=1, try_in_mem_cache=False
+    )
+    measured = [name for name in TOKENS if f"{name}_length" in dataset.element_spec]
+    wanted = [*TOKENS, *(f"{name}_length" for name in measured)]
+    wanted += [FEATURE_IDS] if has_features else []
+    dataset = dataset.map(lambda example: {name: example[name] for name in wanted})
+    batches = list(dataset.ragged_batch(1024))
+    if not batches:
+        raise ValueError(f"seqio task {task}: the split {split!r} has no examples")
+
+    def cut(name: str) -> int | None:
+        if name not in measured:
+            return None
+        limit = sequence_length[name]
+        return sum(int((batch[f"{name}_length"].numpy() > limit).sum()) for batch in batches)
+
+    feature_ids = None
+    if has_features:
+        feature_ids = np.concatenate([_dense(batch[FEATURE_IDS]) for batch in batches])
+    return CellData(
+        inputs=_ragged([batch["inputs"] for batch in batches]),
+        targets=_ragged([batch["targets"] for batch in batches]),
+        feature_ids=feature_ids,
+        cut_inputs=cut("inputs"),
+        cut_targets=cut("targets"),
+    )
+
+
+def load_cells(tasks: Mapping[Cell, str], lengths: Mapping[str, int]) -> dict[Cell, CellData]:
+    """The training data of every cell, by the names that `Source.register` returned."""
+    return {cell: load_cell(task, lengths) for cell, task in tasks.items()}
+
+
+def _ragged(batches: Sequence[Any]) -> Ragged:
+    values = np.concatenate([np.asarray(batch.flat_values, np.int32) for batch in batches])
+    lengths = np.concatenate([batch.row_lengths().numpy() for batch in batches])
+    return Ragged(values, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
+
+
+def _dense(batch: Any) -> np.ndarray:
+    """An array where ragged_batch made ragged tensors of rows that are all of one length."""
+    return (batch.to_tensor() if isinstance(batch, tf.RaggedTensor) else batch).numpy()
