@@ -36,7 +36,7 @@ def _check_rank(rank: Any, place: str) -> None:
 
 
 def _check_dropout(rate: Any, place: str) -> None:
-    if isinstance(rate, bool) or not isinstance(rate, numbers.Real) or not 0 <= rate < 1:
+    if isinstance(rate, bool) or not isinstance(rate, numbers.Real) or not 0 <= float(rate) < 1:
         raise ValueError(f"{place}: dropout is {rate!r}, expected a number in [0, 1)")
 
 

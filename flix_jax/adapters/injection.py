@@ -126,7 +126,8 @@ def _dense_call(context: nn.module.InterceptorContext, x: Any) -> _DenseCall | N
         return None
     if not hasattr(x, "shape") or not module.has_variable("params", "kernel"):
         return None
-    kernel = nn.meta.unbox(module.get_variable("params", "kernel"))
+    # A box of flax's is a tree of one leaf; unboxing it would ask for a sharding.
+    (kernel,) = jax.tree.leaves(module.get_variable("params", "kernel"))
     try:
         features = tuple(int(f) for f in np.atleast_1d(module.features))
         axes = tuple(int(a) % x.ndim for a in np.atleast_1d(getattr(module, "axis", -1)))
@@ -223,7 +224,8 @@ class Match:
       path: its module path.
       times: how many copies its kernel holds: the length of the scan, else 1.
       d_in, d_out: its width, dimensions flattened.
-      parameters: how many parameters the adapters of all its copies have.
+      parameters: how many parameters the adapters of all its copies have; columns beyond the rank
+        of a value are not counted.
     """
 
     path: str
@@ -258,8 +260,13 @@ class MatchReport:
         rows.append(("all", f"{times}", "", "", f"{self.parameters:,}"))
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = [
-            "  ".join([row[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(row[1:], widths[1:])])
-            for row in rows
+            "  ".join(
+                [
+                    r[0].ljust(widths[0]),
+                    *(c.rjust(w) for c, w in list(zip(r, widths, strict=True))[1:]),
+                ]
+            )
+            for r in rows
         ]
         left = list(dict.fromkeys(_without_numbers(p) for p in self.unmatched))
         return "\n".join([*lines, "not adapted: " + (", ".join(left) or "no dense layer")])
@@ -300,9 +307,9 @@ def matches(
     with nn.intercept_methods(record):
         # A new function each time: a trace that jax has kept would not pass the interceptor.
         variables = jax.eval_shape(lambda *a: init_fn(*a, **kwargs), *args)
-    params = nn.meta.unbox(variables)
-    params = params.get("params", params)
+    params = variables.get("params", variables)
     _check_targets(spec, tuple(calls))
+    total_rank = sum(sum(t.value_ranks) for t in spec.space.types)
     matched = []
     for call in calls.values():
         if not spec.matching(call.path):
@@ -310,15 +317,15 @@ def matches(
         layer = params
         for name in call.path.split("/"):
             layer = layer[name]
-        times = layer["kernel"].size // (call.d_in * call.d_out)
-        width = sum(t.num_values * t.max_rank for t in spec.space.types)
+        (kernel,) = jax.tree.leaves(layer["kernel"])
+        times = kernel.size // (call.d_in * call.d_out)
         matched.append(
             Match(
                 path=call.path,
                 times=times,
                 d_in=call.d_in,
                 d_out=call.d_out,
-                parameters=times * width * (call.d_in + call.d_out),
+                parameters=times * total_rank * (call.d_in + call.d_out),
             )
         )
     unmatched = tuple(p for p in calls if not spec.matching(p))

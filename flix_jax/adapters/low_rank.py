@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from flix_jax.adapters.activation import ActiveFeatures, check_shape
-from flix_jax.adapters.features import FeatureSpace
+from flix_jax.adapters.features import FeatureSpace, FeatureType
 
 Bank = tuple[Array, Array]
 
@@ -60,24 +60,25 @@ def delta(
         )
     _check_banks(x.shape[-1], banks, space)
     rows = x.reshape(x.shape[0], -1, x.shape[-1])
-    shared, gathered = [], []
-    for t in space.types:
-        (shared if t.num_values == 1 else gathered).append(t)
+    shared = [t for t in space.types if t.num_values == 1]
+    gathered = [t for t in space.types if t.num_values > 1]
 
-    def coefficients(types) -> Array:
+    def coefficients(types: list[FeatureType]) -> Array:
         return jnp.concatenate([_coefficients(t, space, active, alpha) for t in types], axis=1)
 
-    total = None
+    updates = []
     if gathered:
         slots = tuple(t.slots for t in gathered)
         ids = jnp.concatenate([_columns(active.ids, space.slots(t)) for t in gathered], axis=1)
-        a, b = (tuple(banks[t.name][i] for t in gathered) for i in (0, 1))
-        total = _gathered_product(slots, rows, a, b, ids, coefficients(gathered))
+        a_banks = tuple(banks[t.name][0] for t in gathered)
+        b_banks = tuple(banks[t.name][1] for t in gathered)
+        c = coefficients(gathered)
+        updates.append(_gathered_product(slots, rows, a_banks, b_banks, ids, c))
     if shared:
         a = jnp.concatenate([banks[t.name][0][0] for t in shared], axis=1)
         b = jnp.concatenate([banks[t.name][1][0] for t in shared], axis=0)
-        plain = _shared_product(rows, a, b, coefficients(shared))
-        total = plain if total is None else total + plain
+        updates.append(_shared_product(rows, a, b, coefficients(shared)))
+    total = updates[0] if len(updates) == 1 else updates[0] + updates[1]
     return total.reshape(*x.shape[:-1], total.shape[-1])
 
 
@@ -97,7 +98,9 @@ def _columns(values: Array, columns: range) -> Array:
     return values[:, columns.start : columns.stop]
 
 
-def _coefficients(t, space: FeatureSpace, active: ActiveFeatures, alpha: float | None) -> Array:
+def _coefficients(
+    t: FeatureType, space: FeatureSpace, active: ActiveFeatures, alpha: float | None
+) -> Array:
     """c: [batch, slots of the type × rank], weight times scale, 0 beyond a value's rank."""
     slots = space.slots(t)
     weights = _columns(active.weights, slots)

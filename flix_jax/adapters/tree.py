@@ -1,0 +1,273 @@
+"""Parameter trees: split adapters from base and join them, count, fold, logical axes.
+
+A tree is nested mappings; a leaf is an array, a jax.ShapeDtypeStruct or a box of flax's around one.
+
+    {"mlp": {"wi": {"kernel": W, "flix": {"task": {"a": A, "b": B}}}}}
+        split_adapters ->  {"mlp": {"wi": {"kernel": W}}},
+                           {"mlp": {"wi": {"flix": {"task": {"a": A, "b": B}}}}}
+        join           ->  the first again
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flix_jax.adapters.features import ABSENT, FeatureSpace
+from flix_jax.adapters.injection import CHILD, AdapterSpec
+from flix_jax.adapters.suggest import did_you_mean
+
+Tree = Mapping[str, Any]
+Path = tuple[str, ...]
+
+
+def _unbox(leaf: Any) -> Any:
+    """The array in flax's box around it. Unlike flax's own `unbox`, asks for no sharding."""
+    return jax.tree.leaves(leaf)[0] if isinstance(leaf, nn.meta.AxisMetadata) else leaf
+
+
+def _leaves(tree: Tree, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    for name, child in tree.items():
+        if isinstance(child, Mapping):
+            yield from _leaves(child, (*path, name))
+        else:
+            yield (*path, name), child
+
+
+def _from_leaves(leaves: Iterator[tuple[Path, Any]] | Sequence[tuple[Path, Any]]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves:
+        node = tree
+        for name in path[:-1]:
+            node = node.setdefault(name, {})
+        node[path[-1]] = leaf
+    return tree
+
+
+def _split(tree: Tree, first: Callable[[Path], bool]) -> tuple[dict[str, Any], dict[str, Any]]:
+    leaves = [(first(path), path, leaf) for path, leaf in _leaves(tree)]
+    return tuple(  # type: ignore[return-value]
+        _from_leaves([(path, leaf) for chosen, path, leaf in leaves if chosen is side])
+        for side in (True, False)
+    )
+
+
+def split_adapters(params: Tree) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Splits parameters into (base, adapters); either may be empty."""
+    return _split(params, lambda path: CHILD not in path)
+
+
+def split_by_pattern(
+    params: Tree, patterns: str | Sequence[str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Splits parameters into (trained, frozen): BitFit-like masks, full fine-tuning ('.*').
+
+    Args:
+      params: the tree.
+      patterns: regular expressions; a parameter whose whole path, such as
+        'encoder/layers_0/mlp/wi_0/kernel', matches any of them is trained.
+
+    Raises:
+      ValueError: when a pattern is malformed or matches nothing, with the nearest paths.
+    """
+    patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
+    names = ["/".join(path) for path, _ in _leaves(params)]
+    compiled = []
+    for pattern in patterns:
+        try:
+            compiled.append(re.compile(pattern))
+        except re.error as error:
+            raise ValueError(f"pattern {pattern!r} is no regular expression: {error}") from error
+        if not any(compiled[-1].fullmatch(name) for name in names):
+            raise ValueError(
+                f"pattern {pattern!r} matches none of {len(names)} parameters; "
+                + did_you_mean(pattern, names)
+            )
+    return _split(params, lambda path: any(c.fullmatch("/".join(path)) for c in compiled))
+
+
+def join(first: Tree, second: Tree) -> dict[str, Any]:
+    """Joins two trees that have no parameter in common; ValueError where they have."""
+    joined: dict[str, Any] = dict(first)
+    for name, child in second.items():
+        if name not in joined:
+            joined[name] = child
+        elif isinstance(child, Mapping) and isinstance(joined[name], Mapping):
+            try:
+                joined[name] = join(joined[name], child)
+            except ValueError as error:
+                raise ValueError(f"{name}/{error}") from None
+        else:
+            raise ValueError(f"{name}: a parameter of both trees, expected it in one")
+    return joined
+
+
+def count_parameters(tree: Any) -> int:
+    """The number of elements of all leaves."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def adapter_counts(adapters: Tree, space: FeatureSpace) -> dict[str, dict[str, int]]:
+    """How many parameters each feature owns: type -> value -> count.
+
+    The columns beyond the rank of a value are not counted: they are zero and stay so.
+
+    Raises:
+      ValueError: when a bank is not of a type of `space`, or has not its values and rank.
+    """
+    counts = {t.name: dict.fromkeys(t.known_values, 0) for t in space.types}
+    for path, leaf in _leaves(adapters):
+        if CHILD not in path:
+            continue
+        t = space.type(path[-2])
+        shape = _unbox(leaf).shape
+        per_rank, rest = divmod(math.prod(shape), t.num_values * t.max_rank)
+        if rest:
+            raise ValueError(
+                f"{'/'.join(path)}: shape {tuple(shape)}, expected {t.num_values} values of "
+                f"rank {t.max_rank}"
+            )
+        for value, rank in zip(t.known_values, t.value_ranks, strict=True):
+            counts[t.name][value] += per_rank * rank
+    return counts
+
+
+def _dense_banks(adapters: Tree) -> dict[Path, dict[str, dict[str, Any]]]:
+    """Path of every adapted dense layer -> type -> {'a': …, 'b': …}."""
+    banks: dict[Path, dict[str, dict[str, Any]]] = {}
+    for path, leaf in _leaves(adapters):
+        if CHILD in path:
+            at = path.index(CHILD)
+            banks.setdefault(path[:at], {}).setdefault(path[at + 1], {})[path[-1]] = _unbox(leaf)
+    return banks
+
+
+def fold(
+    base: Tree,
+    adapters: Tree,
+    spec: AdapterSpec,
+    features: Mapping[str, Any],
+    *,
+    layers_axis: int = 1,
+) -> dict[str, Any]:
+    """Folds the updates of one set of features into the base: kernel + Σ s_f A_f B_f.
+
+    The result is a base that computes, without adapters, what the adapted model computes for
+    examples of these features.
+
+    Args:
+      base, adapters: what `split_adapters` gives.
+      spec: what the adapters were made with (space, alpha).
+      features: annotations as `FeatureSpace.encode` takes them: {'task': 'ner', 'language': 'sw'}.
+      layers_axis: the axis on which a scan has stacked the parameters (1 in T5X).
+
+    Returns:
+      The base parameters, the adapted kernels replaced, each in its own dtype.
+
+    Raises:
+      ValueError: when no feature is known, or an adapter's layer is missing in the base or has
+        another shape.
+    """
+    ids = spec.space.encode(features)
+    if (ids == ABSENT).all():
+        raise ValueError(
+            f"fold: none of {dict(features)!r} is a known feature; types are "
+            + ", ".join(repr(n) for n in spec.space.names)
+        )
+    kernels = {path[:-1]: leaf for path, leaf in _leaves(base) if path[-1] == "kernel"}
+    folded = {}
+    for path, banks in _dense_banks(adapters).items():
+        if path not in kernels:
+            raise ValueError(
+                f"fold: {'/'.join(path)} is adapted but has no kernel in the base; "
+                + did_you_mean("/".join(path), ["/".join(p) for p in kernels])
+            )
+        kernel = kernels[path]
+        try:
+            value = _folded_kernel(_unbox(kernel), banks, spec, ids, layers_axis)
+        except ValueError as error:
+            raise ValueError(f"fold: {'/'.join(path)}: {error}") from error
+        boxed = isinstance(kernel, nn.meta.AxisMetadata)
+        folded[(*path, "kernel")] = kernel.replace_boxed(value) if boxed else value
+    return _from_leaves([(path, folded.get(path, leaf)) for path, leaf in _leaves(base)])
+
+
+def _folded_kernel(kernel, banks, spec: AdapterSpec, ids: np.ndarray, layers_axis: int):
+    update = None
+    for t in spec.space.types:
+        a, b = banks[t.name]["a"], banks[t.name]["b"]
+        if a.ndim == 4:  # stacked by a scan: the stack goes first
+            a, b = jnp.moveaxis(a, layers_axis, 0), jnp.moveaxis(b, layers_axis, 0)
+        elif a.ndim == 3:
+            a, b = a[None], b[None]
+        else:
+            raise ValueError(f"bank {t.name!r} has {a.ndim} axes, expected 3, or 4 when scanned")
+        if a.shape[1] != t.num_values:
+            raise ValueError(
+                f"bank {t.name!r} has {a.shape[1]} values, expected {t.num_values} "
+                f"(layers_axis is {layers_axis})"
+            )
+        scales = t.scales(spec.alpha)
+        for value in ids[spec.space.slots(t).start : spec.space.slots(t).stop]:
+            if value != ABSENT:
+                wide = jnp.promote_types(a.dtype, jnp.float32)
+                scaled = a[:, value].astype(wide) * jnp.asarray(scales[value], wide)
+                product = jnp.einsum(
+                    "kdr,kro->kdo", scaled, b[:, value].astype(wide), precision="highest"
+                )
+                update = product if update is None else update + product
+    if update is None:
+        return kernel
+    stacked = banks[spec.space.types[0].name]["a"].ndim == 4
+    first = jnp.moveaxis(kernel, layers_axis, 0) if stacked else kernel[None]
+    if first.size != update.size or first.shape[0] != update.shape[0]:
+        raise ValueError(f"kernel {kernel.shape} does not take an update of {update.shape[1:]}")
+    total = (first + update.reshape(first.shape)).astype(kernel.dtype)
+    return jnp.moveaxis(total, 0, layers_axis) if stacked else total[0]
+
+
+def adapter_logical_axes(
+    adapters: Tree, base_axes: Tree, *, layers: str = "layers"
+) -> dict[str, Any]:
+    """Names the axes of the banks after those of the kernels they stand beside.
+
+    The banks carry no axis names themselves: a model that others scan without naming its axes
+    would break on them.
+
+    Args:
+      adapters: the adapters; arrays or shapes.
+      base_axes: the base's tree with the logical axes of each parameter as leaf, a tuple or a
+        PartitionSpec: what `nn.get_partition_spec` gives. None is a parameter without names.
+      layers: the name of the axis on which a scan has stacked the parameters.
+
+    Returns:
+      The adapters' tree with tuples as leaves: a ('features', in axis, 'rank') and b ('features',
+      'rank', out axis), `layers` where the kernel has it. A kernel of more than two dimensions
+      gives None for in and out axis: its axes do not say where its inputs end.
+
+    Raises:
+      ValueError: when an adapter's layer has no kernel in `base_axes`.
+    """
+    kernels = {p[:-1]: leaf for p, leaf in _leaves(base_axes) if p[-1] == "kernel"}
+    named = []
+    for path, leaf in _leaves(adapters):
+        dense = path[: path.index(CHILD)]
+        if dense not in kernels:
+            raise ValueError(
+                f"{'/'.join(dense)}: adapted, but its kernel has no entry among the base's axes"
+            )
+        kernel = tuple(kernels[dense] or ())
+        plain = tuple(name for name in kernel if name != layers)
+        d_in, d_out = plain if len(plain) == 2 else (None, None)
+        axes: tuple[str | None, ...]
+        axes = ("features", d_in, "rank") if path[-1] == "a" else ("features", "rank", d_out)
+        if len(_unbox(leaf).shape) == 4:
+            at = kernel.index(layers) if layers in kernel else 1
+            axes = (*axes[:at], layers, *axes[at:])
+        named.append((path, axes))
+    return _from_leaves(named)
