@@ -86,7 +86,7 @@ class EncoderDecoder:
         check_tokens(batch)
         feature_rng, dropout_rng = (None, None) if rng is None else jax.random.split(rng)
         with self._injected(self._active(batch, feature_rng), deterministic=rng is None):
-            return self.module.apply(
+            return self._apply(
                 {"params": params},
                 **_inputs(batch),
                 enable_dropout=rng is not None,
@@ -137,9 +137,7 @@ class EncoderDecoder:
         check_tokens(batch, ("encoder_input_tokens",))
         tokens = batch["encoder_input_tokens"]
         with self._injected(self._active(batch, None), deterministic=True):
-            encoded = self.module.apply(
-                {"params": params}, tokens, enable_dropout=False, method="encode"
-            )
+            encoded = self._apply({"params": params}, tokens, enable_dropout=False, method="encode")
             return decoding.greedy(
                 self._step_function(params, encoded, tokens, max_length),
                 self._empty_cache(params, encoded, tokens, max_length),
@@ -149,11 +147,14 @@ class EncoderDecoder:
                 finished=jnp.all(tokens == 0, axis=1),
             )
 
+    def _apply(self, variables: Params, *args: Any, **kwargs: Any) -> Any:
+        return self.module.apply(variables, *args, **kwargs)
+
     def _empty_cache(
         self, params: Params, encoded: Array, tokens: Array, max_length: int
     ) -> decoding.Cache:
         targets = jnp.zeros((tokens.shape[0], max_length), jnp.int32)
-        _, variables = self.module.apply(
+        _, variables = self._apply(
             {"params": params},
             encoded,
             tokens,
@@ -170,7 +171,7 @@ class EncoderDecoder:
         self, params: Params, encoded: Array, tokens: Array, max_length: int
     ) -> decoding.TokensToLogits:
         def tokens_to_logits(step_tokens: Array, cache: Any) -> tuple[Array, Any]:
-            logits, variables = self.module.apply(
+            logits, variables = self._apply(
                 {"params": params, "cache": cache},
                 encoded,
                 tokens,
@@ -247,6 +248,6 @@ def check_tokens(batch: Batch, names: tuple[str, ...] = _TOKENS) -> None:
             )
 
 
-def _inputs(batch: Batch) -> dict[str, Array]:
+def _inputs(batch: Batch) -> dict[str, Any]:
     """The arguments of the module's `__call__` that a batch has."""
     return {name: batch[name] for name in (*_TOKENS, *_PACKING) if name in batch}

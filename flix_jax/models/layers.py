@@ -53,7 +53,7 @@ class DenseGeneral(nn.Module):
         features = _as_tuple(self.features)
         axes = tuple(axis % inputs.ndim for axis in _as_tuple(self.axis))
         contracted = tuple(inputs.shape[axis] for axis in axes)
-        kernel = self.param(
+        kernel: Any = self.param(
             "kernel",
             nn.with_logical_partitioning(self.kernel_init, self.kernel_axes),
             (math.prod(contracted), math.prod(features)),
@@ -287,6 +287,8 @@ class MultiHeadAttention(nn.Module):
 
         # Logits are not divided by sqrt(head_dim): the query kernel starts that much smaller.
         query = project("query", _scaled_init(self.head_dim**-0.5), inputs_q)
+        key: Array
+        value: Array
         if cached and position is None:
             key = self.get_variable("cache", "cached_key")
             value = self.get_variable("cache", "cached_value")
@@ -325,9 +327,7 @@ class MultiHeadAttention(nn.Module):
             name="out",
         )(x)
 
-    def _keep_step(
-        self, key: Array, value: Array, position: Array | None
-    ) -> tuple[Array, Array]:
+    def _keep_step(self, key: Array, value: Array, position: Array | None) -> tuple[Array, Array]:
         """Makes the cache (position None) or writes one token's key and value into it."""
         kept = []
         for name, new in (("cached_key", key), ("cached_value", value)):
