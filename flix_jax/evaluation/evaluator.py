@@ -1,0 +1,372 @@
+"""Evaluation of cells through seqio: decode, score, write down, and never do a cell twice.
+
+Every cell is a seqio task with its own `seqio.Evaluator`, which holds the examples, decodes and
+postprocesses the model's tokens and calls the task's metrics. Prediction runs across cells: the
+rows of short cells share a batch, for the compiled batch size is fixed.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import absl.logging
+import numpy as np
+import seqio
+from etils import epath
+from jaxtyping import Int
+
+from flix_jax.data.cells import Cell
+from flix_jax.evaluation import files
+
+_logger = logging.getLogger(__name__)
+
+Batch = dict[str, np.ndarray]
+PredictFn = Callable[[Batch], Int[np.ndarray, "batch length"]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """How far an evaluation is. `cell` is the one just finished, or just predicted in part."""
+
+    cell: str
+    cells_done: int
+    cells: int
+    examples_done: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class CellEvaluator:
+    """Evaluates a model on one split of several cells.
+
+    Attributes:
+      tasks: the registered seqio task of each cell.
+      split: 'validation', 'test', or any other split of the tasks.
+      lengths: maximal tokens per task feature, at least of 'inputs' and 'targets'. Longer inputs
+        are cut; targets are scored whole, as text.
+      converter: a seqio feature converter that does not pack.
+      batch_size: rows of every batch given to `predict`; never fewer, never more.
+      examples_per_cell: at most so many examples of each cell, always the same ones, drawn from
+        the whole cell; None takes all, in the order of the file.
+      fingerprint: names what else the predictions depend on, such as the digest of a checkpoint; a
+        finished cell counts as finished only under the same fingerprint.
+    """
+
+    tasks: Mapping[Cell, str]
+    split: str
+    lengths: Mapping[str, int]
+    converter: seqio.FeatureConverter
+    batch_size: int
+    examples_per_cell: int | None = None
+    fingerprint: str = ""
+    _loaded: dict[str, "_LoadedCell"] = dataclasses.field(default_factory=dict, init=False)
+    _registered: dict[str, seqio.Task] = dataclasses.field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        if not self.tasks:
+            raise ValueError("no cells to evaluate")
+        names = [_stem(cell) for cell in self.tasks]
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise ValueError(f"several cells would write to one file: {', '.join(repeated)}")
+        if self.batch_size < 1:
+            raise ValueError(f"evaluation batch size must be at least 1, got {self.batch_size}")
+        if self.examples_per_cell is not None and self.examples_per_cell < 1:
+            raise ValueError(f"examples per cell must be at least 1, got {self.examples_per_cell}")
+        for feature in ("inputs", "targets"):
+            if self.lengths.get(feature, 0) < 1:
+                raise ValueError(
+                    f"evaluation needs a length of at least 1 for {feature!r}, got"
+                    f" {self.lengths.get(feature)}"
+                )
+        self._registered.update(
+            {name: seqio.TaskRegistry.get(name) for name in self.tasks.values()}
+        )
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """Names of the cells whose task does not have the split."""
+        return tuple(
+            cell.name
+            for cell, task in self.tasks.items()
+            if self.split not in self._registered[task].splits
+        )
+
+    def folder(self, run_dir: epath.PathLike, step: int) -> epath.Path:
+        """`evaluations/<step>` of a run for validation, a folder of the split's name in it else."""
+        folder = epath.Path(run_dir) / "evaluations" / str(step)
+        return folder if self.split == "validation" else folder / self.split
+
+    def evaluate(
+        self,
+        predict: PredictFn,
+        run_dir: epath.PathLike,
+        step: int,
+        *,
+        progress: Callable[[Progress], None] | None = None,
+    ) -> dict[str, dict[str, float]]:
+        """Scores every cell and writes its predictions.
+
+        Each cell is written as soon as its last row is predicted: `<cell>.jsonl` (such as
+        `ner.sw.jsonl`; inputs, targets, predictions as text and feature_ids, a line an example),
+        then `<cell>.scores.json`. A cell that has both, with the same split, lengths, number of
+        examples and fingerprint, is read and not predicted again.
+
+        Args:
+          predict: maps a batch of model features, numpy arrays `[batch_size, ...]`, to token ids
+            `[batch_size, length]`. The last batch is filled up with copies of its first row.
+          run_dir: the run's folder, local or in a bucket.
+          step: the training step of the parameters, for the folder's name.
+          progress: called after every batch and every finished cell.
+
+        Returns:
+          {cell name: {metric: value, 'examples': n}} in the order of `tasks`. A cell without the
+          split, or with no example in it, has only `'examples': 0`; a warning names it.
+
+        Raises:
+          ValueError: `predict` returned another shape or no integers; a task has no metrics.
+        """
+        folder = self.folder(run_dir, step)
+        results: dict[str, dict[str, float]] = {}
+        missing = set(self.missing)
+        for cell in self.tasks:
+            if cell.name in missing:
+                results[cell.name] = {"examples": 0}
+            elif (scores := self._finished(folder, cell)) is not None:
+                results[cell.name] = scores
+        pending = [cell for cell in self.tasks if cell.name not in results]
+        examples_done = sum(int(scores["examples"]) for scores in results.values())
+
+        def report(cell: Cell, examples: int = 0) -> None:
+            nonlocal examples_done
+            examples_done += examples
+            if progress is not None:
+                progress(Progress(cell.name, len(results), len(self.tasks), examples_done))
+
+        for cell, tokens in self._predict(predict, pending, report):
+            if len(tokens):
+                loaded = self._load(cell)
+                results[cell.name] = loaded.score(tokens, step)
+                self._write(folder, cell, loaded.lines(), results[cell.name])
+            else:
+                missing.add(cell.name)
+                results[cell.name] = {"examples": 0}
+            report(cell)
+        if missing:
+            _logger.warning(
+                "not evaluated, for want of a %s split: %s", self.split, ", ".join(sorted(missing))
+            )
+        return {cell.name: results[cell.name] for cell in self.tasks}
+
+    def _predict(
+        self,
+        predict: PredictFn,
+        cells: Sequence[Cell],
+        after_batch: Callable[[Cell, int], None],
+    ) -> Iterator[tuple[Cell, np.ndarray]]:
+        """Yields (cell, token ids [examples, length]) for every cell once its rows are predicted.
+
+        Calls `after_batch` with the cell of a batch's last row and the number of its rows.
+        """
+        waiting: list[tuple[Cell, Batch]] = []
+        done: dict[str, list[np.ndarray]] = {cell.name: [] for cell in cells}
+        unfinished = list(cells)
+
+        def flush() -> None:
+            filled = [row for _, row in waiting]
+            filled += filled[:1] * (self.batch_size - len(filled))
+            batch = {name: np.stack([row[name] for row in filled]) for name in filled[0]}
+            tokens = _checked_tokens(predict(batch), self.batch_size)
+            for (cell, _), row in zip(waiting, tokens, strict=False):
+                done[cell.name].append(row)
+            after_batch(waiting[-1][0], len(waiting))
+            waiting.clear()
+
+        def finished() -> Iterator[tuple[Cell, np.ndarray]]:
+            while unfinished and (loaded := self._loaded.get(unfinished[0].name)):
+                if len(done[unfinished[0].name]) < loaded.examples:
+                    return
+                cell = unfinished.pop(0)
+                yield cell, np.array(done.pop(cell.name))
+
+        for cell in cells:
+            for row in self._load(cell).rows():
+                waiting.append((cell, row))
+                if len(waiting) == self.batch_size:
+                    flush()
+                    yield from finished()
+        if waiting:
+            flush()
+        yield from finished()
+
+    def _load(self, cell: Cell) -> "_LoadedCell":
+        if cell.name not in self._loaded:
+            task = self._registered[self.tasks[cell]]
+            # Cells are loaded when they are needed, and seqio finds tasks by name only.
+            if seqio.TaskRegistry.get(task.name) is not task:
+                raise ValueError(
+                    f"seqio task {task.name!r} was registered anew after its evaluator"
+                )
+            with _quiet():
+                self._loaded[cell.name] = _LoadedCell(self, task)
+        return self._loaded[cell.name]
+
+    def _settings(self, cell: Cell) -> dict[str, Any]:
+        return {
+            "cell": cell.name,
+            "seqio_task": self.tasks[cell],
+            "split": self.split,
+            "lengths": dict(self.lengths),
+            "examples_per_cell": self.examples_per_cell,
+            "fingerprint": self.fingerprint,
+        }
+
+    def _write(
+        self, folder: epath.Path, cell: Cell, lines: Sequence[str], scores: Mapping[str, float]
+    ) -> None:
+        text = "".join(line + "\n" for line in lines)
+        files.write_text(_predictions_file(folder, cell), text)
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        files.write_json(
+            _scores_file(folder, cell),
+            self._settings(cell) | {"predictions_sha256": digest, "scores": dict(scores)},
+        )
+
+    def _finished(self, folder: epath.Path, cell: Cell) -> dict[str, float] | None:
+        record = files.read_json(_scores_file(folder, cell))
+        predictions = _predictions_file(folder, cell)
+        if record is None or not predictions.exists():
+            return None
+        if {key: record.get(key) for key in self._settings(cell)} != self._settings(cell):
+            return None
+        digest = hashlib.sha256(predictions.read_bytes()).hexdigest()
+        return record["scores"] if digest == record["predictions_sha256"] else None
+
+
+class _LoadedCell:
+    """A cell's examples in memory: as model features, and as seqio's evaluator holds them."""
+
+    def __init__(self, evaluator: CellEvaluator, task: seqio.Task):
+        self._task = task
+        self._evaluator = seqio.Evaluator(
+            task.name,
+            evaluator.converter,
+            eval_split=evaluator.split,
+            sequence_length=dict(evaluator.lengths),
+            num_examples=evaluator.examples_per_cell,
+            # A budget's examples come from the whole cell: files are often sorted by document.
+            shuffle=evaluator.examples_per_cell is not None,
+            logger_cls=[_KeepOutputs],
+            log_dir=os.devnull,  # Asked for by seqio; nothing is written to it.
+            async_compute_metrics=False,
+        )
+        if not self._evaluator.eval_tasks:
+            raise ValueError(f"seqio task {task.name!r} has no metrics to be evaluated by")
+        self._widths: dict[str, tuple[int, ...]] = {}
+        self._batches: list[Batch] = []
+        dataset = self._evaluator.cached_model_datasets[task.name]
+        for _, batch in dataset.batch(256).as_numpy_iterator():
+            self._widths = {name: array.shape[1:] for name, array in batch.items()}
+            self._batches.append({name: _cut_padding(array) for name, array in batch.items()})
+        self.examples = sum(len(next(iter(batch.values()))) for batch in self._batches)
+
+    def rows(self) -> Iterator[Batch]:
+        """Each example's model features, at their full length."""
+        for batch in self._batches:
+            whole = {name: _pad(array, self._widths[name]) for name, array in batch.items()}
+            for row in range(len(next(iter(whole.values())))):
+                yield {name: array[row] for name, array in whole.items()}
+
+    def score(self, tokens: Int[np.ndarray, "examples length"], step: int) -> dict[str, float]:
+        """The task's metrics of these predictions, by seqio, and the number of examples."""
+        future, _ = self._evaluator.evaluate(
+            compute_metrics=True, step=step, predict_fn=lambda *_: list(enumerate(tokens))
+        )
+        metrics = future.result()[self._task.name]
+        scores = {name: float(getattr(value, "value", value)) for name, value in metrics.items()}
+        return scores | {"examples": len(tokens)}
+
+    def lines(self) -> list[str]:
+        """The predictions last scored as lines of json."""
+        outputs = self._evaluator.loggers[0].outputs
+        feature_ids = [row for batch in self._batches for row in batch.get("feature_ids", ())]
+        dataset = self._evaluator.cached_task_datasets[self._task.name].as_numpy_iterator()
+        lines = []
+        for position, (example, prediction) in enumerate(zip(dataset, outputs, strict=True)):
+            record = {
+                "inputs": self._text(example, "inputs"),
+                "targets": self._text(example, "targets"),
+                "predictions": prediction,
+            }
+            if feature_ids:
+                record["feature_ids"] = feature_ids[position].tolist()
+            lines.append(json.dumps(record, ensure_ascii=False))
+        return lines
+
+    def _text(self, example: Mapping[str, Any], feature: str) -> str:
+        text = example.get(f"{feature}_pretokenized")
+        if text is None:
+            vocabulary = self._task.output_features[feature].vocabulary
+            return vocabulary.decode(example[feature].tolist())
+        return text.decode("utf-8") if isinstance(text, bytes) else text
+
+
+class _KeepOutputs(seqio.Logger):
+    """Keeps the decoded predictions of the last evaluation, which seqio hands to loggers only."""
+
+    outputs: Sequence[str] = ()
+
+    def __call__(self, task_name, step, metrics, dataset, inferences, targets) -> None:
+        self.outputs = inferences["output"]
+
+
+def _checked_tokens(tokens: Any, batch_size: int) -> np.ndarray:
+    tokens = np.asarray(tokens)
+    if tokens.ndim != 2 or len(tokens) != batch_size:
+        raise ValueError(
+            f"predict returned an array of shape {tokens.shape}; expected [{batch_size}, length]"
+        )
+    if not np.issubdtype(tokens.dtype, np.integer):
+        raise ValueError(f"predict returned {tokens.dtype}; expected integer token ids")
+    return tokens
+
+
+def _cut_padding(array: np.ndarray) -> np.ndarray:
+    """Drops the trailing columns that are zero in every row (`_pad` puts them back)."""
+    if array.ndim != 2:
+        return array
+    used = np.flatnonzero(array.any(axis=0))
+    return array[:, : used[-1] + 1 if len(used) else 0].copy()
+
+
+def _pad(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    if array.ndim != 2:
+        return array
+    return np.pad(array, ((0, 0), (0, shape[0] - array.shape[1])))
+
+
+def _stem(cell: Cell) -> str:
+    return cell.name.replace("/", ".").replace(":", ".")
+
+
+def _predictions_file(folder: epath.Path, cell: Cell) -> epath.Path:
+    return folder / f"{_stem(cell)}.jsonl"
+
+
+def _scores_file(folder: epath.Path, cell: Cell) -> epath.Path:
+    return folder / f"{_stem(cell)}.scores.json"
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences seqio's advice on lengths, which it logs as a warning for every cell."""
+    verbosity = absl.logging.get_verbosity()
+    absl.logging.set_verbosity(absl.logging.ERROR)
+    try:
+        yield
+    finally:
+        absl.logging.set_verbosity(verbosity)

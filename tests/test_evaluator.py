@@ -1,0 +1,246 @@
+"""Evaluation of cells through seqio, on tiny tasks in memory and a model that knows the answers."""
+
+import json
+import logging
+
+import numpy as np
+import pytest
+import seqio
+import tensorflow as tf
+
+from flix_jax.data.cells import Cell
+from flix_jax.data.converter import FlixFeatureConverter
+from flix_jax.evaluation import evaluator, metrics
+
+VOCABULARY = seqio.ByteVocabulary()
+LENGTHS = {"inputs": 24, "targets": 12, "feature_ids": 2}
+SIZES = {"ner/sw": 5, "ner/yo": 1, "topic/sw": 8, "topic/yo": 0}
+
+
+def register(cell, size):
+    def dataset_fn(split, shuffle_files=False, seed=None):
+        return tf.data.Dataset.from_tensor_slices(
+            {
+                "inputs": [f"{cell.name} {i} ሀ" for i in range(size)] or tf.zeros([0], tf.string),
+                "targets": [f"PER: {i}" for i in range(size)] or tf.zeros([0], tf.string),
+            }
+        )
+
+    def add_features(dataset):
+        ids = [0, 1] if cell.task == "ner" else [1, -1]
+        return dataset.map(lambda example: {**example, "feature_ids": tf.constant(ids, tf.int32)})
+
+    name = f"evaluator_test.{cell.task}.{cell.language}"
+    seqio.TaskRegistry.add(
+        name,
+        source=seqio.FunctionDataSource(dataset_fn, splits=["validation"]),
+        preprocessors=[
+            seqio.preprocessors.tokenize,
+            add_features,
+            seqio.preprocessors.append_eos_after_trim,
+        ],
+        output_features={
+            "inputs": seqio.Feature(VOCABULARY),
+            "targets": seqio.Feature(VOCABULARY),
+            "feature_ids": seqio.Feature(
+                seqio.PassThroughVocabulary(1), add_eos=False, dtype=tf.int32
+            ),
+        },
+        metric_fns=list(metrics.task_metrics(cell.task).metric_fns),
+    )
+    return name
+
+
+@pytest.fixture(scope="module")
+def tasks():
+    cells = {Cell(*name.split("/"), ""): size for name, size in SIZES.items()}
+    return {cell: register(cell, size) for cell, size in cells.items()}
+
+
+class Model:
+    """Answers `PER: <number in the input>`, wrongly for odd numbers of ner/sw; keeps batches."""
+
+    def __init__(self):
+        self.batches = []
+
+    def __call__(self, batch):
+        self.batches.append(batch)
+        tokens = np.zeros([len(batch["encoder_input_tokens"]), 10], np.int32)
+        for row, ids in enumerate(batch["encoder_input_tokens"]):
+            name, number, _ = VOCABULARY.decode(ids.tolist()).split()
+            wrong = name == "ner/sw" and int(number) % 2
+            answer = VOCABULARY.encode(f"{'LOC' if wrong else 'PER'}: {number}") + [1]
+            tokens[row, : len(answer)] = answer
+            # What follows the end of sequence is not part of the answer.
+            tokens[row, len(answer) :] = 77
+        return tokens
+
+
+def make(tasks, **settings):
+    settings = {"split": "validation", "lengths": LENGTHS, "batch_size": 4} | settings
+    return evaluator.CellEvaluator(tasks, converter=FlixFeatureConverter(num_slots=2), **settings)
+
+
+EXPECTED = {
+    # Right for 0, 2 and 4 of five; precision and recall are both 3/5.
+    "ner/sw": {"span_f1": pytest.approx(60), "exact_match": pytest.approx(60), "examples": 5},
+    "ner/yo": {"span_f1": pytest.approx(100), "exact_match": 100, "examples": 1},
+    "topic/sw": {"exact_match": 100, "examples": 8},
+    "topic/yo": {"examples": 0},
+}
+
+
+@pytest.fixture(scope="module")
+def run(tasks, tmp_path_factory):
+    """One evaluation of everything: (evaluator, run folder, model, scores, progress)."""
+    folder, model, progress = tmp_path_factory.mktemp("run"), Model(), []
+    cells = make(tasks)
+    scores = cells.evaluate(model, folder, 40, progress=progress.append)
+    return cells, folder, model, scores, progress
+
+
+def test_scores_every_cell_by_its_tasks_metrics(run):
+    assert run[3] == EXPECTED
+
+
+def test_cells_share_batches_of_one_size(run):
+    model = run[2]
+    assert len(model.batches) == -(-sum(SIZES.values()) // 4)
+    for batch in model.batches:
+        assert batch["encoder_input_tokens"].shape == (4, 24)
+        assert batch["decoder_target_tokens"].shape == (4, 12)
+    # The second batch holds the end of ner/sw, ner/yo and the beginning of topic/sw.
+    assert model.batches[1]["feature_ids"].tolist() == [[0, 1], [0, 1], [1, -1], [1, -1]]
+
+
+def test_writes_the_predictions_of_each_cell(run):
+    lines = (run[1] / "evaluations" / "40" / "ner.sw.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines][:2] == [
+        {
+            "inputs": "ner/sw 0 ሀ",
+            "targets": "PER: 0",
+            "predictions": "PER: 0",
+            "feature_ids": [0, 1],
+        },
+        {
+            "inputs": "ner/sw 1 ሀ",
+            "targets": "PER: 1",
+            "predictions": "LOC: 1",
+            "feature_ids": [0, 1],
+        },
+    ]
+    assert len(lines) == 5
+    assert not list(run[1].glob("**/*.tmp"))
+
+
+def test_progress_counts_up_to_all_examples_and_cells(run):
+    progress = run[4]
+    assert (progress[-1].cells_done, progress[-1].cells) == (4, 4)
+    assert progress[-1].examples_done == 14
+    done = [step.examples_done for step in progress]
+    assert done == sorted(done)
+
+
+def test_a_missing_split_is_named(run, tasks, tmp_path, caplog):
+    with caplog.at_level(logging.WARNING, "flix_jax"):
+        scores = make(tasks, split="test").evaluate(Model(), tmp_path, 0)
+    assert scores == {name: {"examples": 0} for name in SIZES}
+    assert "for want of a test split: ner/sw, ner/yo, topic/sw, topic/yo" in caplog.text
+    assert make(tasks, split="test").missing == tuple(SIZES)
+
+
+def test_a_finished_cell_is_not_predicted_again(run, tasks):
+    def predict(batch):
+        raise AssertionError("predicted again")
+
+    assert make(tasks).evaluate(predict, run[1], 40) == EXPECTED
+
+
+def test_an_interrupted_evaluation_goes_on_where_it_stood(run, tmp_path):
+    class Killed(Model):
+        def __call__(self, batch):
+            if len(self.batches) == 2:
+                raise KeyboardInterrupt
+            return super().__call__(batch)
+
+    cells = run[0]
+    with pytest.raises(KeyboardInterrupt):
+        cells.evaluate(Killed(), tmp_path, 3)
+    model = Model()
+    assert cells.evaluate(model, tmp_path, 3) == EXPECTED
+    # ner/sw and ner/yo had been written; only the eight rows of topic/sw remain.
+    assert len(model.batches) == 2
+    assert {tuple(row) for batch in model.batches for row in batch["feature_ids"]} == {(1, -1)}
+
+
+@pytest.mark.parametrize(
+    "change", [{"fingerprint": "another checkpoint"}, {"examples_per_cell": 3}, "a cut file"]
+)
+def test_what_was_made_otherwise_is_made_again(run, tasks, tmp_path, change):
+    run[0].evaluate(Model(), tmp_path, 0)
+    if change == "a cut file":
+        file = tmp_path / "evaluations" / "0" / "ner.yo.jsonl"
+        file.write_text(file.read_text()[:-9])
+        again = run[0]
+    else:
+        again = make(
+            {cell: task for cell, task in tasks.items() if cell.name == "ner/yo"}, **change
+        )
+    model = Model()
+    again.evaluate(model, tmp_path, 0)
+    assert len(model.batches) == 1
+
+
+def test_a_budget_takes_the_same_examples_each_time(tasks, tmp_path):
+    scores, inputs = [], []
+    for step in range(2):
+        cells = make(
+            {cell: task for cell, task in tasks.items() if cell.name == "topic/sw"},
+            examples_per_cell=3,
+        )
+        scores.append(cells.evaluate(Model(), tmp_path, step))
+        file = tmp_path / "evaluations" / str(step) / "topic.sw.jsonl"
+        inputs.append([json.loads(line)["inputs"] for line in file.read_text().splitlines()])
+    assert scores[0] == scores[1] == {"topic/sw": {"exact_match": 100, "examples": 3}}
+    assert inputs[0] == inputs[1] and len(set(inputs[0])) == 3
+
+
+def test_a_task_registered_anew_is_not_mistaken_for_the_old_one(tasks, tmp_path):
+    cell = Cell("ner", "am")
+    cells = make({cell: register(cell, 2)})
+    seqio.TaskRegistry.remove("evaluator_test.ner.am")
+    register(cell, 3)
+    with pytest.raises(ValueError, match="'evaluator_test.ner.am' was registered anew"):
+        cells.evaluate(Model(), tmp_path, 0)
+
+
+def test_splits_of_one_step_do_not_share_a_folder(tasks, tmp_path):
+    folders = {make(tasks, split=split).folder(tmp_path, 7) for split in ("validation", "test")}
+    assert folders == {tmp_path / "evaluations/7", tmp_path / "evaluations/7/test"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"batch_size": 0}, "batch size must be at least 1, got 0"),
+        ({"examples_per_cell": 0}, "examples per cell must be at least 1, got 0"),
+        ({"lengths": {"inputs": 8}}, "length of at least 1 for 'targets', got None"),
+    ],
+)
+def test_bad_settings_are_refused(tasks, settings, message):
+    with pytest.raises(ValueError, match=message):
+        make(tasks, **settings)
+    with pytest.raises(ValueError, match="no cells to evaluate"):
+        make({})
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (np.zeros([3, 5], np.int32), r"shape \(3, 5\); expected \[4, length\]"),
+        (np.zeros([4, 5], np.float32), "float32; expected integer"),
+    ],
+)
+def test_predictions_of_a_wrong_shape_are_refused(run, tmp_path, tokens, message):
+    with pytest.raises(ValueError, match=message):
+        run[0].evaluate(lambda batch: tokens, tmp_path, 0)
