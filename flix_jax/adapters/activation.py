@@ -6,11 +6,13 @@ outside the network, and reaches the network as weights: a rematerialised or sca
 needs no random numbers for it, and every layer sees the same subset.
 """
 
+from typing import Any
+
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from flix_jax.adapters.features import ABSENT, FeatureSpace
 
@@ -25,8 +27,9 @@ class ActiveFeatures:
         feature is absent or dropped.
     """
 
-    ids: Int[Array, "batch slots"]
-    weights: Float[Array, "batch slots"]
+    # No shapes here: JAX rebuilds a tree with shardings and the like in place of its arrays.
+    ids: Any
+    weights: Any
 
 
 def check_shape(space: FeatureSpace, ids, weights, place: str = "feature_ids") -> None:
@@ -47,8 +50,8 @@ def check_shape(space: FeatureSpace, ids, weights, place: str = "feature_ids") -
 
 def activate(
     space: FeatureSpace,
-    feature_ids: Int[Array | np.ndarray, "batch slots"],
-    feature_weights: Float[Array | np.ndarray, "batch slots"] | None = None,
+    feature_ids: Array | np.ndarray,
+    feature_weights: Array | np.ndarray | None = None,
     *,
     dropout_rng: Array | None = None,
 ) -> ActiveFeatures:

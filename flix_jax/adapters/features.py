@@ -17,7 +17,7 @@ import json
 import numbers
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from flax.core import FrozenDict
@@ -60,12 +60,12 @@ class FeatureType:
     """
 
     name: str
-    values: tuple[str, ...] | None = None
+    values: Sequence[str] | None = None
     rank: int = 4
     dropout: float = 0.0
     ranks: Mapping[str, int] = FrozenDict()
     dropouts: Mapping[str, float] = FrozenDict()
-    unknown: Literal["absent", "error"] = "absent"
+    unknown: str = "absent"
     slots: int = 1
 
     def __post_init__(self) -> None:
@@ -105,7 +105,7 @@ class FeatureType:
             if not isinstance(value, str) or not value:
                 raise ValueError(f"{place}: value {value!r}, expected a non-empty string")
         if len(set(self.values)) != len(self.values):
-            twice = next(v for v in self.values if self.values.count(v) > 1)
+            twice = next(v for v in self.values if self.known_values.count(v) > 1)
             raise ValueError(f"{place}: value {twice!r} is named more than once")
         for field in ("ranks", "dropouts"):
             for value in getattr(self, field):
@@ -123,7 +123,7 @@ class FeatureType:
                 f"feature type {self.name!r}: its values are not known yet, expected "
                 "FeatureSpace.complete(columns) to have filled them"
             )
-        return self.values
+        return tuple(self.values)
 
     @property
     def num_values(self) -> int:
@@ -153,7 +153,7 @@ class FeatureType:
         ranks = np.asarray(self.value_ranks)
         scale = np.ones(len(ranks)) if alpha is None else alpha / ranks
         inside = np.arange(self.max_rank)[None, :] < ranks[:, None]
-        return (scale[:, None] * inside).astype(np.float32)
+        return scale[:, None] * inside
 
     def id_of(self, value: str) -> int:
         """The id of `value`, or ABSENT; ValueError where `unknown` is 'error'."""
@@ -194,7 +194,7 @@ class FeatureSpace:
       ValueError: when there is no type, or two of one name.
     """
 
-    types: tuple[FeatureType, ...]
+    types: Sequence[FeatureType]
     rescale: bool = False
     keep_one: bool = False
 
@@ -323,8 +323,8 @@ class FeatureSpace:
             types.append(t)
         return dataclasses.replace(self, types=tuple(types))
 
-    def validate_ids(self, ids: Int[np.ndarray, "rows slots"]) -> None:
-        """Checks the ids of a batch on the host.
+    def validate_ids(self, ids: np.ndarray) -> None:
+        """Checks the ids of a batch, integers [..., num_slots], on the host.
 
         Raises:
           ValueError: naming row, slot, value and bound of the first id that is out of range, or
@@ -394,10 +394,10 @@ class FeatureSpace:
         return None
 
 
-def _values_difference(mine: tuple[str, ...] | None, theirs: tuple[str, ...] | None) -> str:
+def _values_difference(mine: Sequence[str] | None, theirs: Sequence[str] | None) -> str:
     if mine is None or theirs is None:
         return "its values are known on one side only"
     for here, there in zip(mine, theirs, strict=False):
         if here != there:
-            return f"id {mine.index(here)} is {here!r} here and {there!r} there"
+            return f"id {list(mine).index(here)} is {here!r} here and {there!r} there"
     return f"{len(mine)} values here and {len(theirs)} there"

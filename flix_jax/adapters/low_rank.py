@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from flix_jax.adapters.activation import ActiveFeatures, check_shape
-from flix_jax.adapters.features import FeatureSpace, FeatureType
+from flix_jax.adapters.features import ABSENT, FeatureSpace, FeatureType
 
 Bank = tuple[Array, Array]
 
@@ -103,14 +103,14 @@ def _coefficients(
 ) -> Array:
     """c: [batch, slots of the type × rank], weight times scale, 0 beyond a value's rank."""
     slots = space.slots(t)
-    weights = _columns(active.weights, slots)
+    ids = _columns(active.ids, slots)
+    weights = jnp.where(ids == ABSENT, 0.0, _columns(active.weights, slots))
+    scales = jnp.asarray(t.scales(alpha), weights.dtype)  # [values, rank]
     if t.num_values == 1:
         # One value in several slots is one update with the sum of their weights.
-        scale = jnp.asarray(t.scales(alpha))[0]
-        return weights.sum(axis=1, keepdims=True) * scale[None, :]
-    ids = _columns(active.ids, slots)
-    scales = jnp.take(jnp.asarray(t.scales(alpha)), ids, axis=0, mode="clip")
-    return (weights[:, :, None] * scales).reshape(weights.shape[0], -1)
+        return weights.sum(axis=1, keepdims=True) * scales
+    by_slot = weights[:, :, None] * jnp.take(scales, ids, axis=0, mode="clip")
+    return by_slot.reshape(weights.shape[0], -1)
 
 
 def _accumulator(x: Array):
