@@ -1,0 +1,169 @@
+"""Checkpoints of what is trained, with orbax: never the base, which is named by its digest.
+
+A step's folder holds ``trained`` (parameters), ``optimizer`` (its state), ``data`` (the position
+in the example sequence) and ``identity`` (the feature space, the base's digest and whatever else
+must agree before these arrays mean anything).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from flix_jax.training.step import TrainState
+
+logger = logging.getLogger(__name__)
+
+
+def digest(params: Any) -> str:
+    """A digest of a parameter tree: its names, shapes, dtypes and bytes."""
+    total = hashlib.blake2b(digest_size=16)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        array = np.ascontiguousarray(leaf)
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        total.update(f"{name} {array.dtype} {array.shape}\n".encode())
+        total.update(array.reshape(-1).view(np.uint8).data)
+    return total.hexdigest()
+
+
+class Checkpoints:
+    """The checkpoints of one run, ``<directory>/<step>``.
+
+    Args:
+      directory: where they are, local or a bucket.
+      identity: name -> text of everything that the arrays depend on. It is saved with each step,
+        and what is named here is compared when one is restored.
+      keep: how many of the newest steps are kept; None keeps all.
+    """
+
+    def __init__(
+        self, directory: epath.PathLike, identity: Mapping[str, str], *, keep: int | None = None
+    ) -> None:
+        self.directory = epath.Path(directory).resolve()
+        self._identity = dict(identity)
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
+            item_handlers={
+                "trained": ocp.StandardCheckpointHandler(),
+                "optimizer": ocp.StandardCheckpointHandler(),
+                "data": ocp.JsonCheckpointHandler(),
+                "identity": ocp.JsonCheckpointHandler(),
+            },
+        )
+
+    def latest_step(self) -> int | None:
+        """The newest whole checkpoint, None if there is none."""
+        return self._manager.latest_step()
+
+    def all_steps(self) -> tuple[int, ...]:
+        """The steps that are there, ascending."""
+        return tuple(sorted(self._manager.all_steps()))
+
+    def save(self, state: TrainState, data_state: Mapping[str, Any]) -> None:
+        """Starts to save; the arrays are copied before this returns, the writing goes on."""
+        self._manager.save(
+            int(state.step),
+            args=ocp.args.Composite(
+                trained=ocp.args.StandardSave(state.trained),
+                optimizer=ocp.args.StandardSave(_leaves(state.opt_state)),
+                data=ocp.args.JsonSave(dict(data_state)),
+                identity=ocp.args.JsonSave(self._identity),
+            ),
+        )
+
+    def restore(
+        self, template: TrainState, step: int | None = None
+    ) -> tuple[TrainState, dict[str, Any]]:
+        """The state and the data position of ``step`` (the newest by default).
+
+        Args:
+          template: arrays or shapes with the shardings that are wanted.
+          step: one of ``all_steps()``.
+
+        Raises:
+          ValueError: no such step, another identity, or arrays of other names, shapes or dtypes.
+        """
+        wanted = {"trained": template.trained, "optimizer": _leaves(template.opt_state)}
+        step, items = self._restore(step, wanted, data=ocp.args.JsonRestore())
+        opt_state = jax.tree.unflatten(
+            jax.tree.structure(template.opt_state), list(items["optimizer"].values())
+        )
+        count = jax.device_put(np.int32(step), template.step.sharding)
+        return TrainState(count, items["trained"], opt_state), items["data"]
+
+    def restore_trained(self, template: Any, step: int | None = None) -> tuple[Any, int]:
+        """The trained parameters alone and the step that they are of; raises as ``restore``."""
+        step, items = self._restore(step, {"trained": template})
+        return items["trained"], step
+
+    def wait(self) -> None:
+        """Returns when everything that was begun is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, then releases the manager's threads."""
+        self._manager.close()
+
+    def _restore(
+        self, step: int | None, wanted: Mapping[str, Any], **others: Any
+    ) -> tuple[int, Mapping[str, Any]]:
+        steps = self.all_steps()
+        if not steps:
+            raise ValueError(f"no checkpoint in {self.directory}")
+        step = steps[-1] if step is None else step
+        if step not in steps:
+            raise ValueError(f"no checkpoint of step {step} in {self.directory}, only {steps}")
+        self._check_identity(step)
+        metadata = self._manager.item_metadata(step)
+        for name, tree in wanted.items():
+            _check_arrays(f"{self.directory / str(step) / name}", metadata[name], tree)
+        args = {name: ocp.args.StandardRestore(tree) for name, tree in wanted.items()}
+        return step, self._manager.restore(step, args=ocp.args.Composite(**args, **others))
+
+    def _check_identity(self, step: int) -> None:
+        args = ocp.args.Composite(identity=ocp.args.JsonRestore())
+        saved = self._manager.restore(step, args=args)["identity"]
+        for name, here in self._identity.items():
+            if saved.get(name) != here:
+                raise ValueError(
+                    f"checkpoint {self.directory / str(step)} has another {name}: saved "
+                    f"{_short(saved.get(name))}, here {_short(here)}"
+                )
+
+
+def _leaves(opt_state: Any) -> dict[str, Any]:
+    # Optimizer states are named tuples, whose saved form would depend on optax's classes.
+    return {f"{i:05d}": leaf for i, leaf in enumerate(jax.tree.leaves(opt_state))}
+
+
+def _check_arrays(where: str, saved: Any, wanted: Any) -> None:
+    there, here = _specs(saved), _specs(wanted)
+    for name in sorted({*there, *here}):
+        if there.get(name) != here.get(name):
+            raise ValueError(
+                f"checkpoint {where}: array {name} is {there.get(name, 'absent')} there, "
+                f"{here.get(name, 'absent')} here"
+            )
+
+
+def _specs(tree: Any) -> dict[str, str]:
+    """Leaf name -> ``dtype[shape]``, for arrays, shapes and orbax's metadata alike."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): (
+            f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
+        )
+        for path, leaf in leaves
+    }
+
+
+def _short(text: str | None) -> str:
+    return str(text) if len(str(text)) <= 200 else f"{str(text)[:200]}…"

@@ -1,0 +1,60 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from flix_jax.training.checkpoints import Checkpoints
+from flix_jax.training.reporting import Reporter
+from flix_jax.training.step import Batch, Metrics, TrainState
+
+
+class Batches(Protocol):
+    """An iterator of batches on the device, whose position can be saved."""
+
+    def __next__(self) -> Batch: ...
+
+    def state(self) -> Mapping[str, Any]: ...
+
+
+def fit(
+    state: TrainState,
+    frozen: Any,
+    *,
+    step_fn: Callable[[TrainState, Any, Batch], tuple[TrainState, Metrics]],
+    batches: Batches,
+    checkpoints: Checkpoints,
+    reporter: Reporter,
+    total_steps: int,
+    save_every: int,
+    eval_every: int | None = None,
+    evaluate: Callable[[int, Any], Mapping[str, Mapping[str, float]]] | None = None,
+) -> TrainState:
+    """Trains from ``state.step`` to ``total_steps``.
+
+    Args:
+      state: where to start; its buffers are donated to the first step.
+      frozen: the parameters that are not trained.
+      step_fn: the jitted step, ``(state, frozen, batch) -> (state, metrics)``.
+      batches: stands at the batch that follows ``state.step``.
+      checkpoints: saved every ``save_every`` steps and at the end.
+      reporter: takes every step's metrics.
+      evaluate: ``(step, trained) -> scores`` per cell, every ``eval_every`` steps.
+
+    Returns:
+      The state at ``total_steps``, saved.
+    """
+    for step in range(int(state.step) + 1, total_steps + 1):
+        state, metrics = step_fn(state, frozen, next(batches))
+        reporter.step(step, metrics)
+
+        if evaluate and eval_every and step % eval_every == 0:
+            reporter.scores(step, evaluate(step, state.trained))
+
+        if step % save_every == 0 or step == total_steps:
+            checkpoints.save(state, batches.state())
+            reporter.sync()
+
+    checkpoints.wait()
+    return state

@@ -1,0 +1,120 @@
+"""Optimizers from optax, with the schedules that the T5 family is trained with.
+
+The transformation sees the trained parameters only (the adapters; everything in pretraining), so
+its state is as small as they are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import optax
+
+OPTIMIZERS = ("adafactor", "adamw", "sgd")
+SCHEDULES = ("constant", "linear", "cosine", "rsqrt")
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """A learning rate as a function of the step.
+
+    Attributes:
+      kind: ``constant``; ``linear`` or ``cosine`` decay to zero at the run's last step; ``rsqrt``,
+        T5's pretraining decay ``learning_rate * sqrt(warmup_steps / max(step, warmup_steps))``.
+      learning_rate: the peak.
+      warmup_steps: steps of linear warm-up from zero, for every kind.
+    """
+
+    kind: str = "constant"
+    learning_rate: float = 1e-3
+    warmup_steps: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind not in SCHEDULES:
+            raise ValueError(f"Schedule.kind {self.kind!r} is none of {list(SCHEDULES)}")
+        if not self.learning_rate > 0:
+            raise ValueError(f"Schedule.learning_rate must be positive, got {self.learning_rate}")
+        if self.warmup_steps < 0:
+            raise ValueError(f"Schedule.warmup_steps must be at least 0, got {self.warmup_steps}")
+
+    @property
+    def depends_on_total_steps(self) -> bool:
+        """Whether a longer run has another learning rate at the same step."""
+        return self.kind in ("linear", "cosine")
+
+    def build(self, total_steps: int) -> Callable[[jax.typing.ArrayLike], jax.typing.ArrayLike]:
+        """The optax schedule of a run of ``total_steps`` steps.
+
+        Raises:
+          ValueError: the warm-up outlasts the run.
+        """
+        peak, warmup = self.learning_rate, self.warmup_steps
+        if warmup >= total_steps:
+            raise ValueError(
+                f"Schedule.warmup_steps {warmup} is not below the run's total_steps {total_steps}"
+            )
+        if self.kind == "constant":
+            decay: optax.Schedule = optax.constant_schedule(peak)
+        elif self.kind == "linear":
+            decay = optax.linear_schedule(peak, 0.0, total_steps - warmup)
+        elif self.kind == "cosine":
+            decay = optax.cosine_decay_schedule(peak, total_steps - warmup)
+        else:
+            offset = max(warmup, 1)
+
+            def decay(step: jax.typing.ArrayLike) -> jax.Array:
+                return peak * (offset / (offset + jax.numpy.maximum(step, 0))) ** 0.5
+
+        if not warmup:
+            return decay
+        return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), decay], [warmup])
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """An optax optimizer over the trained parameters.
+
+    Attributes:
+      name: ``adafactor`` (T5's; factored second moments, no momentum), ``adamw`` or ``sgd``.
+      schedule: the learning rate.
+      weight_decay: decoupled, times the learning rate, for every optimizer.
+      clip_norm: global norm to which gradients are clipped; None leaves them.
+      b1, b2, eps: AdamW's.
+      multiply_by_parameter_scale: Adafactor's relative step sizes (T5's choice in pretraining). A
+        low-rank ``b`` starts at zero, so that its steps are then tiny at first.
+    """
+
+    name: str = "adamw"
+    schedule: Schedule = Schedule()
+    weight_decay: float = 0.0
+    clip_norm: float | None = 1.0
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    multiply_by_parameter_scale: bool = False
+
+    def __post_init__(self) -> None:
+        if self.name not in OPTIMIZERS:
+            raise ValueError(f"Optimizer.name {self.name!r} is none of {list(OPTIMIZERS)}")
+        if self.weight_decay < 0:
+            raise ValueError(f"Optimizer.weight_decay must be >= 0, got {self.weight_decay}")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ValueError(f"Optimizer.clip_norm must be positive or None, got {self.clip_norm}")
+
+    def build(self, total_steps: int) -> optax.GradientTransformation:
+        """The transformation of a run of ``total_steps`` steps."""
+        parts = []
+        if self.clip_norm is not None:
+            parts.append(optax.clip_by_global_norm(self.clip_norm))
+        if self.name == "adafactor":
+            parts += [optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)]
+            if self.multiply_by_parameter_scale:
+                parts.append(optax.scale_by_param_block_rms())
+        elif self.name == "adamw":
+            parts.append(optax.scale_by_adam(b1=self.b1, b2=self.b2, eps=self.eps))
+        if self.weight_decay:
+            parts.append(optax.add_decayed_weights(self.weight_decay))
+        parts.append(optax.scale_by_learning_rate(self.schedule.build(total_steps)))
+        return optax.chain(*parts)

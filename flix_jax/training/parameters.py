@@ -1,0 +1,136 @@
+"""What of a model is trained and what is frozen: shapes, shardings and first values of both."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from jax.sharding import Mesh
+
+from flix_jax.adapters import tree
+from flix_jax.training import partitioning
+from flix_jax.training.step import TrainState
+
+
+class Model(Protocol):
+    """Anything that makes its parameters from the shapes of a batch."""
+
+    def init(self, rng: jax.Array, batch_shapes: Mapping[str, tuple[int, ...]]) -> Any: ...
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Parameters:
+    """The parameters of a model on a mesh, split into trained and frozen.
+
+    Nothing is computed until ``random`` or ``from_base`` is called, and then everything is made
+    already sharded.
+
+    Attributes:
+      model: makes the parameters, adapters included.
+      batch_shapes: the shapes of a batch of one example.
+      mesh: where they live.
+      adapters: whether the adapters alone are trained.
+      trainable: without adapters, patterns over parameter paths; None trains everything.
+    """
+
+    model: Model
+    batch_shapes: Mapping[str, tuple[int, ...]]
+    mesh: Mesh
+    adapters: bool
+    trainable: tuple[str, ...] | None = None
+
+    def split(self, params: Any) -> tuple[Any, Any]:
+        """(trained, frozen) of a whole tree."""
+        if self.adapters:
+            base, adapters = tree.split_adapters(params)
+            return adapters, base
+        if self.trainable is not None:
+            return tree.split_by_pattern(params, self.trainable)
+        return params, {}
+
+    @functools.cached_property
+    def templates(self) -> tuple[Any, Any]:
+        """(trained, frozen) as ``jax.ShapeDtypeStruct`` with shardings."""
+        boxed = jax.eval_shape(self._init, jax.random.key(0))
+        shapes, axes = nn.unbox(boxed), partitioning.logical_axes(boxed)
+        if self.adapters:
+            base_axes, _ = tree.split_adapters(axes)
+            _, adapters = tree.split_adapters(shapes)
+            axes = tree.join(base_axes, tree.adapter_logical_axes(adapters, base_axes))
+        shardings = partitioning.param_shardings(self.mesh, axes, shapes)
+        return self.split(jax.tree.map(_with_sharding, shapes, shardings))
+
+    @property
+    def base_template(self) -> Any:
+        """The whole base, as ``from_base`` takes it."""
+        trained, frozen = self.templates
+        return frozen if self.adapters else tree.join(trained, frozen)
+
+    def random(self, seed: int) -> tuple[Any, Any]:
+        """(trained, frozen), both freshly initialised."""
+        shardings = jax.tree.map(lambda x: x.sharding, self.templates)
+        init = jax.jit(lambda key: self.split(nn.unbox(self._init(key))), out_shardings=shardings)
+        return init(jax.random.key(seed))
+
+    def from_base(self, base: Any, seed: int, dtype: str | None = None) -> tuple[Any, Any]:
+        """(trained, frozen) around the parameters of a base; adapters are freshly initialised.
+
+        Args:
+          base: a tree as ``base_template`` describes it.
+          seed: of the adapters.
+          dtype: to which the frozen part is cast; None leaves it.
+        """
+        if self.adapters:
+            # Compiled for the adapters alone, so that the base's own initial values are not made.
+            shardings = jax.tree.map(lambda x: x.sharding, self.templates[0])
+            init = jax.jit(
+                lambda key: self.split(nn.unbox(self._init(key)))[0], out_shardings=shardings
+            )
+            trained, frozen = init(jax.random.key(seed)), base
+        else:
+            trained, frozen = self.split(base)
+        if dtype is not None:
+            frozen = jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), frozen)
+        return trained, frozen
+
+    def state_template(self, optimizer: optax.GradientTransformation) -> TrainState:
+        """The train state as ``jax.ShapeDtypeStruct`` with shardings.
+
+        Moments are sharded as their parameters are; what has another shape (factored moments,
+        counters) is replicated.
+        """
+        trained = self.templates[0]
+        state = jax.eval_shape(lambda x: TrainState.create(x, optimizer), trained)
+        whole = partitioning.replicated(self.mesh)
+
+        def like_parameter(leaf: Any, parameter: Any) -> Any:
+            same = leaf.shape == parameter.shape
+            return _with_sharding(leaf, parameter.sharding if same else whole)
+
+        opt_state = optax.tree.map_params(
+            optimizer,
+            like_parameter,
+            state.opt_state,
+            trained,
+            transform_non_params=lambda leaf: _with_sharding(leaf, whole),
+        )
+        return TrainState(_with_sharding(state.step, whole), trained, opt_state)
+
+    def create_state(self, trained: Any, optimizer: optax.GradientTransformation) -> TrainState:
+        """The state before the first step, sharded as its template."""
+        shardings = jax.tree.map(lambda x: x.sharding, self.state_template(optimizer))
+        create = jax.jit(lambda x: TrainState.create(x, optimizer), out_shardings=shardings)
+        return create(trained)
+
+    def _init(self, key: jax.Array) -> Any:
+        return self.model.init(key, self.batch_shapes)
+
+
+def _with_sharding(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

@@ -1,0 +1,187 @@
+"""What a run says while it runs: the console, ``metrics.jsonl`` and TensorBoard.
+
+Metrics stay on the device until the window that they belong to is over and the next step has been
+dispatched, so that reporting never makes a step wait.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from etils import epath
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+
+class Reporter:
+    """Writes the metrics of a run, averaged over windows of ``log_every`` steps.
+
+    Lines of ``metrics.jsonl`` hold ``step``, ``loss``, ``z_loss``, ``accuracy``, ``grad_norm``
+    (means over the window), ``tokens`` (target tokens since the start of this process),
+    ``tokens_per_second``, ``steps_per_second`` and ``data_wait`` (share of the window's time spent
+    waiting for data); lines of evaluations hold ``step`` and ``<cell>/<metric>``.
+
+    Args:
+      run_dir: the run's folder.
+      total_steps: the last step.
+      start_step: the step that the run goes on from; lines of later steps are dropped.
+      log_every: the window in steps.
+      wait_seconds: the time so far in which the loop waited for data.
+      title: what is running, before the progress bar.
+    """
+
+    def __init__(
+        self,
+        run_dir: epath.PathLike,
+        *,
+        total_steps: int,
+        start_step: int,
+        log_every: int,
+        wait_seconds: Callable[[], float],
+        title: str = "train",
+    ) -> None:
+        self._path = epath.Path(run_dir) / "metrics.jsonl"
+        self._lines = [x for x in read_metrics(self._path) if x["step"] <= start_step]
+        self._events = EventFileWriter(str(epath.Path(run_dir) / "tensorboard"))
+        self._log_every = log_every
+        self._wait_seconds = wait_seconds
+        self._pending: list[tuple[int, Any]] = []
+        self._tokens = 0.0
+        self._written = 0.0
+        self._total = total_steps
+        self._title = title
+        self._console = Console(stderr=True)
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[values]}"),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._progress.add_task(
+            title, total=total_steps, completed=start_step, values="compiling"
+        )
+        self._progress.start()
+        self._start_window()
+        self._started = (start_step, time.monotonic())
+
+    def step(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
+        """Takes a step's metrics, still on the device."""
+        if len(self._pending) >= self._log_every:
+            self.flush()
+        self._pending.append((step, metrics))
+        if self._progress.live.is_started:
+            self._progress.update(self._task, completed=step)
+
+    def flush(self) -> None:
+        """Fetches the window's metrics and writes them."""
+        if not self._pending:
+            return
+        steps, values = zip(*self._pending, strict=True)
+        self._pending = []
+        values = jax.device_get(values)
+        now = time.monotonic()
+        seconds = now - self._window_start
+        tokens = float(sum(value.pop("tokens") for value in values))
+        self._tokens += tokens
+        line = {
+            "step": steps[-1],
+            **{k: float(sum(v[k] for v in values) / len(values)) for k in values[0]},
+            "tokens": self._tokens,
+            "tokens_per_second": tokens / seconds,
+            "steps_per_second": len(steps) / seconds,
+            "data_wait": (self._wait_seconds() - self._window_wait) / seconds,
+        }
+        self._write(line, prefix="train/")
+        self._show(line)
+        self._start_window()
+
+    def scores(self, step: int, scores: Mapping[str, Mapping[str, float]]) -> None:
+        """Writes the scores of an evaluation, one entry per cell and metric."""
+        self.flush()
+        flat = {f"{cell}/{name}": float(v) for cell, s in scores.items() for name, v in s.items()}
+        self._write({"step": step, **flat}, prefix="evaluation/")
+        self._start_window()
+
+    def say(self, text: str) -> None:
+        """Prints a line above the progress bar."""
+        self._console.print(text, highlight=False, soft_wrap=True)
+
+    def sync(self) -> None:
+        """Puts all that was reported on disk."""
+        self.flush()
+        self._store()
+        self._events.flush()
+
+    def close(self) -> None:
+        """Writes what is pending and gives the console back."""
+        self.sync()
+        self._progress.stop()
+        self._events.close()
+
+    def _start_window(self) -> None:
+        self._window_start = time.monotonic()
+        self._window_wait = self._wait_seconds()
+
+    def _write(self, line: dict[str, Any], prefix: str) -> None:
+        self._lines.append(line)
+        values = [
+            Summary.Value(tag=prefix + k, simple_value=v) for k, v in line.items() if k != "step"
+        ]
+        self._events.add_event(
+            Event(wall_time=time.time(), step=line["step"], summary=Summary(value=values))
+        )
+        if time.monotonic() - self._written > 10:
+            self._store()
+
+    def _store(self) -> None:
+        # Whole, since a bucket knows no appending; a rename where there is one, so that a reader
+        # never sees half a file.
+        text = "".join(json.dumps(line) + "\n" for line in self._lines)
+        part = self._path.with_suffix(".part")
+        part.write_text(text)
+        part.replace(self._path)
+        self._written = time.monotonic()
+
+    def _show(self, line: Mapping[str, float]) -> None:
+        values = (
+            f"loss {line['loss']:.4f}  accuracy {line['accuracy']:.3f}  "
+            f"{line['tokens_per_second']:,.0f} tokens/s  waiting {line['data_wait']:.1%}"
+        )
+        if self._progress.live.is_started:
+            self._progress.update(self._task, values=values)
+            return
+        first, then = self._started
+        rate = (line["step"] - first) / (time.monotonic() - then)
+        left = (self._total - line["step"]) / rate
+        self.say(f"{self._title}: step {line['step']}/{self._total}  {values}  {left:.0f} s left")
+
+
+def read_metrics(path: epath.PathLike) -> list[dict[str, Any]]:
+    """The lines of a ``metrics.jsonl``; a last line that was cut short is left out.
+
+    Raises:
+      ValueError: any other line is not json, with file and line number.
+    """
+    path = epath.Path(path)
+    if not path.exists():
+        return []
+    lines = path.read_text().splitlines()
+    values = []
+    for number, text in enumerate(lines, 1):
+        try:
+            values.append(json.loads(text))
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                break
+            raise ValueError(f"{path}:{number}: not a line of json: {error}") from None
+    return values

@@ -1,0 +1,95 @@
+"""The jitted train step: one program, differentiated with respect to what is trained only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from flix_jax.adapters import tree
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+#: (params, batch, rng) -> (sum of the loss over target tokens, sums for the metrics).
+LossFn = Callable[..., tuple[jax.Array, Metrics]]
+
+
+class TrainState(struct.PyTreeNode):
+    """What a step changes, and all that a checkpoint holds of the parameters.
+
+    Attributes:
+      step: int32 scalar, the number of updates made.
+      trained: the trained parameters (the adapters; everything in full fine-tuning).
+      opt_state: the optimizer's state over them.
+    """
+
+    step: jax.Array
+    trained: Any
+    opt_state: Any
+
+    @classmethod
+    def create(cls, trained: Any, optimizer: optax.GradientTransformation) -> TrainState:
+        """The state before the first step."""
+        return cls(jnp.zeros([], jnp.int32), trained, optimizer.init(trained))
+
+
+def train_step(
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    *,
+    seed: int,
+    microbatches: int = 1,
+) -> Callable[[TrainState, Any, Batch], tuple[TrainState, Metrics]]:
+    """The function ``(state, frozen, batch) -> (state, metrics)``, to be jitted with donated state.
+
+    The loss is the mean over the target tokens of the global batch, whatever the number of
+    microbatches. Randomness is a function of (seed, step, microbatch) alone.
+
+    Metrics are float32 scalars: ``loss`` and ``z_loss`` per target token, ``accuracy`` (of tokens,
+    teacher forced), ``tokens`` (target tokens in the batch) and ``grad_norm`` (before clipping).
+    """
+
+    def gradients(trained: Any, frozen: Any, batch: Batch, rng: jax.Array) -> tuple[Any, Metrics]:
+        def total(trained: Any) -> tuple[jax.Array, Metrics]:
+            return loss_fn(tree.join(frozen, trained), batch, rng=rng)
+
+        return jax.grad(total, has_aux=True)(trained)
+
+    def accumulated(trained: Any, frozen: Any, batch: Batch, rng: jax.Array) -> tuple[Any, Metrics]:
+        # Every microbatch takes rows from all shards of the batch: [B] -> [B / M, M] -> [M, B / M].
+        parts = jax.tree.map(
+            lambda x: jnp.moveaxis(x.reshape(-1, microbatches, *x.shape[1:]), 1, 0), batch
+        )
+        rngs = jax.random.split(rng, microbatches)
+        shapes = jax.eval_shape(
+            gradients, trained, frozen, jax.tree.map(lambda x: x[0], parts), rngs[0]
+        )
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
+
+        def add(sums: Any, part: tuple[Batch, jax.Array]) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, sums, gradients(trained, frozen, *part)), None
+
+        return jax.lax.scan(add, zeros, (parts, rngs))[0]
+
+    def step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Metrics]:
+        rng = jax.random.fold_in(jax.random.key(seed), state.step)
+        compute = gradients if microbatches == 1 else accumulated
+        grads, sums = compute(state.trained, frozen, batch, rng)
+        tokens = jnp.maximum(sums["weight"], 1.0)
+        grads = jax.tree.map(lambda g: g / tokens, grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.trained)
+        metrics = {
+            "loss": sums["loss"] / tokens,
+            "z_loss": sums["z_loss"] / tokens,
+            "accuracy": sums["correct"] / tokens,
+            "tokens": sums["weight"],
+            "grad_norm": optax.tree.norm(grads),
+        }
+        trained = optax.apply_updates(state.trained, updates)
+        return TrainState(state.step + 1, trained, opt_state), metrics
+
+    return step

@@ -1,0 +1,44 @@
+"""What a run writes down: windows, restarts and torn files."""
+
+import jax.numpy as jnp
+import pytest
+
+from flix_jax.training.reporting import Reporter, read_metrics
+
+
+def report(run_dir, steps, *, start=0, log_every=2, scores_at=()):
+    reporter = Reporter(
+        run_dir, total_steps=10, start_step=start, log_every=log_every, wait_seconds=lambda: 0.0
+    )
+    for step in steps:
+        reporter.step(step, {"loss": jnp.float32(step), "accuracy": jnp.float32(0.5),
+                             "tokens": jnp.float32(8)})
+        if step in scores_at:
+            reporter.scores(step, {"ner/sw": {"span_f1": 12.5}})
+    reporter.close()
+    return read_metrics(run_dir / "metrics.jsonl")
+
+
+def test_lines_are_means_over_windows(tmp_path):
+    lines = report(tmp_path, range(1, 6), scores_at=(4,))
+    assert [(x["step"], x.get("loss")) for x in lines] == [(2, 1.5), (4, 3.5), (4, None), (5, 5.0)]
+    assert lines[2] == {"step": 4, "ner/sw/span_f1": 12.5}
+    assert [x["tokens"] for x in lines if "tokens" in x] == [16, 32, 40]
+    assert all(0 <= x["data_wait"] <= 1 for x in lines if "loss" in x)
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_a_restart_writes_no_step_twice_and_loses_none(tmp_path):
+    report(tmp_path, range(1, 8))
+    lines = report(tmp_path, range(5, 9), start=4)
+    assert [x["step"] for x in lines] == [2, 4, 6, 8]
+
+
+def test_a_torn_last_line_is_left_out_and_any_other_is_an_error(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"st')
+    assert read_metrics(path) == [{"step": 1}, {"step": 2}]
+    path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+    with pytest.raises(ValueError, match=r"metrics.jsonl:2"):
+        read_metrics(path)
+    assert read_metrics(tmp_path / "absent.jsonl") == []
