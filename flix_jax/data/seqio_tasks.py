@@ -48,12 +48,10 @@ def register_task(
     """
     tokens = seqio.Feature(vocabulary.build(), add_eos=True)
     features: dict[str, seqio.Feature] = {"inputs": tokens, "targets": tokens}
-    preprocessors = [seqio.preprocessors.tokenize, measure, append_eos_after_trim]
     if feature_ids is not None:
         features[FEATURE_IDS] = seqio.Feature(
             seqio.PassThroughVocabulary(0), add_eos=False, dtype=tf.int32
         )
-        preprocessors.append(annotate(feature_ids))
 
     def dataset(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
         del shuffle_files, seed  # one file: there is nothing to shuffle
@@ -69,7 +67,7 @@ def register_task(
     seqio.TaskRegistry.add(
         name,
         source=seqio.FunctionDataSource(dataset, splits=tuple(splits)),
-        preprocessors=preprocessors,
+        preprocessors=[seqio.preprocessors.tokenize, finish(feature_ids)],
         output_features=features,
         metric_fns=list(metric_fns),
     )
@@ -86,37 +84,39 @@ def register_mixture(name: str, rates: Mapping[str, float]) -> str:
     return name
 
 
-def measure(dataset: tf.data.Dataset) -> tf.data.Dataset:
-    """Adds `inputs_length` and `targets_length`, int32: tokens before any cut, EOS included."""
+def finish(
+    feature_ids: Int[np.ndarray, "slots"] | None = None,
+) -> Callable[..., tf.data.Dataset]:
+    """The last preprocessor of a task, over tokenised examples; one map, which is what costs time.
 
-    def add_lengths(example: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-        lengths = {f"{name}_length": tf.shape(example[name])[0] + 1 for name in TOKENS}
-        return {**example, **lengths}
+    It adds `inputs_length` and `targets_length`, the tokens before any cut, EOS included; cuts to
+    the lengths and appends EOS (seqio's append_eos_after_trim); adds `feature_ids`.
+    """
+    constant = None if feature_ids is None else np.asarray(feature_ids, np.int32)
 
-    return dataset.map(add_lengths, num_parallel_calls=tf.data.AUTOTUNE)
+    def finish_examples(
+        dataset: tf.data.Dataset,
+        output_features: Mapping[str, seqio.Feature],
+        sequence_length: Mapping[str, int] | None = None,
+    ) -> tf.data.Dataset:
+        def finish_example(example: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+            lengths = {f"{name}_length": tf.size(example[name]) + 1 for name in TOKENS}
+            ended = seqio.preprocessors.append_eos_after_trim_impl(
+                dict(example), output_features, sequence_length
+            )
+            features = {} if constant is None else {FEATURE_IDS: tf.constant(constant)}
+            return {**ended, **lengths, **features}
 
+        return dataset.map(finish_example, num_parallel_calls=tf.data.AUTOTUNE)
 
-def annotate(feature_ids: Int[np.ndarray, "slots"]) -> Callable[[tf.data.Dataset], tf.data.Dataset]:
-    """A preprocessor that adds the same `feature_ids` to every example."""
-    constant = np.asarray(feature_ids, np.int32)
-
-    def add_feature_ids(dataset: tf.data.Dataset) -> tf.data.Dataset:
-        return dataset.map(
-            lambda example: {**example, FEATURE_IDS: tf.constant(constant)},
-            num_parallel_calls=tf.data.AUTOTUNE,
-        )
-
-    return add_feature_ids
-
-
-append_eos_after_trim = seqio.preprocessors.append_eos_after_trim
+    return finish_examples
 
 
 def load_cell(task: str, lengths: Mapping[str, int], split: str = "train") -> CellData:
     """All examples of a registered task in order, tokenised, ended by EOS and cut to `lengths`.
 
     Any seqio task with `inputs` and `targets` will do; inputs and targets that were cut are counted
-    where it tells `inputs_length` and `targets_length` (see `measure`).
+    where it tells `inputs_length` and `targets_length` (see `finish`).
     """
     check_lengths(lengths)
     provider = seqio.TaskRegistry.get(task)
@@ -126,9 +126,6 @@ def load_cell(task: str, lengths: Mapping[str, int], split: str = "train") -> Ce
         sequence_length, split, shuffle=False, num_epochs=1, try_in_mem_cache=False
     )
     measured = [name for name in TOKENS if f"{name}_length" in dataset.element_spec]
-    wanted = [*TOKENS, *(f"{name}_length" for name in measured)]
-    wanted += [FEATURE_IDS] if has_features else []
-    dataset = dataset.map(lambda example: {name: example[name] for name in wanted})
     batches = list(dataset.ragged_batch(1024))
     if not batches:
         raise ValueError(f"seqio task {task}: the split {split!r} has no examples")
@@ -157,11 +154,16 @@ def load_cells(tasks: Mapping[Cell, str], lengths: Mapping[str, int]) -> dict[Ce
 
 
 def _ragged(batches: Sequence[Any]) -> Ragged:
-    values = np.concatenate([np.asarray(batch.flat_values, np.int32) for batch in batches])
-    lengths = np.concatenate([batch.row_lengths().numpy() for batch in batches])
+    # ragged_batch makes a plain tensor of rows whose length is static.
+    ragged = [
+        batch if isinstance(batch, tf.RaggedTensor) else tf.RaggedTensor.from_tensor(batch)
+        for batch in batches
+    ]
+    values = np.concatenate([np.asarray(batch.flat_values, np.int32) for batch in ragged])
+    lengths = np.concatenate([batch.row_lengths().numpy() for batch in ragged])
     return Ragged(values, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
 
 
 def _dense(batch: Any) -> np.ndarray:
-    """An array where ragged_batch made ragged tensors of rows that are all of one length."""
+    """The array of rows that are all of one length, whether or not TensorFlow knew it."""
     return (batch.to_tensor() if isinstance(batch, tf.RaggedTensor) else batch).numpy()
