@@ -10,29 +10,45 @@ import hashlib
 import json
 import os
 import shutil
+import string
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flix_jax.data.cells import Cell
-from flix_jax.tasks.babel_languages import LANGUAGES, PIVOT, Draw, Language, make_languages
+from flix_jax.tasks.babel_languages import (
+    LANGUAGES,
+    PIVOT,
+    SCRIPTS,
+    Draw,
+    Language,
+    make_languages,
+)
 from flix_jax.tasks.babel_tasks import TASKS, Record, glossary, make_record, make_tag
+from flix_jax.tasks.xtreme_up import TaskFormat, XtremeUp, ner, plain
 
 if TYPE_CHECKING:
     from flix_jax.adapters.features import FeatureSpace
-    from flix_jax.tasks.xtreme_up import XtremeUp
+    from flix_jax.data.vocabularies import Vocabulary
 
 VERSION = 1  # raised whenever the same seed gives other data
 HELD_OUT_PER_TASK = 3
 SETTINGS_FILE = "babel.json"
+VOCABULARY_FILE = "characters.model"
+CHARACTERS = " _=?:[]$" + string.ascii_letters + SCRIPTS["cyrillic"] + SCRIPTS["greek"]
+FORMATS = {
+    "ner": TaskFormat(ner, ("exact_match", "span_f1")),
+    "semantic_parsing": TaskFormat(plain, ("exact_match",)),
+    "qa": TaskFormat(plain, ("exact_match", "token_f1")),
+    "translation": TaskFormat(plain, ("exact_match", "chrf")),
+    "transliteration": TaskFormat(plain, ("exact_match", "cer")),
+}
 _TASK_PATTERN = "{" + ",".join(TASKS) + "}"
 PRETRAINING = ("denoising/*", "glossary/*", f"{_TASK_PATTERN}/{PIVOT.code}")
-ADAPTATION = tuple(
-    f"{_TASK_PATTERN}/{typology.code}" for typology in LANGUAGES
-)  # every language but the pivot
+ADAPTATION = (f"{_TASK_PATTERN}/{{{','.join(t.code for t in LANGUAGES)}}}",)
 
 
 @dataclass(frozen=True)
@@ -144,8 +160,34 @@ def _write_files(folder: Path, seed: int, sizes: Sizes, tags: bool) -> None:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
                 path.write_text(text, encoding="utf-8", newline="\n")
+    (folder / VOCABULARY_FILE).write_bytes(_character_model())
     settings = json.dumps(_settings(seed, sizes, tags), indent=2) + "\n"
     (folder / SETTINGS_FILE).write_text(settings, encoding="utf-8", newline="\n")
+
+
+def _character_model() -> bytes:
+    """A SentencePiece model of single characters: 0 padding, 1 end, 2 unknown, then CHARACTERS.
+
+    A letter of any script is one token, where bytes would make two of most.
+    """
+    from sentencepiece import sentencepiece_model_pb2
+
+    model = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
+    kinds = model.SentencePiece
+    model.pieces.add(piece="<pad>", score=0.0, type=kinds.CONTROL)
+    model.pieces.add(piece="</s>", score=0.0, type=kinds.CONTROL)
+    model.pieces.add(piece="<unk>", score=0.0, type=kinds.UNKNOWN)
+    for rank, character in enumerate(CHARACTERS):
+        piece = character.replace(" ", "\u2581")  # how SentencePiece writes a space
+        model.pieces.add(piece=piece, score=-float(rank), type=kinds.NORMAL)
+    trainer = model.trainer_spec
+    trainer.model_type = trainer.CHAR
+    trainer.vocab_size = len(model.pieces)
+    trainer.pad_id, trainer.eos_id, trainer.unk_id, trainer.bos_id = 0, 1, 2, -1
+    model.normalizer_spec.name = "identity"
+    model.normalizer_spec.add_dummy_prefix = False
+    model.normalizer_spec.remove_extra_whitespaces = False
+    return model.SerializeToString(deterministic=True)
 
 
 def _settings(seed: int, sizes: Sizes, tags: bool) -> dict[str, Any]:
@@ -189,25 +231,37 @@ class Babel:
         """Patterns of this seed's held-out cells; see `held_out`."""
         return held_out(self.seed)
 
+    @property
+    def vocabulary_path(self) -> str:
+        """The SentencePiece model of the benchmark's characters, for SentencePieceVocabulary."""
+        self._generate()
+        return str(self.data_dir / VOCABULARY_FILE)
+
     def cells(self) -> tuple[Cell, ...]:
+        """All cells, sorted by name: those of ADAPTATION and of PRETRAINING."""
         return self._reader.cells()
 
     def splits(self, cell: Cell) -> tuple[str, ...]:
+        """The splits of `cell`; denoising and the glossaries have training records only."""
         return self._reader.splits(cell)
 
     def register(
-        self, cells: Iterable[Cell], *, vocabulary: Any, space: "FeatureSpace | None"
-    ) -> Mapping[Cell, str]:
+        self, cells: Iterable[Cell], *, vocabulary: "Vocabulary", space: "FeatureSpace | None"
+    ) -> dict[Cell, str]:
+        """Registers a seqio task per cell, replacing earlier ones; returns the task names."""
         return self._reader.register(cells, vocabulary=vocabulary, space=space)
 
     @cached_property
-    def _reader(self) -> "XtremeUp":
-        from flix_jax.tasks.xtreme_up import XtremeUp
+    def _reader(self) -> XtremeUp:
+        self._generate()
+        return XtremeUp(str(self.data_dir), name=self.name, formats=FORMATS)
 
-        if not (self.data_dir / SETTINGS_FILE).exists():
-            try:
-                write(self.data_dir, self.seed, sizes=self.sizes, tags=self.tags)
-            except (OSError, ValueError):  # another process may have been first
-                if not (self.data_dir / SETTINGS_FILE).exists():
-                    raise
-        return XtremeUp(str(self.data_dir), name=self.name)
+    def _generate(self) -> None:
+        done = self.data_dir / SETTINGS_FILE
+        if done.exists():
+            return
+        try:
+            write(self.data_dir, self.seed, sizes=self.sizes, tags=self.tags)
+        except (OSError, ValueError):  # another process may have been first
+            if not done.exists():
+                raise

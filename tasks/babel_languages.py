@@ -1,4 +1,4 @@
-"""The artificial languages of the embedded benchmark: lexicons, sounds, word order, affixes, scripts.
+"""The artificial languages of the embedded benchmark: words, sounds, order, affixes, scripts.
 
 Everything follows from a seed through `Draw`, which uses only `random.Random(str).random()`: the
 one sequence that Python promises to keep, so the data are the same on every machine.

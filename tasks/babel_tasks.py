@@ -85,7 +85,8 @@ def semantic_parsing(language: Language, draw: Draw, tag: str) -> Record:
     inside = {role, "adjective"}
     value = " ".join(word.surface for word in words if word.role in inside)
     text = " ".join(word.surface for word in words)
-    return {"input": tag + text, "target": f"[IN:{clause.verb.upper()} [SL:{SLOTS[role]} {value} ] ]"}
+    target = f"[IN:{clause.verb.upper()} [SL:{SLOTS[role]} {value} ] ]"
+    return {"input": tag + text, "target": target}
 
 
 def qa(language: Language, draw: Draw, tag: str) -> Record:
