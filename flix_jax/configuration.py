@@ -15,6 +15,7 @@ import os
 import re
 import tokenize
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import gin
@@ -200,8 +201,8 @@ def find_file(name: str, place: str = "") -> epath.Path:
     'configs/models/x.gin' and 'models/x.gin' both find a packaged file. Raises
     ConfigurationError with the nearest packaged file when there is none.
     """
-    configs = epath.Path(str(importlib.resources.files("flix_jax.configs")))
-    for candidate in (epath.Path(name), configs.parent / name, configs / name):
+    configs = Path(str(importlib.resources.files("flix_jax.configs")))
+    for candidate in map(epath.Path, (name, configs.parent / name, configs / name)):
         if candidate.is_file():
             return candidate
     known = [f"configs/{path.relative_to(configs)}" for path in configs.rglob("*.gin")]
@@ -358,10 +359,10 @@ class Configuration:
             scopes = {scope for scope, selector in used if selector == binding.selector} - {""}
             if binding.selector == _MACRO:
                 reason = f"nothing that is used refers to %{binding.name}"
-            elif scopes and binding.scope:
-                reason = f"{binding.name} has no effect: nothing has the scope '{binding.scope}'"
             else:
                 reason = f"{binding.name} has no effect: no {_short(binding.selector)} is used"
+                if binding.scope and any(selector == binding.selector for _, selector in used):
+                    reason += f" in the scope '{binding.scope}'"
             if scopes:
                 reason += f"; {did_you_mean(binding.scope, scopes)}"
             if binding.flag:
@@ -386,8 +387,8 @@ class Configuration:
         mine = [b for b in self.bindings if _short(b.selector).rsplit(".", 1)[-1] == name
                 and _within(scope, b.scope)]
         named = [b for b in mine if re.search(rf"\b{re.escape(b.parameter)}\b", message)]
-        place = self._origin((named or mine)[-1]) if mine else self._referring(name, scope)[:-2]
-        where = f"{place}: " if place else ""
+        deepest = max(named or mine, key=lambda b: len(b.scope), default=None)  # the one that holds
+        where = f"{self._origin(deepest)}: " if deepest else self._referring(name, scope)
         label = "" if name in message else f"{name}: "
         suffix = f" (in scope '{scope}')" if scope else ""
         return f"{where}{label}{_one_line(message)}{suffix}"
