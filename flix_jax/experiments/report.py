@@ -1,0 +1,187 @@
+"""What a sweep found: the best of the axes to choose, and the comparison of what is left."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from etils import epath
+
+from flix_jax.evaluation import files
+from flix_jax.evaluation.comparison import Comparison, Estimate
+from flix_jax.evaluation.scoreboard import GROUPS, Scoreboard, csv_text, table
+from flix_jax.experiments.sweep import Sweep, TrialRecord, read_record, read_sweep
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """The best labels of the axes to choose, for one variant of a sweep.
+
+    Attributes:
+      variant: the variant's name.
+      labels: {axis: label} of the best candidate.
+      candidates: ({axis: label}, estimate on the split to choose by) of all candidates, over the
+        seeds that all of them have.
+      edges: the axes whose best label is the first or the last of three or more.
+    """
+
+    variant: str
+    labels: Mapping[str, str]
+    candidates: tuple[tuple[Mapping[str, str], Estimate], ...]
+    edges: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """A sweep's records, the choices made among them, and the comparison of the chosen."""
+
+    sweep: Sweep
+    records: tuple[TrialRecord, ...]
+    choices: tuple[Choice, ...]
+    comparison: Comparison
+
+    def to_markdown(self) -> str:
+        """The choices, the comparison with its picture, and what is not finished."""
+        sweep = self.sweep
+        parts = [f"# {sweep.name}"]
+        if self.choices:
+            parts.append(self._choices_text())
+        parts += [
+            f"On {sweep.report_on}, {sweep.metric or 'each task by its own metric'}:",
+            f"![{sweep.name}](comparison.svg)",
+            self.comparison.to_markdown().strip(),
+        ]
+        unfinished = [r for r in self.records if r.state != "finished"]
+        if unfinished:
+            parts.append(f"{len(unfinished)} of {len(self.records)} trials are not finished:")
+            parts.append(
+                "\n".join(
+                    f"- {record.trial}: {record.state}{record.error and f' ({record.error})'}"
+                    for record in unfinished
+                )
+            )
+        return "\n\n".join(parts) + "\n"
+
+    def trials_csv(self) -> str:
+        """A line per trial and split, with the mean over tasks of every group."""
+        axes = list(dict.fromkeys(axis for record in self.records for axis in record.trial.labels))
+        rows = []
+        for record in self.records:
+            trial = record.trial
+            known = [trial.labels.get(axis, "") for axis in axes]
+            known += [str(trial.seed), record.state, f"{record.seconds:.1f}"]
+            for split, board in record.scores.items():
+                rows.append([*known, split, *(board.mean(group) for group in GROUPS)])
+            if not record.scores:
+                rows.append([*known, *[""] * (len(GROUPS) + 1)])
+        return csv_text([*axes, "seed", "state", "seconds", "split", *GROUPS], rows)
+
+    def write(self, folder: epath.PathLike) -> None:
+        """Writes report.md, comparison.{csv,png,svg}, trials.csv, and chosen.json if any was."""
+        folder = epath.Path(folder)
+        self.comparison.write_picture(folder / "comparison", self.sweep.name)
+        files.write_text(folder / "comparison.csv", self.comparison.to_csv())
+        files.write_text(folder / "trials.csv", self.trials_csv())
+        if self.choices:
+            chosen = {choice.variant: dict(choice.labels) for choice in self.choices}
+            files.write_json(folder / "chosen.json", chosen)
+        files.write_text(folder / "report.md", self.to_markdown())
+
+    def _choices_text(self) -> str:
+        sweep = self.sweep
+        rows = [
+            [
+                choice.variant,
+                ", ".join(f"{axis} {label}" for axis, label in labels.items()),
+                estimate.text() + (" **best**" if labels == choice.labels else ""),
+            ]
+            for choice in self.choices
+            for labels, estimate in choice.candidates
+        ]
+        group = GROUPS[sweep.group]
+        text = f"Chosen by the mean over tasks of {group} on {sweep.choose_on}:\n\n"
+        text += table(["", "candidate", group], rows)
+        for choice in self.choices:
+            for axis in choice.edges:
+                text += (
+                    f"\n\nThe best {axis} of {choice.variant}, {choice.labels[axis]}, is at the"
+                    " edge of its grid: a better one may lie beyond."
+                )
+        if sweep.choose_on == sweep.report_on:
+            text += (
+                f"\n\nChoice and comparison use the same examples ({sweep.choose_on}): what was"
+                " chosen among more candidates is flattered more."
+            )
+        return text
+
+
+def make_report(run_dir: epath.PathLike, *, more_seeds: str = "") -> Report:
+    """Reads a sweep's folder and reports on its finished trials.
+
+    For every variant (a method, or a combination of labels) the candidates of the axes to choose
+    are compared by the mean of `sweep.group` on `sweep.choose_on`, over the seeds that all
+    candidates with finished trials have; one choice holds for all seeds. A candidate that failed
+    under any seed is not chosen.
+
+    Args:
+      run_dir: the folder of a sweep.
+      more_seeds: a command to name where one seed is all there is.
+
+    Raises:
+      ValueError: not the folder of a sweep, or too little in it to compare yet.
+    """
+    sweep = read_sweep(run_dir)
+    records = tuple(read_record(run_dir, trial) for trial in sweep.trials())
+    boards: dict[str, dict[int, Scoreboard]] = {}
+    choices = []
+    for variant in sweep.variants():
+        own = [record for record in records if sweep.variant(record.trial.labels) == variant]
+        if any(axis in own[0].trial.labels for axis in sweep.choose):
+            choice = _choose(sweep, variant, own)
+            if choice is None:
+                continue
+            choices.append(choice)
+            own = [record for record in own if _candidate(sweep, record) == choice.labels]
+        found = {
+            record.trial.seed: dataclasses.replace(
+                record.scores[sweep.report_on], metric=sweep.metric
+            )
+            for record in own
+            if record.state == "finished"
+        }
+        if found:
+            boards[variant] = found
+    if not boards:
+        raise ValueError(f"{run_dir}: too few of the {len(records)} trials are finished to compare")
+    baseline = sweep.baseline if sweep.baseline in boards else ""
+    return Report(sweep, records, tuple(choices), Comparison(boards, baseline, more_seeds))
+
+
+def _choose(sweep: Sweep, variant: str, records: Sequence[TrialRecord]) -> Choice | None:
+    failed = [_candidate(sweep, record) for record in records if record.state == "failed"]
+    scores: dict[tuple[tuple[str, str], ...], dict[int, float]] = {}
+    for record in records:
+        candidate = _candidate(sweep, record)
+        if record.state != "finished" or candidate in failed:
+            continue
+        board = dataclasses.replace(record.scores[sweep.choose_on], metric=sweep.metric)
+        mean = board.mean(sweep.group)
+        if mean is not None:
+            scores.setdefault(tuple(candidate.items()), {})[record.trial.seed] = mean
+    common = set.intersection(*(set(seeds) for seeds in scores.values())) if scores else set()
+    candidates = [
+        (dict(labels), estimate)
+        for labels, seeds in scores.items()
+        if (estimate := Estimate.of([seeds[seed] for seed in sorted(common)])) is not None
+    ]
+    if not candidates:
+        return None
+    best = max(candidates, key=lambda candidate: candidate[1].mean)[0]
+    edges = []
+    for axis, label in best.items():
+        tried = list(dict.fromkeys(labels[axis] for labels, _ in candidates))
+        if len(tried) > 2 and label in (tried[0], tried[-1]):
+            edges.append(axis)
+    return Choice(variant, best, tuple(candidates), tuple(edges))
+
+
+def _candidate(sweep: Sweep, record: TrialRecord) -> dict[str, str]:
+    return {axis: label for axis, label in record.trial.labels.items() if axis in sweep.choose}
