@@ -17,10 +17,8 @@ from flix_jax.tasks.xtreme_up import (
     TaskFormat,
     XtremeUp,
     ner,
-    question_answering,
     read_records,
     text,
-    transliteration,
 )
 
 SW = Cell("ner", "sw", "sw")
@@ -330,11 +328,6 @@ def test_real_training_data_loads(release):
         sizes = [len(i.encode()) + 1 for i in inputs]
         assert np.diff(data[cell].inputs.offsets).tolist() == [min(s, 256) for s in sizes]
         assert data[cell].cut_inputs == sum(s > 256 for s in sizes)
-
-
-def test_question_answering_and_transliteration_are_exported_for_own_formats():
-    assert question_answering(QA, SW)[1] == "mimi"
-    assert transliteration(PLAIN, Cell("t", "ur", "Latn2Arab.ur"))[0] == "ur-Latn-Arab hello"
 
 
 @pytest.mark.slow
