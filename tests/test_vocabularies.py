@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2
 
 from flix_jax.data.denoising import SpanCorruption, noise_mask, replace_spans
+from flix_jax.data.pipeline import describe
 from flix_jax.data.vocabularies import ByteVocabulary, SentencePieceVocabulary
 
 TEXT = "habari ya asubuhi rafiki yangu . tutaonana kesho mchana sokoni . asante sana ndugu . "
@@ -167,6 +168,16 @@ def test_replace_spans_as_in_t5():
 def test_settings_of_span_corruption_are_checked(settings):
     with pytest.raises(ValueError, match="SpanCorruption"):
         SpanCorruption(ByteVocabulary(), **settings)
+
+
+def test_a_moved_vocabulary_is_the_same_noise(model, tmp_path):
+    moved = tmp_path / "moved.model"
+    moved.write_bytes(Path(model).read_bytes())
+    one, other = (
+        describe(SpanCorruption(SentencePieceVocabulary(str(path), extra_ids=2)))
+        for path in (model, moved)
+    )
+    assert one == other != describe(SpanCorruption(ByteVocabulary()))
 
 
 def test_span_corruption_needs_sentinels():

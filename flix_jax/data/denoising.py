@@ -44,6 +44,12 @@ class SpanCorruption:
                 f"SpanCorruption: {self.vocabulary} has no sentinels, give it extra_ids"
             )
 
+    @property
+    def digest(self) -> str:
+        """Equal for equal noise, wherever the file of the vocabulary lies."""
+        rates = f"{self.noise_density}, {self.mean_noise_span_length}"
+        return f"SpanCorruption({self.vocabulary.digest}, {rates})"
+
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
         tokens = example["inputs"]
         eos = self.vocabulary.eos_id

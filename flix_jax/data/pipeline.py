@@ -326,7 +326,9 @@ def check_state(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
 
 
 def describe(transform: Transform) -> str:
-    """A name for a transform that is the same in every process: a dataclass names its fields."""
+    """What a saved position knows of a transform: its `digest`, or its fields, or its name."""
+    if hasattr(transform, "digest"):
+        return str(transform.digest)
     if hasattr(transform, "__dataclass_fields__"):
         return repr(transform)
     kind = transform if hasattr(transform, "__qualname__") else type(transform)
