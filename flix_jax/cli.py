@@ -4,6 +4,7 @@ Nothing heavy is imported before a command runs, so that help and mistakes answe
 """
 
 import argparse
+import dataclasses
 import logging
 import os
 import sys
@@ -13,7 +14,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from flix_jax.adapters.suggest import did_you_mean
 
 if TYPE_CHECKING:
+    from etils import epath
+
     from flix_jax.configuration import Configuration
+    from flix_jax.evaluation.scoreboard import Scoreboard
+    from flix_jax.experiments.sweep import Bindings, Sweep
 
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -94,23 +99,30 @@ def _saved_config(arguments: argparse.Namespace) -> list[str]:
 
 def _train(arguments: argparse.Namespace) -> None:
     run = _build(arguments, arguments.gin_file, "Run")
+    from flix_jax import configuration
     from flix_jax.experiments import training
 
-    training.train(run, arguments.run_dir)
+    training.train(run, arguments.run_dir, config=configuration.operative_config())
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     run = _build(arguments, _saved_config(arguments), "Run")
     from flix_jax.experiments import inference
 
-    inference.evaluate(run, arguments.run_dir, split=arguments.split, step=arguments.step)
+    inference.evaluate(
+        run,
+        arguments.run_dir,
+        split=arguments.split,
+        cells=arguments.cells.split(",") if arguments.cells else None,
+        step=arguments.step,
+    )
 
 
 def _infer(arguments: argparse.Namespace) -> None:
     run = _build(arguments, _saved_config(arguments), "Run")
     from flix_jax.experiments import inference
 
-    inference.infer(
+    count = inference.infer(
         run,
         arguments.run_dir,
         input_path=arguments.input,
@@ -118,17 +130,67 @@ def _infer(arguments: argparse.Namespace) -> None:
         features=arguments.features,
         step=arguments.step,
     )
+    print(f"{count} predictions in {arguments.output}")
 
 
 def _sweep(arguments: argparse.Namespace) -> None:
-    sweep = _build(arguments, arguments.gin_file, "Sweep")
-    sweep.run(arguments.run_dir)
+    from flix_jax import configuration
+    from flix_jax.experiments import inference, training
+    from flix_jax.experiments.sweep import run_sweep
+
+    config = _configure(arguments, arguments.gin_file)
+    sweep = dataclasses.replace(config.build("Sweep"), base=config.digest(without=["Sweep"]))
+    _check_trials(arguments, config, sweep)
+    bases_dir = os.path.join(arguments.run_dir, "bases")
+    splits = {sweep.report_on, *([sweep.choose_on] if sweep.choose else [])}
+
+    def run_trial(bindings: "Bindings", folder: "epath.Path", seed: int) -> dict[str, "Scoreboard"]:
+        run = _trial(arguments, bindings, seed).build("Run")
+        text = configuration.operative_config()
+        training.train(run, folder, bases_dir=bases_dir, config=text, title=folder.name)
+        return {
+            split: inference.evaluate(run, folder, split=split, bases_dir=bases_dir)
+            for split in sorted(splits)
+        }
+
+    run_sweep(sweep, arguments.run_dir, run_trial)
+    _report(arguments)
+
+
+def _trial(arguments: argparse.Namespace, bindings: "Bindings", seed: int) -> "Configuration":
+    """A trial's configuration: the sweep's files and flags, its own bindings, the macro SEED."""
+    from flix_jax import configuration
+
+    flags = [*arguments.bindings, *bindings, f"SEED={seed}"]
+    return configuration.load(arguments.gin_file, flags)
+
+
+def _check_trials(arguments: argparse.Namespace, config: "Configuration", sweep: "Sweep") -> None:
+    """Builds every trial's run before the first is trained.
+
+    A trial's own binding must have an effect in it; any other, in the sweep or in some trial.
+    """
+    unused = {binding.key: (binding, line) for binding, line in config.unused().items()}
+    shared = {binding.key for binding in config.bindings}
+    for trial in sweep.trials():
+        trial_config = _trial(arguments, trial.bindings, trial.seed)
+        trial_config.build("Run")
+        idle = {binding.key: line for binding, line in trial_config.unused().items()}
+        for key in idle.keys() - shared:
+            raise UsageError(f"trial {trial}: {idle[key]}")
+        unused = {key: found for key, found in unused.items() if key in idle}
+    for binding, line in unused.values():
+        if binding.flag:
+            raise UsageError(line)
+        print(f"warning: {line}", file=sys.stderr)
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    from flix_jax.experiments import sweep
+    from flix_jax.experiments.report import make_report
 
-    sweep.report(arguments.run_dir)
+    report = make_report(arguments.run_dir)
+    report.write(arguments.run_dir)
+    print(report.to_markdown())
 
 
 def _data_babel(arguments: argparse.Namespace) -> None:
@@ -196,6 +258,9 @@ def make_parser() -> argparse.ArgumentParser:
     _add_run_dir(evaluate, "folder of a trained run")
     evaluate.add_argument(
         "--split", metavar="NAME", help="split of the data (default: the run's, validation)"
+    )
+    evaluate.add_argument(
+        "--cells", metavar="PATTERN,...", help="cells to score, for example ner/* (default: all)"
     )
     _add_step(evaluate)
     _add_gin(evaluate, required=False)

@@ -68,7 +68,10 @@ MISTAKES = {
 @pytest.mark.parametrize("line, expected", MISTAKES.items(), ids=MISTAKES.keys())
 def test_a_mistake_is_one_line_and_status_2(line, expected, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "x.gin").write_text("DATA_DIR = %gin.REQUIRED  # where it is\n")
+    (tmp_path / "x.gin").write_text(
+        "DATA_DIR = %gin.REQUIRED  # where it is\nRun.source = @XtremeUp()\n"
+        "XtremeUp.data_dir = %DATA_DIR\n"
+    )
     if line == "train more":
         line = "train --run_dir=x --gin_file=x.gin more"
     assert cli.main(line.split()) == 2

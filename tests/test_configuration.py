@@ -156,7 +156,8 @@ MISTAKES = {
     "required in a container": (
         "Engine.power = 1\nEngine.fuels = ('a', %gin.REQUIRED)\n", [], "Engine.fuels (x.gin:2)"),
     "several required": (
-        "A = %gin.REQUIRED\nEngine.power = %REQUIRED\n", [], "A (x.gin:1), Engine.power (x.gin:2)"),
+        "A = %gin.REQUIRED\nEngine.power = %REQUIRED\nEngine.fuel = %A\n", [],
+        "A (x.gin:1), Engine.power (x.gin:2)"),
     "refused by the constructor": (
         "Engine.fuel = 'a'\nEngine.power = 0\n", [],
         "x.gin:2: Engine: power is 0, expected at least 1"),
@@ -195,6 +196,20 @@ def test_a_mistake_is_one_line_with_its_place(text, flags, expected):
     message = str(raised.value)
     assert expected in message
     assert "\n" not in message and "configurable" not in message and "0x" not in message
+
+
+def test_only_what_is_built_has_to_be_given():
+    write("railway.gin", RAILWAY)
+    assert load(["railway.gin"], ["Engine.power=1"]).build("whistle") == "whee"
+    with pytest.raises(ConfigurationError, match="required and not given: POWER"):
+        load(["railway.gin"]).build("Train")
+
+
+def test_the_digest_tells_bindings_apart():
+    one, other = load([], ["Engine.power=1", "A=1"]), load([], ["A=1", "Engine.power=1"])
+    assert one.digest() == other.digest()
+    assert one.digest() != load([], ["Engine.power=2", "A=1"]).digest()
+    assert one.digest(without=["Engine"]) == load([], ["A=1"]).digest()
 
 
 def test_what_a_file_sets_in_vain_is_listed_not_refused():

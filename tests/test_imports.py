@@ -30,9 +30,9 @@ MAY_IMPORT_SEQIO = (
     "flix_jax.evaluation.evaluator",
     "flix_jax.tasks.",
 )
-MAY_IMPORT_GIN = ("flix_jax.configuration", "flix_jax.cli")
+MAY_IMPORT_GIN = ("flix_jax.configuration", "flix_jax.gin_reader")
 ADAPTERS_IMPORT = {"flax", "jax", "jaxtyping", "numpy"}
-ABOVE_TASKS = ("cli", "configuration", "experiments", "interop", "training")
+ABOVE_TASKS = ("cli", "configuration", "gin_reader", "experiments", "interop", "training")
 BELOW_TASKS = ("flix_jax.adapters", "flix_jax.data", "flix_jax.models", "flix_jax.evaluation")
 
 

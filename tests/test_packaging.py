@@ -47,12 +47,13 @@ def test_every_gin_file_and_table_is_installed(installed):
 
 def test_an_installed_package_finds_its_tasks_and_configs(installed):
     code = (
+        f"import sys; sys.path.insert(0, {str(installed.parent)!r});"
         "import flix_jax.tasks, flix_jax.configuration as c;"
         "print(flix_jax.__file__, c.find_file('configs/models/deeper/one.gin'))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(installed.parent)!r}); {code}"],
-        cwd=installed.parent.parent, check=True, capture_output=True, text=True,
+        [sys.executable, "-c", code], cwd=installed.parent.parent, check=True,
+        capture_output=True, text=True,
     )
     assert done.stdout.split() == [
         str(installed / "__init__.py"), str(installed / "configs/models/deeper/one.gin"),

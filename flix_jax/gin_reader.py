@@ -1,0 +1,292 @@
+"""Reads gin files and flags into bindings; every mistake is one line with its place.
+
+Names are looked up and references checked while reading, so nothing is built from a config that
+holds a mistake. What may be configured is given by a table of names.
+"""
+
+import dataclasses
+import importlib
+import importlib.resources
+import inspect
+import io
+import os
+import re
+import tokenize
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+import gin
+from etils import epath
+from gin import config as gin_config
+from gin import config_parser
+
+from flix_jax.adapters.suggest import did_you_mean
+
+MACRO = "gin.macro"
+MODULE = "flix"  # what gin files every name of ours under; never needs writing
+
+
+class ConfigurationError(ValueError):
+    """A mistake in a gin file or flag; the message is one line and names the place."""
+
+
+# --------------------------------------------------------------------------------------------
+# Names
+
+
+def _register(name: str, names: Mapping[str, str]) -> None:
+    """Imports what `names` says of `name` and makes it known to gin, once.
+
+    Gin would take a second time for another configurable, unequal to the first.
+    """
+    if f"{MODULE}.{name}" in gin_config._REGISTRY:
+        return
+    module, _, attribute = names[name].partition(":")
+    target = getattr(importlib.import_module(module), attribute)
+    gin.external_configurable(target, name=name, module=MODULE)
+
+
+def resolve(selector: str, place: str, names: Mapping[str, str]) -> str:
+    """The complete gin selector that `selector` stands for; an error when there is not just one."""
+    name = selector.rsplit(".", 1)[-1]
+    if name in names:
+        _register(name, names)
+    matches = gin_config._REGISTRY.matching_selectors(selector)
+    if len(matches) == 1:
+        return str(matches[0])
+    if matches:
+        fail(place, f"'{selector}' is ambiguous: {', '.join(sorted(matches))}")
+    fail(place, f"unknown name '{selector}'; {did_you_mean(name, names)}")
+
+
+def _parameters(selector: str) -> tuple[list[str], bool]:
+    """Names of the parameters that may be bound, and whether any other name is taken too."""
+    target = gin_config._REGISTRY[selector].wrapped
+    parameters = list(inspect.signature(target.__init__ if inspect.isclass(target) else target)
+                      .parameters.values())
+    if inspect.isclass(target):
+        parameters = parameters[1:]
+    keywords = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return (
+        [parameter.name for parameter in parameters if parameter.kind in keywords],
+        any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters),
+    )
+
+
+def short(selector: str) -> str:
+    return selector.removeprefix(f"{MODULE}.")
+
+
+def scoped(scope: str, name: str) -> str:
+    return f"{scope}/{name}" if scope else name
+
+
+def fail(place: str, message: str) -> NoReturn:
+    raise ConfigurationError(f"{place}: {message}" if place else message)
+
+
+# --------------------------------------------------------------------------------------------
+# Reading
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """`@scope/Name`, `@scope/Name()` or `%NAME` as it was read, not yet looked up."""
+
+    name: str
+    evaluate: bool = False
+    macro: bool = False
+
+    def __repr__(self) -> str:
+        if self.macro:
+            return f"%{self.name}"
+        return f"@{self.name}{'()' if self.evaluate else ''}"
+
+    @property
+    def required(self) -> bool:
+        return self.macro and self.name in ("gin.REQUIRED", "REQUIRED")
+
+
+class _ReferenceReader(config_parser.ParserDelegate):
+    def configurable_reference(self, name: str, evaluate: bool) -> Reference:
+        return Reference(name, evaluate)
+
+    def macro(self, name: str) -> Reference:
+        return Reference(name, macro=True)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Binding:
+    """One `scope/Name.parameter = value`; a macro is the parameter `value` of `gin.macro`."""
+
+    scope: str
+    selector: str
+    parameter: str
+    value: Any
+    place: str
+    comment: str = ""
+    flag: bool = False
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        return self.scope, self.selector, self.parameter
+
+    @property
+    def name(self) -> str:
+        """As one writes it: `NAME` for a macro, `scope/Name.parameter` otherwise."""
+        if self.selector == MACRO:
+            return self.scope
+        return scoped(self.scope, f"{short(self.selector)}.{self.parameter}")
+
+
+def references(value: Any) -> Iterator[Reference]:
+    if isinstance(value, Reference):
+        yield value
+    elif isinstance(value, dict):
+        for item in (*value.keys(), *value.values()):
+            yield from references(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from references(item)
+
+
+def replace(value: Any, change: Callable[[Reference], Any]) -> Any:
+    """`value` with every reference in its containers replaced by `change(reference)`."""
+    if isinstance(value, Reference):
+        return change(value)
+    if isinstance(value, dict):
+        return {replace(k, change): replace(v, change) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(replace(item, change) for item in value)
+    return value
+
+
+def _statements(text: str, place: Callable[[int], str], flag: bool) -> Iterator[Any]:
+    """Gin's statements in `text`; syntax errors become one line at `place(line)`."""
+    try:
+        yield from config_parser.ConfigParser(io.StringIO(text), _ReferenceReader())
+    except tokenize.TokenError as error:
+        message, (line, _) = error.args
+        fail(place(min(line, text.count("\n") + 1)), f"syntax error: {message}")
+    except (SyntaxError, ValueError) as error:
+        message = str(getattr(error, "msg", None) or error)
+        message = " ".join(message.split("\n")[-1].split())
+        name, _, value = (part.strip() for part in text.partition("="))
+        if flag and re.fullmatch(r"[\w./:~ -]+", value):
+            fail(place(1), f"{value} is not a value; text is quoted: --gin.{name}=\"'{value}'\"")
+        fail(place(getattr(error, "lineno", None) or 1), f"syntax error: {message}")
+
+
+def find_file(name: str, place: str = "") -> epath.Path:
+    """The gin file `name` (or bucket path), in the working directory or the packaged configs.
+
+    'configs/models/x.gin' and 'models/x.gin' both find a packaged file. Raises
+    ConfigurationError with the nearest packaged file when there is none.
+    """
+    configs = Path(str(importlib.resources.files("flix_jax.configs")))
+    for candidate in map(epath.Path, (name, configs.parent / name, configs / name)):
+        if candidate.is_file():
+            return candidate
+    known = [f"configs/{path.relative_to(configs)}" for path in configs.rglob("*.gin")]
+    fail(place, f"no gin file '{name}' in {os.getcwd()} or among the packaged configs"
+          f"; {did_you_mean(name, known)}")
+
+
+class Reader:
+    """Collects the bindings of files and flags; a later binding of a name replaces an earlier."""
+
+    def __init__(self, names: Mapping[str, str]) -> None:
+        self.names = names
+        self.bindings: dict[tuple[str, str, str], Binding] = {}
+
+    def read_file(self, name: str, place: str = "", within: tuple[str, ...] = ()) -> None:
+        path = find_file(name, place)
+        identity = os.fspath(path.resolve())
+        if identity in within:
+            fail(place, f"'{name}' includes itself")
+        within = (*within, identity)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            fail(place, f"'{name}' is not a text file in UTF-8")
+
+        def at(line: int) -> str:
+            return f"{path}:{line}"
+
+        for statement in _statements(text, at, flag=False):
+            where = at(statement.location.line_num)
+            if isinstance(statement, config_parser.IncludeStatement):
+                self.read_file(statement.filename, where, within)
+            elif isinstance(statement, config_parser.ImportStatement):
+                _import(statement.module, where)
+            elif isinstance(statement, config_parser.BlockDeclaration):
+                resolve(statement.selector, where, self.names)
+            else:
+                self._bind(statement, where)
+
+    def read_flag(self, text: str) -> None:
+        flag = f"--gin.{text}"
+        if not text.partition("=")[2].strip():
+            fail(flag, "expected --gin.NAME=VALUE or --gin.Name.parameter=VALUE")
+        for statement in _statements(text, lambda line: flag, flag=True):
+            if not isinstance(statement, config_parser.BindingStatement):
+                fail(flag, "expected --gin.NAME=VALUE or --gin.Name.parameter=VALUE")
+            self._bind(statement, flag, flag=True)
+
+    def _bind(
+        self, statement: config_parser.BindingStatement, place: str, flag: bool = False
+    ) -> None:
+        scope, selector, parameter, value, location = statement
+        if not parameter:
+            if selector in self.names:
+                fail(place, f"{selector} is not a macro; set one of its parameters:"
+                      f" {selector}.PARAMETER = VALUE")
+            scope, selector, parameter = scoped(scope, selector), MACRO, "value"
+        else:
+            selector = resolve(selector, place, self.names)
+            names, takes_any = _parameters(selector)
+            if parameter not in names and not takes_any:
+                fail(place, f"{short(selector)} has no parameter '{parameter}'"
+                      f"; {did_you_mean(parameter, names)}")
+        for reference in references(value):
+            if not reference.macro:
+                self._check_reference(reference, place)
+        comment = location.line_content.rpartition(" # ")[2].strip()
+        binding = Binding(
+            scope, selector, parameter, value, place,
+            comment=comment if " # " in location.line_content else "", flag=flag,
+        )
+        self.bindings[binding.key] = binding
+
+    def _check_reference(self, reference: Reference, place: str) -> None:
+        selector = resolve(reference.name.rsplit("/", 1)[-1], place, self.names)
+        if inspect.isclass(gin_config._REGISTRY[selector].wrapped) and not reference.evaluate:
+            fail(place, f"{reference} is the class itself; write {reference}() for an object")
+
+    def check(self) -> None:
+        """Macros that are not set and macros that refer to themselves."""
+        macros = {key[0]: b for key, b in self.bindings.items() if key[1] == MACRO}
+
+        def visit(binding: Binding, path: tuple[str, ...]) -> None:
+            for reference in references(binding.value):
+                if not reference.macro or reference.required:
+                    continue
+                if reference.name in path:
+                    fail(binding.place, f"macro %{reference.name} refers to itself")
+                if reference.name not in macros:
+                    fail(binding.place, f"macro {reference} is not set (with {reference.name} ="
+                          f" VALUE, or the flag --gin.{reference.name}=VALUE);"
+                          f" {did_you_mean(reference.name, macros)}")
+                visit(macros[reference.name], (*path, reference.name))
+
+        for binding in self.bindings.values():
+            visit(binding, (binding.scope,) if binding.selector == MACRO else ())
+
+
+def _import(module: str, place: str) -> None:
+    """A gin file's `import my.module`, for names that a user registers with gin."""
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        fail(place, f"import {module}: {error}")
