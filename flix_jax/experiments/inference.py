@@ -1,0 +1,239 @@
+"""What a trained run says: scores per cell, and predictions for text of one's own."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from etils import epath
+
+from flix_jax.adapters.features import FeatureSpace
+from flix_jax.adapters.suggest import did_you_mean
+from flix_jax.data import cells as cells_lib
+from flix_jax.evaluation import files
+from flix_jax.evaluation.scoreboard import Scoreboard
+from flix_jax.experiments.job import Job
+from flix_jax.experiments.run import Run
+from flix_jax.tasks.xtreme_up import read_records
+
+if TYPE_CHECKING:
+    from flix_jax.evaluation.evaluator import CellEvaluator, Progress
+
+
+def evaluator(
+    job: Job, split: str, examples_per_cell: int | None = None, cells: Sequence[str] | None = None
+) -> CellEvaluator:
+    """The evaluator of a job's cells: trained on and held out, those that have the split.
+
+    Args:
+      job: whose cells.
+      split: the split.
+      examples_per_cell: a budget; None takes the whole split.
+      cells: patterns of the cells to evaluate; None takes all.
+
+    Raises:
+      ValueError: no cell has the split, or a pattern matches no cell.
+    """
+    from flix_jax.data.converter import FlixFeatureConverter
+    from flix_jax.evaluation.evaluator import CellEvaluator
+
+    chosen = job.split.cells if cells is None else cells_lib.match(cells, job.split.cells)
+    having = [cell for cell in chosen if split in job.run.source.splits(cell)]
+    if not having:
+        splits = sorted({s for cell in chosen for s in job.run.source.splits(cell)})
+        raise ValueError(f"no cell has the split {split!r}; {did_you_mean(split, splits)}")
+    tasks = job.run.source.register(
+        having, vocabulary=job.run.vocabulary, space=job.space
+    )
+    return CellEvaluator(
+        tasks=tasks,
+        split=split,
+        lengths=job.lengths,
+        converter=FlixFeatureConverter(None if job.space is None else job.space.num_slots),
+        batch_size=job.run.evaluation.batch_size,
+        examples_per_cell=examples_per_cell,
+    )
+
+
+def restore(job: Job, step: int | None = None) -> tuple[Any, Any, int]:
+    """(trained, frozen, step) of a run that has been trained.
+
+    Raises:
+      ValueError: the run has no checkpoint, or not of that step.
+    """
+    base = None
+    if not job.run.trains_everything:
+        base = job.load_base()
+    checkpoints = job.checkpoints(base)
+    template, _ = job.parameters.templates
+    trained, step = checkpoints.restore_trained(template, step)
+    checkpoints.close()
+    if job.run.trains_everything:
+        frozen: Any = {}
+    elif base is None:
+        _, frozen = job.parameters.random(job.run.seed)
+    else:
+        _, frozen = job.parameters.from_base(base, job.run.seed, job.run.frozen_dtype)
+    return trained, frozen, step
+
+
+def evaluate(
+    run: Run,
+    run_dir: epath.PathLike,
+    *,
+    split: str | None = None,
+    cells: Sequence[str] | None = None,
+    step: int | None = None,
+    bases_dir: epath.PathLike | None = None,
+    say: Callable[[str], None] = print,
+) -> Scoreboard:
+    """Scores a trained run cell by cell; predictions and scores stay in its folder.
+
+    Args:
+      run: the run.
+      run_dir: its folder.
+      split: the split; None takes the run's own.
+      cells: patterns of the cells; None takes all, trained on and held out.
+      step: the checkpoint; None takes the newest.
+      bases_dir: as in training.
+      say: takes lines of progress.
+
+    Returns:
+      The scores. ``scores.md``, ``scores.json`` and ``scores.csv`` are written beside the
+      predictions, and to the run's folder where all cells were scored on the run's own split.
+
+    Raises:
+      ValueError: nothing was trained here, or there is no such step, split or cell.
+    """
+    job = Job(run, run_dir, bases_dir=bases_dir)
+    split = split or run.evaluation.split
+    trained, frozen, step = restore(job, step)
+    evaluation = evaluator(job, split, cells=cells)
+    watch = _Watch(say)
+    scores = evaluation.evaluate(
+        job.predictor(trained, frozen), job.run_dir, step, progress=watch
+    )
+    groups = {cell.name: job.split.group(cell) for cell in evaluation.tasks}
+    board = Scoreboard(scores, groups)
+    board.write(evaluation.folder(job.run_dir, step))
+    if split == run.evaluation.split and cells is None:
+        board.write(job.run_dir)
+    return board
+
+
+class _Watch:
+    """Says how far an evaluation is, every few seconds."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+        self._started = self._last = time.monotonic()
+
+    def __call__(self, progress: Progress) -> None:
+        now = time.monotonic()
+        if now - self._last < 10 and progress.cells_done < progress.cells:
+            return
+        self._last = now
+        rate = progress.examples_done / (now - self._started)
+        self._say(
+            f"evaluate: {progress.cells_done}/{progress.cells} cells, "
+            f"{progress.examples_done:,} examples, {rate:,.0f} a second"
+        )
+
+
+def infer(
+    run: Run,
+    run_dir: epath.PathLike,
+    *,
+    input_path: epath.PathLike,
+    output_path: epath.PathLike,
+    features: str = "",
+    step: int | None = None,
+    bases_dir: epath.PathLike | None = None,
+) -> int:
+    """Predicts for every line of a jsonl file, in its order.
+
+    A line is an object with ``input``; its fields named as feature types (``task``, ``language``)
+    are its features, before those of ``features``.
+
+    Args:
+      run, run_dir, step, bases_dir: as in ``evaluate``.
+      input_path: the file to read.
+      output_path: the file to write: the same lines with ``prediction`` added, whole or not at all.
+      features: ``task=ner,language=sw``, of every line that does not say otherwise.
+
+    Returns:
+      The number of lines.
+
+    Raises:
+      ValueError: a line that cannot be used, with file and line number, or as in ``evaluate``.
+    """
+    job = Job(run, run_dir, bases_dir=bases_dir)
+    records = _read_records(epath.Path(input_path), job.space, features)
+    trained, frozen, _ = restore(job, step)
+    predict = job.predictor(trained, frozen)
+    vocabulary = run.vocabulary.build()
+    size = run.evaluation.batch_size
+    lines: list[str] = []
+    for start in range(0, len(records), size):
+        part = records[start : start + size]
+        tokens = np.zeros((size, run.inputs_length), np.int32)
+        ids = np.full((size, 0 if job.space is None else job.space.num_slots), -1, np.int32)
+        for row, (record, feature_ids) in enumerate(part):
+            encoded = [*vocabulary.encode(record["input"]), run.vocabulary.eos_id]
+            if len(encoded) > run.inputs_length:
+                raise ValueError(
+                    f"{input_path}:{start + row + 1}: the input has {len(encoded)} tokens, more "
+                    f"than Run.inputs_length {run.inputs_length}"
+                )
+            tokens[row, : len(encoded)] = encoded
+            ids[row] = feature_ids
+        batch = {"encoder_input_tokens": tokens}
+        if job.space is not None:
+            batch["feature_ids"] = ids
+        for (record, _), row in zip(part, predict(batch), strict=False):
+            text = vocabulary.decode([int(token) for token in row if token > 0])
+            lines.append(json.dumps({**record, "prediction": text}, ensure_ascii=False))
+    files.write_text(output_path, "".join(line + "\n" for line in lines))
+    return len(lines)
+
+
+def _read_records(
+    path: epath.Path, space: FeatureSpace | None, features: str
+) -> list[tuple[dict[str, Any], Any]]:
+    """(record, feature ids) of every line."""
+    given = parse_features(features, space)
+    records = []
+    for number, record in read_records(path):
+        try:
+            if not isinstance(record.get("input"), str):
+                raise ValueError("expected a text in the field 'input'")
+            ids = [] if space is None else space.encode({**given, **record})
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: {error}") from None
+        records.append((dict(record), ids))
+    return records
+
+
+def parse_features(text: str, space: FeatureSpace | None) -> dict[str, str]:
+    """Reads ``task=ner,language=sw``.
+
+    Raises:
+      ValueError: an entry of another form, an unknown type, or a value that the type has not.
+    """
+    features: dict[str, str] = {}
+    for entry in filter(None, text.split(",")):
+        name, equals, value = (part.strip() for part in entry.partition("="))
+        if not equals or not value:
+            raise ValueError(f"features {text!r}: {entry!r} is not of the form type=value")
+        if space is None:
+            raise ValueError(f"features {text!r}: the run has no adapters, hence no features")
+        known = space.type(name).known_values
+        if value not in known:
+            raise ValueError(
+                f"features {text!r}: {value!r} is no {name}; {did_you_mean(value, known)}"
+            )
+        features[name] = value
+    return features

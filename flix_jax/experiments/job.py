@@ -1,0 +1,223 @@
+"""A run in its folder: everything that training, evaluation and inference share."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from flix_jax.adapters import injection, tree
+from flix_jax.data import cells as cells_lib
+from flix_jax.data.examples import DataReport
+from flix_jax.data.pipeline import PrefetchIterator, TrainPipeline, check_state
+from flix_jax.experiments.run import RANDOM, Run, check_folder
+from flix_jax.models.encoder_decoder import EncoderDecoder
+from flix_jax.models.t5 import Transformer
+from flix_jax.training import partitioning
+from flix_jax.training.checkpoints import Checkpoints, digest
+from flix_jax.training.parameters import Parameters
+
+# Entries in the identity of checkpoints.
+NONE = "none"
+WHOLE = "every parameter"
+
+
+class Job:
+    """A run and its folder. Making one checks all that can be checked without computing.
+
+    Attributes:
+      run, run_dir: what is run, and where.
+      mesh: the devices.
+      split: the cells that are trained on and those that are held out.
+      space: the feature space with its values; None without adapters.
+      model: network, adapters, loss and decoding.
+      parameters: what is trained and what is frozen.
+
+    Raises:
+      ValueError: whatever in the run cannot work, in one line.
+    """
+
+    def __init__(
+        self, run: Run, run_dir: epath.PathLike, *, bases_dir: epath.PathLike | None = None
+    ) -> None:
+        """See the class; ``bases_dir`` is where a base that is a run lives, by default in it."""
+        self.run = run
+        self.run_dir = epath.Path(run_dir)
+        self._bases_dir = epath.Path(bases_dir) if bases_dir else self.run_dir / "bases"
+        self.mesh = run.mesh.make()
+        partitioning.check_batch_size(self.mesh, run.batch_size, run.microbatches)
+        partitioning.check_batch_size(self.mesh, run.evaluation.batch_size)
+        run.vocabulary.check_fits(run.model.vocab_size)
+        self.split = run.mixture.select(
+            run.source.cells(), lambda cell: "train" in run.source.splits(cell)
+        )
+        adapters, self.space = run.adapters, None
+        if adapters is not None:
+            self.space = adapters.space.complete(cells_lib.columns(self.split.train))
+            adapters = dataclasses.replace(adapters, space=self.space)
+        self.model = EncoderDecoder(
+            Transformer(run.model),
+            adapters,
+            label_smoothing=run.label_smoothing,
+            z_loss=run.z_loss,
+            eos_id=run.vocabulary.eos_id,
+        )
+        self.parameters = Parameters(
+            self.model, self.batch_shapes(1), self.mesh, adapters is not None, run.trainable
+        )
+        _ = self.parameters.templates  # shapes, target patterns and shardings are checked by it
+
+    @property
+    def lengths(self) -> dict[str, int]:
+        """Of the tasks' features, in tokens."""
+        return {"inputs": self.run.inputs_length, "targets": self.run.targets_length}
+
+    @property
+    def base_dir(self) -> epath.Path | None:
+        """The folder of the run that the base comes from; None for random parameters."""
+        base = self.run.base
+        if isinstance(base, Run):
+            return self._bases_dir / base.fingerprint()
+        return None if base == RANDOM else epath.Path(base)
+
+    def batch_shapes(self, batch_size: int) -> dict[str, tuple[int, ...]]:
+        """The shape of every array of a batch."""
+        targets = (batch_size, self.run.targets_length)
+        shapes = {
+            "encoder_input_tokens": (batch_size, self.run.inputs_length),
+            "decoder_input_tokens": targets,
+            "decoder_target_tokens": targets,
+            "decoder_loss_weights": targets,
+        }
+        if self.space is not None:
+            shapes["feature_ids"] = (batch_size, self.space.num_slots)
+        return shapes
+
+    def open_folder(self) -> None:
+        """Makes the folder and writes down what is known before training.
+
+        Raises:
+          ValueError: the folder holds another run.
+        """
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        check_folder(self.run, self.run_dir)
+        if self.space is not None:
+            (self.run_dir / "features.json").write_text(self.space.to_json() + "\n")
+            (self.run_dir / "matched_modules.txt").write_text(self.match_table() + "\n")
+
+    def match_table(self) -> str:
+        """Which modules the adapters matched, as a table."""
+        adapters = self.model.adapters
+        assert adapters is not None
+        report = injection.matches(
+            adapters, functools.partial(self.model.init, batch_shapes=self.batch_shapes(1)),
+            jax.random.key(0),
+        )
+        return report.table()
+
+    def load_base(self) -> Any | None:
+        """The parameters of the base, whole; None for random ones.
+
+        Raises:
+          ValueError: the base's folder holds no checkpoint of a whole model like this one.
+        """
+        if self.base_dir is None:
+            return None
+        directory = self.base_dir / "checkpoints"
+        if not directory.exists():
+            raise ValueError(f"Run.base: {self.base_dir} holds no trained run: no {directory}")
+        whole = {"trained": WHOLE, "vocabulary": self.run.vocabulary.digest}
+        checkpoints = Checkpoints(directory, whole)
+        base, _ = checkpoints.restore_trained(self.parameters.base_template)
+        checkpoints.close()
+        return base
+
+    def pipeline(self) -> TrainPipeline:
+        """The training examples, read and tokenised."""
+        from flix_jax.data.seqio_tasks import load_cells, register_mixture
+
+        run = self.run
+        tasks = run.source.register(
+            self.split.train, vocabulary=run.vocabulary, space=self.space
+        )
+        data = load_cells(tasks, self.lengths)
+        rates = run.mixture.rates_for({cell: len(examples) for cell, examples in data.items()})
+        # For users of seqio, who find the very mixture there that is trained on.
+        register_mixture(f"{run.source.name}.train", {tasks[c]: r for c, r in rates.items()})
+        return TrainPipeline(
+            data,
+            rates,
+            lengths=self.lengths,
+            global_batch_size=run.batch_size,
+            seed=run.seed,
+            transforms=run.transforms,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+
+    def batches(
+        self, pipeline: TrainPipeline, step: int, saved: Mapping[str, Any] | None
+    ) -> PrefetchIterator:
+        """Batches on the devices from ``step`` on; ``saved`` is the position of a checkpoint.
+
+        Raises:
+          ValueError: ``saved`` belongs to other training data.
+        """
+        if saved is not None:
+            check_state(saved, pipeline.state())
+        return PrefetchIterator(
+            pipeline, step, put=functools.partial(partitioning.put_batch, self.mesh)
+        )
+
+    def cells_table(self, report: DataReport) -> str:
+        """Training examples per task and language, then lengths and cut examples per cell."""
+        sizes = {cell: row.examples for cell, row in report.cells.items()}
+        return f"{self.split.table(sizes)}\n\n{report.table()}"
+
+    def initial_parameters(self, base: Any | None) -> tuple[Any, Any]:
+        """(trained, frozen) before the first step."""
+        if base is None:
+            return self.parameters.random(self.run.seed)
+        return self.parameters.from_base(base, self.run.seed, self.run.frozen_dtype)
+
+    def checkpoints(self, base: Any | None) -> Checkpoints:
+        """This run's checkpoints, bound to all that their arrays depend on."""
+        adapters = self.model.adapters
+        if adapters is not None:
+            trained = f"adapters of {list(adapters.targets)}, alpha {adapters.alpha}"
+        else:
+            trained = str(list(self.run.trainable)) if self.run.trainable else WHOLE
+        if self.run.trains_everything:
+            origin = NONE
+        else:
+            origin = f"random, seed {self.run.seed}" if base is None else digest(base)
+        identity = {
+            "trained": trained,
+            "base": origin,
+            "features": NONE if self.space is None else self.space.to_json(),
+            "vocabulary": self.run.vocabulary.digest,
+        }
+        return Checkpoints(self.run_dir / "checkpoints", identity, keep=self.run.keep)
+
+    def predictor(self, trained: Any, frozen: Any) -> Callable[[dict[str, np.ndarray]], np.ndarray]:
+        """Batch of arrays -> predicted tokens int32 [batch, targets_length]."""
+
+        def predict(batch: dict[str, np.ndarray]) -> np.ndarray:
+            wanted = {k: batch[k] for k in ("encoder_input_tokens", "feature_ids") if k in batch}
+            placed = partitioning.put_batch(self.mesh, wanted)
+            return np.asarray(jax.device_get(self._predict(trained, frozen, placed)))
+
+        return predict
+
+    @functools.cached_property
+    def _predict(self) -> Callable[[Any, Any, Any], jax.Array]:
+        def predict(trained: Any, frozen: Any, batch: Any) -> jax.Array:
+            params = tree.join(frozen, trained)
+            return self.model.predict(params, batch, max_length=self.run.targets_length)
+
+        return jax.jit(predict, out_shardings=partitioning.replicated(self.mesh))

@@ -1,0 +1,180 @@
+"""What a run is: a model, data, adapters, an optimizer and a base, as one value.
+
+A run is compared with what its folder holds by its description, so that one that is started again
+goes on only as what it was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+
+from flix_jax.adapters.injection import AdapterSpec
+from flix_jax.data.cells import Mixture, Source
+from flix_jax.data.vocabularies import Vocabulary
+from flix_jax.models.t5 import T5Config
+from flix_jax.training.optimizers import Optimizer
+from flix_jax.training.partitioning import MeshSpec
+
+#: ``Run.base`` of a run that starts from random parameters.
+RANDOM = "random"
+
+# What may change between two starts of a run: it decides what is seen of the result, or where the
+# same data lie, but not what the result is.
+_FREE = re.compile(
+    r"(base\.)*(log_every|save_every|keep|evaluation\..*|mesh\..*|source\.(data|cache)_dir)"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """How a run is evaluated.
+
+    Attributes:
+      split: the split, of every cell that has it.
+      batch_size: examples decoded at once; the last batch of a cell is padded to it.
+      every: steps between evaluations while training; None evaluates at the end only.
+      examples_per_cell: a budget for evaluations while training; None takes the whole split.
+    """
+
+    split: str = "validation"
+    batch_size: int = 64
+    every: int | None = None
+    examples_per_cell: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "every", "examples_per_cell"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"Evaluation.{name} must be at least 1, got {value}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A training run.
+
+    Attributes:
+      model: the network.
+      source: where the cells come from.
+      vocabulary: how text becomes tokens.
+      mixture: the cells that are trained on and those that are held out.
+      inputs_length, targets_length: tokens, the end of the sequence included; longer examples are
+        cut, and counted.
+      total_steps, batch_size: updates, and examples of the global batch in each.
+      base: the parameters to start from: ``'random'``, the folder of a run that trained every
+        parameter, or such a run, which is then trained first.
+      adapters: what is trained beside the frozen base; None trains the base itself.
+      trainable: without adapters, patterns over parameter paths (``'.*/scale'``) that are trained;
+        None trains everything.
+      optimizer: over the trained parameters.
+      transforms: by pattern over cells, what is done to an example whenever it is drawn (noise,
+        masking); see ``TrainPipeline``.
+      microbatches: parts of a batch that are computed one after another, to save memory.
+      label_smoothing, z_loss: of the loss (T5X's definitions).
+      frozen_dtype: the frozen parameters' dtype; None leaves the base as it is.
+      mesh: how the devices are arranged.
+      seed: of initialisation, dropout and the order of the data.
+      save_every, log_every: in steps.
+      keep: how many checkpoints are kept.
+      evaluation: how the run is evaluated.
+    """
+
+    model: T5Config
+    source: Source
+    vocabulary: Vocabulary
+    mixture: Mixture
+    inputs_length: int
+    targets_length: int
+    total_steps: int
+    batch_size: int
+    base: str | Run = RANDOM
+    adapters: AdapterSpec | None = None
+    trainable: tuple[str, ...] | None = None
+    optimizer: Optimizer = Optimizer()
+    transforms: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    microbatches: int = 1
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    frozen_dtype: str | None = None
+    mesh: MeshSpec = MeshSpec()
+    seed: int = 0
+    save_every: int = 1000
+    log_every: int = 50
+    keep: int = 2
+    evaluation: Evaluation = Evaluation()
+
+    def __post_init__(self) -> None:
+        sizes = "inputs_length targets_length total_steps batch_size microbatches save_every"
+        for name in [*sizes.split(), "log_every", "keep"]:
+            if getattr(self, name) < 1:
+                raise ValueError(f"Run.{name} must be at least 1, got {getattr(self, name)}")
+        if self.adapters is not None and self.trainable is not None:
+            raise ValueError("Run.trainable and Run.adapters exclude each other")
+        if isinstance(self.base, Run):
+            for name in ("model", "vocabulary"):
+                if getattr(self.base, name) != getattr(self, name):
+                    raise ValueError(f"Run.base has another {name} than the run itself")
+            if not self.base.trains_everything:
+                raise ValueError("Run.base must train every parameter, without adapters")
+        self.optimizer.schedule.build(self.total_steps)
+
+    @property
+    def trains_everything(self) -> bool:
+        """Whether the checkpoints of this run are whole models."""
+        return self.adapters is None and self.trainable is None
+
+    def describe(self) -> dict[str, str]:
+        """Every value of the run by its dotted name, as text."""
+        values = dict(_flatten(self, ""))
+        if not self.optimizer.schedule.depends_on_total_steps:
+            del values["total_steps"]
+        return values
+
+    def fingerprint(self) -> str:
+        """A short digest of the description: equal for runs with equal results."""
+        values = {k: v for k, v in self.describe().items() if not _FREE.fullmatch(k)}
+        values["total_steps"] = str(self.total_steps)
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def check_folder(run: Run, run_dir: epath.Path) -> None:
+    """Refuses a folder that belongs to another run; notes the run in a folder that is new.
+
+    Raises:
+      ValueError: with the values that differ.
+    """
+    path = run_dir / "run.json"
+    here = run.describe()
+    if path.exists():
+        there = json.loads(path.read_text())
+        names = sorted(k for k in {*here, *there} if not _FREE.fullmatch(k))
+        changed = [k for k in names if here.get(k) != there.get(k)]
+        if changed:
+            values = "; ".join(
+                f"{k} is {there.get(k, 'absent')} there and {here.get(k, 'absent')} here"
+                for k in changed[:5]
+            )
+            more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
+            raise ValueError(f"{run_dir} holds another run: {values}{more}; use another run_dir")
+    path.write_text(json.dumps(here, indent=1) + "\n")
+
+
+def _flatten(value: Any, name: str) -> list[tuple[str, str]]:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        head = [(f"{name}.kind".lstrip("."), type(value).__name__)]
+        fields = [(f"{name}.{f.name}".lstrip("."), getattr(value, f.name))
+                  for f in dataclasses.fields(value)]
+        return head + [pair for key, item in fields for pair in _flatten(item, key)]
+    if isinstance(value, Mapping):
+        items = sorted(value.items())
+        return [pair for key, item in items for pair in _flatten(item, f"{name}.{key}")]
+    if isinstance(value, list | tuple) and any(map(dataclasses.is_dataclass, value)):
+        return [pair for i, item in enumerate(value) for pair in _flatten(item, f"{name}.{i}")]
+    # A function's repr would name its place in memory.
+    return [(name, getattr(value, "__qualname__", None) or repr(value))]

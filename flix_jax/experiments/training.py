@@ -1,0 +1,134 @@
+"""Training a run in its folder, from wherever it stands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from etils import epath
+
+from flix_jax.adapters import tree
+from flix_jax.evaluation import files
+from flix_jax.experiments import inference
+from flix_jax.experiments.job import Job
+from flix_jax.experiments.run import Run
+from flix_jax.training import partitioning
+from flix_jax.training.loop import fit
+from flix_jax.training.reporting import Reporter
+from flix_jax.training.step import TrainState, train_step
+
+
+def train(
+    run: Run,
+    run_dir: epath.PathLike,
+    *,
+    bases_dir: epath.PathLike | None = None,
+    config: str | None = None,
+    title: str = "train",
+) -> Job:
+    """Trains ``run`` in ``run_dir`` up to its last step, its base first if that is a run.
+
+    Args:
+      run: what is trained.
+      run_dir: the run's folder; one that holds the run already goes on where it stood.
+      bases_dir: where a base that is a run is trained, by default ``<run_dir>/bases``. Runs that
+        share it share their bases.
+      config: the operative gin config, kept as ``config.gin``.
+      title: what the progress display calls the run.
+
+    Raises:
+      ValueError: before any compute, in one line, for whatever in the run cannot work.
+    """
+    job = Job(run, run_dir, bases_dir=bases_dir)
+    job.open_folder()
+    if config is not None:
+        files.write_text(job.run_dir / "config.gin", config)
+    if isinstance(run.base, Run):
+        assert job.base_dir is not None
+        if _finished_step(job.base_dir) != run.base.total_steps:
+            train(run.base, job.base_dir, bases_dir=bases_dir, title=f"{title}: base")
+    base = job.load_base()
+
+    pipeline = job.pipeline()
+    report = pipeline.report()
+    files.write_text(job.run_dir / "cells.txt", job.cells_table(report) + "\n")
+    optimizer = run.optimizer.build(run.total_steps)
+    checkpoints = job.checkpoints(base)
+    template = job.parameters.state_template(optimizer)
+    trained, frozen = job.initial_parameters(base)
+    resumed = checkpoints.latest_step() is not None
+    if resumed:
+        state, data_state = checkpoints.restore(template)
+    else:
+        state, data_state = job.parameters.create_state(trained, optimizer), None
+    del trained, base
+
+    batches = job.batches(pipeline, int(state.step), data_state)
+    reporter = Reporter(
+        job.run_dir,
+        total_steps=run.total_steps,
+        start_step=int(state.step),
+        log_every=run.log_every,
+        wait_seconds=lambda: batches.wait_seconds,
+        title=title,
+    )
+    reporter.say(f"{title}: {_summary(job, state, frozen)}, in {job.run_dir}")
+    if report.cut:
+        reporter.say(f"{title}: some examples are cut, see {job.run_dir / 'cells.txt'}")
+    evaluate = _evaluation(job, frozen) if run.evaluation.every else None
+    step_fn = jax.jit(
+        train_step(job.model.loss, optimizer, seed=run.seed, microbatches=run.microbatches),
+        donate_argnums=0,
+        out_shardings=(
+            jax.tree.map(lambda x: x.sharding, template),
+            partitioning.replicated(job.mesh),
+        ),
+    )
+    with batches:
+        try:
+            fit(
+                state,
+                frozen,
+                step_fn=step_fn,
+                batches=batches,
+                checkpoints=checkpoints,
+                reporter=reporter,
+                total_steps=run.total_steps,
+                save_every=run.save_every,
+                eval_every=run.evaluation.every,
+                evaluate=evaluate,
+            )
+        finally:
+            reporter.close()
+            checkpoints.close()
+    return job
+
+
+def _evaluation(
+    job: Job, frozen: Any
+) -> Callable[[int, Any], Mapping[str, Mapping[str, float]]]:
+    evaluator = inference.evaluator(
+        job, job.run.evaluation.split, job.run.evaluation.examples_per_cell
+    )
+
+    def evaluate(step: int, trained: Any) -> Mapping[str, Mapping[str, float]]:
+        return evaluator.evaluate(job.predictor(trained, frozen), job.run_dir, step)
+
+    return evaluate
+
+
+def _finished_step(run_dir: epath.Path) -> int | None:
+    """The newest checkpoint in a run's folder."""
+    path = run_dir / "checkpoints"
+    steps = [int(x.name) for x in path.iterdir() if x.name.isdigit()] if path.exists() else []
+    return max(steps, default=None)
+
+
+def _summary(job: Job, state: TrainState, frozen: Any) -> str:
+    trained, still = tree.count_parameters(state.trained), tree.count_parameters(frozen)
+    return (
+        f"{trained:,} parameters trained, {still:,} frozen, {len(job.split.train)} cells "
+        f"({len(job.split.held_out)} held out), batch {job.run.batch_size}, "
+        f"step {int(state.step)} of {job.run.total_steps}"
+    )

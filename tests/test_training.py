@@ -1,0 +1,218 @@
+"""A whole run on small files: base, adapters, restart, evaluation, inference, mistakes."""
+
+import dataclasses
+import json
+import re
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from flix_jax.adapters.features import FeatureSpace, FeatureType
+from flix_jax.adapters.injection import AdapterSpec
+from flix_jax.data.cells import Mixture
+from flix_jax.data.vocabularies import ByteVocabulary
+from flix_jax.experiments import inference, training
+from flix_jax.experiments.job import Job
+from flix_jax.experiments.run import Evaluation, Run
+from flix_jax.models.t5 import T5Config
+from flix_jax.tasks.xtreme_up import XtremeUp
+from flix_jax.training.optimizers import Optimizer, Schedule
+from flix_jax.training.reporting import read_metrics
+
+MODEL = T5Config(
+    vocab_size=384, emb_dim=16, num_heads=2, head_dim=8, mlp_dim=32, num_encoder_layers=1,
+    num_decoder_layers=1, dropout_rate=0.1, scan_layers=True,
+)
+TYPES = (FeatureType("task", rank=2, dropout=0.3), FeatureType("language", rank=2, dropout=0.3))
+STEPS = 40
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    """Two tasks in three languages: `up/x` is held out, the language `z` entirely."""
+    root = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    for task, change in (("up", str.upper), ("back", lambda word: word[::-1])):
+        for language, letters in (("x", "abc"), ("y", "def"), ("z", "ghi")):
+            for split, count in (("train", 30), ("validation", 5)):
+                words = ["".join(rng.choice(list(letters), 4)) for _ in range(count)]
+                path = root / task / split / f"{language}.jsonl"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                lines = [json.dumps({"input": word, "target": change(word)}) for word in words]
+                path.write_text("\n".join(lines) + "\n")
+    return root
+
+
+@pytest.fixture(scope="module")
+def base_run(data_dir):
+    """Full training: what the adapters stand on."""
+    return Run(
+        model=MODEL,
+        source=XtremeUp(str(data_dir)),
+        vocabulary=ByteVocabulary(),
+        mixture=Mixture(held_out=("up/x", "*/z")),
+        inputs_length=8,
+        targets_length=6,
+        total_steps=4,
+        batch_size=8,
+        optimizer=Optimizer("adafactor", Schedule(learning_rate=1e-2)),
+        save_every=20,
+        log_every=10,
+        evaluation=Evaluation(batch_size=8),
+    )
+
+
+@pytest.fixture(scope="module")
+def run(base_run):
+    return dataclasses.replace(
+        base_run,
+        base=base_run,
+        adapters=AdapterSpec(FeatureSpace(TYPES), dropout=0.1),
+        optimizer=Optimizer("adamw", Schedule(learning_rate=1e-2)),
+        total_steps=STEPS,
+        keep=5,
+    )
+
+
+@pytest.fixture(scope="module")
+def bases_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp("bases")
+
+
+@pytest.fixture(scope="module")
+def whole(run, bases_dir, tmp_path_factory):
+    """A run of 40 steps without an interruption, evaluated on the way."""
+    run_dir = tmp_path_factory.mktemp("whole")
+    run = dataclasses.replace(run, evaluation=Evaluation(batch_size=8, every=20))
+    training.train(run, run_dir, bases_dir=bases_dir)
+    return run_dir
+
+
+def arrays(run_dir, step):
+    """All that a checkpoint holds, read by orbax alone."""
+    items = {
+        name: ocp.StandardCheckpointer().restore(run_dir / "checkpoints" / str(step) / name)
+        for name in ("trained", "optimizer")
+    }
+    return {
+        jax.tree_util.keystr(path): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(items)
+    }
+
+
+def data_state(run_dir, step):
+    return json.loads((run_dir / "checkpoints" / str(step) / "data" / "metadata").read_text())
+
+
+def test_a_restarted_run_is_the_run_bit_for_bit(run, whole, bases_dir, tmp_path):
+    training.train(dataclasses.replace(run, total_steps=20), tmp_path, bases_dir=bases_dir)
+    training.train(run, tmp_path, bases_dir=bases_dir)
+    for step in (20, STEPS):
+        expected, got = arrays(whole, step), arrays(tmp_path, step)
+        assert expected.keys() == got.keys()
+        for name, value in expected.items():
+            np.testing.assert_array_equal(value, got[name], err_msg=name)
+        assert data_state(whole, step) == data_state(tmp_path, step)
+    losses = [
+        [(x["step"], x["loss"]) for x in read_metrics(d / "metrics.jsonl") if "loss" in x]
+        for d in (whole, tmp_path)
+    ]
+    assert losses[0] == losses[1] and len(losses[0]) == STEPS // run.log_every
+
+
+def test_adapters_move_and_are_all_that_is_saved(whole):
+    before, after = arrays(whole, 20), arrays(whole, STEPS)
+    trained = {name for name in after if name.startswith("['trained']")}
+    assert trained and all("['flix']" in name for name in trained)
+    assert any((before[name] != after[name]).any() for name in trained)
+
+
+def test_the_folder_tells_what_was_done(whole, run):
+    assert "up" in (whole / "cells.txt").read_text()
+    assert "attention/query" in (whole / "matched_modules.txt").read_text()
+    space = FeatureSpace.from_json((whole / "features.json").read_text())
+    assert space.type("language").values == ("x", "y")
+    scored = [x for x in read_metrics(whole / "metrics.jsonl") if "up/x/exact_match" in x]
+    assert [x["step"] for x in scored] == [20, 40]
+
+
+def test_evaluation_scores_seen_unseen_and_unseen_language_apart(run, whole, bases_dir):
+    board = inference.evaluate(run, whole, bases_dir=bases_dir, say=lambda text: None)
+    assert board.groups == {
+        "back/x": "seen", "back/y": "seen", "up/y": "seen",
+        "up/x": "unseen", "up/z": "unseen_language", "back/z": "unseen_language",
+    }
+    assert json.loads((whole / "scores.json").read_text())["cells"]["up/x"]["examples"] == 5
+    lines = (whole / "evaluations" / "40" / "up.z.jsonl").read_text().splitlines()
+    assert [json.loads(line)["feature_ids"] for line in lines] == [[1, -1]] * 5
+
+
+def test_inference_predicts_what_evaluation_predicts(run, whole, bases_dir, tmp_path):
+    inference.evaluate(run, whole, bases_dir=bases_dir, say=lambda text: None)
+    path = whole / "evaluations" / "40" / "back.y.jsonl"
+    expected = [json.loads(line) for line in path.read_text().splitlines()]
+    source = tmp_path / "in.jsonl"
+    source.write_text("".join(
+        json.dumps({"input": x["inputs"], "language": "y"}) + "\n" for x in expected
+    ))
+    count = inference.infer(
+        run, whole, input_path=source, output_path=tmp_path / "out.jsonl",
+        features="task=back", bases_dir=bases_dir,
+    )
+    got = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert count == len(expected) == len(got)
+    assert [x["prediction"] for x in got] == [x["predictions"] for x in expected]
+
+
+def test_nothing_is_compiled_after_the_first_steps(run, bases_dir, tmp_path, caplog):
+    jax.config.update("jax_log_compiles", True)
+    try:
+        training.train(dataclasses.replace(run, total_steps=3, log_every=1), tmp_path / "a",
+                       bases_dir=bases_dir)
+        short = sum("Compiling jit(step)" in r.getMessage() for r in caplog.records)
+        assert short == 1
+    finally:
+        jax.config.update("jax_log_compiles", False)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"inputs_length": 0}, "Run.inputs_length must be at least 1, got 0"),
+        ({"batch_size": 12}, "batch_size 12 is not a positive multiple of 8"),
+        ({"vocabulary": ByteVocabulary(extra_ids=126)}, "385 ids, but the model's embedding"),
+        ({"mixture": Mixture(include=("upp/*",))}, "'upp/\\*' matches none .* 'up/"),
+        ({"mixture": Mixture(held_out=("*/*",))}, "no cell to train on"),
+        ({"adapters": AdapterSpec(FeatureSpace(TYPES), targets="encoder/.*/qurey")}, "qurey.*query"),
+        ({"adapters": AdapterSpec(FeatureSpace((FeatureType("langauge"),)))}, "langauge.*language"),
+        ({"base": "nowhere"}, "nowhere holds no trained run"),
+        ({"optimizer": Optimizer(schedule=Schedule(warmup_steps=40))}, "warmup_steps 40"),
+        ({"trainable": (".*",)}, "exclude each other"),
+        ({"model": dataclasses.replace(MODEL, emb_dim=24)}, "Run.base has another model"),
+    ],
+)
+def test_a_run_that_cannot_work_is_refused_in_one_line(run, bases_dir, tmp_path, change, message):
+    with pytest.raises(ValueError, match=message) as error:
+        Job(dataclasses.replace(run, **change), tmp_path, bases_dir=bases_dir).load_base()
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_holds_another_run_is_refused(run, whole, bases_dir):
+    other = dataclasses.replace(run, seed=1, batch_size=16)
+    message = "batch_size is 8 there and 16 here; seed is 0 there and 1 here"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        training.train(other, whole, bases_dir=bases_dir)
+
+
+def test_bitfit_trains_what_its_patterns_name_only(run, bases_dir, tmp_path):
+    bitfit = dataclasses.replace(
+        run, adapters=None, trainable=(r".*/scale",), total_steps=2, frozen_dtype="bfloat16"
+    )
+    training.train(bitfit, tmp_path, bases_dir=bases_dir)
+    trained = {n for n in arrays(tmp_path, 2) if n.startswith("['trained']")}
+    assert trained and all(n.endswith("['scale']") for n in trained)
+    board = inference.evaluate(bitfit, tmp_path, bases_dir=bases_dir, say=lambda text: None)
+    assert board.scores["up/y"]["examples"] == 5
