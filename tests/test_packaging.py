@@ -48,7 +48,7 @@ def test_every_gin_file_and_table_is_installed(installed):
 def test_an_installed_package_finds_its_tasks_and_configs(installed):
     code = (
         f"import sys; sys.path.insert(0, {str(installed.parent)!r});"
-        "import flix_jax.tasks, flix_jax.configuration as c;"
+        "import flix_jax.tasks, flix_jax.gin_reader as c;"
         "print(flix_jax.__file__, c.find_file('configs/models/deeper/one.gin'))"
     )
     done = subprocess.run(
