@@ -28,6 +28,7 @@ from typing import Any
 import flax.errors
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from flix_jax.adapters.activation import ActiveFeatures
@@ -186,7 +187,7 @@ def _update(spec, active, call: _DenseCall, module, x, y, deterministic: bool):
     if 0 in call.axes:
         raise ValueError(f"{call.path}: contracts the batch axis of {x.shape}, cannot be adapted")
     others = tuple(a for a in range(x.ndim) if a not in call.axes)
-    rows = x.transpose(*others, *call.axes)
+    rows = jnp.asarray(x).transpose(*others, *call.axes)
     rows = rows.reshape(*rows.shape[: len(others)], call.d_in).astype(y.dtype)
     if math.prod(rows.shape[:-1]) * call.d_out != y.size:
         raise ValueError(

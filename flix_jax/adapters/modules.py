@@ -3,6 +3,7 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from flix_jax.adapters import low_rank
@@ -29,7 +30,7 @@ class FeatureBank(nn.Module):
     """
 
     feature_type: FeatureType
-    param_dtype: jnp.dtype = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, d_in: int, d_out: int) -> low_rank.Bank:
@@ -56,7 +57,7 @@ class LowRankDelta(nn.Module):
     space: FeatureSpace
     alpha: float | None = None
     dropout: float = 0.0
-    param_dtype: jnp.dtype = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(

@@ -1,0 +1,439 @@
+"""Injection into linen models that know nothing of adapters: an MLP, a transformer, T5X's layer."""
+
+import pathlib
+import re
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flix_jax.adapters.activation import activate
+from flix_jax.adapters.features import FeatureSpace, FeatureType
+from flix_jax.adapters.injection import AdapterSpec, inject, matches
+from flix_jax.adapters.tree import join, split_adapters
+
+SPACE = FeatureSpace(
+    (
+        FeatureType("task", ("ner", "qa", "topic"), rank=2, dropout=0.5),
+        FeatureType("language", ("am", "sw"), rank=3, ranks={"am": 1}),
+    )
+)
+IDS = np.array([[0, 1], [2, -1], [-1, -1], [1, 0]], np.int32)
+WIDTH, LAYERS = 8, 2
+X = jax.random.normal(jax.random.key(1), (4, 5, WIDTH))
+TARGETS = ("attention", ".*/mlp")
+
+
+class DenseGeneral(nn.Module):
+    """Shaped as the dense layer of T5X: a kernel of two dimensions whatever the axes."""
+
+    features: int | Sequence[int]
+    axis: int | Sequence[int] = -1
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, inputs):
+        features = tuple(np.atleast_1d(self.features).tolist())
+        axis = tuple(a % inputs.ndim for a in np.atleast_1d(self.axis).tolist())
+        shape = tuple(inputs.shape[a] for a in axis)
+        kernel = self.param(
+            "kernel",
+            nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("embed", "joined_kv")),
+            (int(np.prod(shape)), int(np.prod(features))),
+        )
+        kernel = kernel.astype(self.dtype).reshape(shape + features)
+        contract = (axis, tuple(range(len(axis))))
+        return jax.lax.dot_general(inputs.astype(self.dtype), kernel, (contract, ((), ())))
+
+
+class Attention(nn.Module):
+    """Two heads, with T5X's names and its dense layer."""
+
+    @nn.compact
+    def __call__(self, x):
+        q, k, v = (
+            DenseGeneral((2, 4), name=name)(x) for name in ("query", "key", "value")
+        )  # [batch, length, heads, width]
+        weights = nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", q, k))
+        out = jnp.einsum("bhqk,bkhd->bqhd", weights, v)
+        return DenseGeneral(WIDTH, axis=(-2, -1), name="out")(out)
+
+
+class Block(nn.Module):
+    foreign: bool
+
+    @nn.compact
+    def __call__(self, x, _=None):
+        if self.foreign:
+            x = x + nn.MultiHeadDotProductAttention(2, name="attention")(x, x)
+        else:
+            x = x + Attention(name="attention")(x)
+        return x + nn.tanh(nn.Dense(WIDTH, name="mlp")(x)), None
+
+
+class Net(nn.Module):
+    layers: str = "loop"
+    foreign: bool = False
+    axis: int = 1
+
+    @nn.compact
+    def __call__(self, x):
+        block = nn.remat(Block) if "remat" in self.layers else Block
+        if "scan" in self.layers:
+            stack = nn.scan(
+                block,
+                variable_axes={"params": self.axis},
+                split_rngs={"params": True, "dropout": True},
+                length=LAYERS,
+                metadata_params={nn.meta.PARTITION_NAME: "layers"},
+            )
+            x, _ = stack(self.foreign, name="layers")(x, None)
+        else:
+            for i in range(LAYERS):
+                x, _ = block(self.foreign, name=f"layers_{i}")(x)
+        return nn.Dense(3, name="head")(x)
+
+
+def make(net, spec, x=X, ids=IDS, seed=0):
+    """Parameters as after some training: every one random, B too."""
+
+    def init():
+        with inject(spec, activate(spec.space, ids)):
+            return net.init(jax.random.key(0), x)["params"]
+
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) * 0.3, leaf.dtype),
+        nn.meta.unbox(jax.eval_shape(init)),
+    )
+
+
+def run(net, spec, params, x=X, ids=IDS, rngs=None, **kwargs):
+    @jax.jit
+    def apply(params, x, ids):
+        with inject(spec, activate(spec.space, ids), **kwargs):
+            return net.apply({"params": params}, x, rngs=rngs)
+
+    return apply(params, x, ids)
+
+
+def stack(params, axis):
+    layers = [params[f"layers_{i}"] for i in range(LAYERS)]
+    rest = {k: v for k, v in params.items() if not k.startswith("layers_")}
+    return {**rest, "layers": jax.tree.map(lambda *leaves: jnp.stack(leaves, axis), *layers)}
+
+
+SPEC = AdapterSpec(SPACE, TARGETS, alpha=4.0)
+
+
+@pytest.fixture(scope="module")
+def loop_params():
+    return make(Net(), SPEC)
+
+
+@pytest.fixture(scope="module")
+def loop_output(loop_params):
+    return run(Net(), SPEC, loop_params)
+
+
+@pytest.fixture(scope="module")
+def initial():
+    """What one compiled initialisation gives with and without the injection."""
+
+    @jax.jit
+    def init(rng):
+        with inject(SPEC, activate(SPACE, IDS)):
+            adapted = Net().init(rng, X)
+        return nn.meta.unbox((adapted["params"], Net().init(rng, X)["params"]))
+
+    return init(jax.random.key(0))
+
+
+def test_parameters_stand_beside_the_kernel_and_the_base_is_unchanged(initial):
+    adapted, plain = initial
+    base, adapters = split_adapters(adapted)
+    jax.tree.map(np.testing.assert_array_equal, base, plain)
+    query = adapters["layers_1"]["attention"]["query"]["flix"]
+    assert query["task"]["a"].shape == (3, WIDTH, 2)
+    assert query["language"]["b"].shape == (2, 3, WIDTH)
+    assert "head" not in adapters
+
+
+def test_zero_b_is_the_base_bit_for_bit(initial):
+    adapted, base = initial
+    plain = jax.jit(lambda p, x: Net().apply({"params": p}, x))(base, X)
+    assert np.any(adapted["layers_0"]["mlp"]["flix"]["task"]["a"])
+    assert np.asarray(run(Net(), SPEC, adapted)).tobytes() == np.asarray(plain).tobytes()
+
+
+def test_the_update_is_the_delta_of_the_layers_input():
+    """One dense layer of each kind against x (A_f B_f) written out, kernels of any rank."""
+
+    class One(nn.Module):
+        kind: str
+
+        @nn.compact
+        def __call__(self, x):
+            match self.kind:
+                case "Dense":
+                    return nn.Dense(6, name="layer")(x)
+                case "split":
+                    return nn.DenseGeneral((2, 3), name="layer")(x)
+                case "merge":
+                    return nn.DenseGeneral(6, axis=(-2, -1), name="layer")(x)
+                case "middle":
+                    return nn.DenseGeneral(6, axis=1, name="layer")(x)
+                case "t5x":
+                    return DenseGeneral(6, axis=(-2, -1), name="layer")(x)
+
+    spec = AdapterSpec(SPACE, "layer", alpha=4.0)
+    rng = np.random.default_rng(0)
+    for kind, shape, axes in [
+        ("Dense", (4, 5, 7), "nld,do->nlo"),
+        ("Dense", (4, 7), "nd,do->no"),
+        ("split", (4, 5, 7), "nld,do->nlo"),
+        ("merge", (4, 5, 2, 3), "nlhd,hdo->nlo"),
+        ("middle", (4, 5, 2), "ndl,do->nlo"),
+        ("t5x", (4, 5, 2, 3), "nlhd,hdo->nlo"),
+    ]:
+        x = rng.normal(size=shape).astype(np.float32)
+        params = make(One(kind), spec, x)
+        plain = One(kind).apply({"params": split_adapters(params)[0]}, x)
+        update = run(One(kind), spec, params, x) - plain
+        for n, row in enumerate(IDS):
+            matrix = sum(
+                4.0 / rank * bank["a"][f, :, :rank] @ bank["b"][f, :rank]
+                for t, f in zip(SPACE.types, row, strict=True)
+                for bank, rank in [(params["layer"]["flix"][t.name], t.value_ranks[f])]
+                if f >= 0
+            )
+            if np.ndim(matrix) == 0:
+                assert not np.any(update[n])
+                continue
+            inner = tuple(shape[i] for i, c in enumerate(axes.split(",")[0]) if c in "hd")
+            matrix = np.asarray(matrix).reshape(*inner, 6)
+            expected = np.einsum(axes, x[n : n + 1], matrix).reshape(update[n].shape)
+            np.testing.assert_allclose(update[n], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("layers", ["remat", "scan", "scan and remat"])
+def test_loop_scan_remat_and_both_agree(layers, loop_params, loop_output):
+    params = loop_params
+    if "scan" in layers:
+        made = make(Net(layers), SPEC)
+        params = stack(params, axis=1)
+        assert jax.tree.map(jnp.shape, made) == jax.tree.map(jnp.shape, params)
+    np.testing.assert_allclose(run(Net(layers), SPEC, params), loop_output, rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_of_loop_and_rematerialised_scan_agree(loop_params):
+    params = loop_params
+
+    def gradients(net, params):
+        base, adapters = split_adapters(params)
+        return jax.grad(lambda a: jnp.sum(run(net, SPEC, join(base, a)) ** 2))(adapters)
+
+    looped = stack(gradients(Net(), params), axis=1)
+    scanned = gradients(Net("scan and remat"), stack(params, axis=1))
+    for mine, theirs in zip(jax.tree.leaves(scanned), jax.tree.leaves(looped), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-5 * np.abs(theirs).max())
+
+
+def test_flax_attention_scanned_on_its_first_axis():
+    net = Net("scan", foreign=True, axis=0)
+    params = make(net, SPEC)
+    query = params["layers"]["attention"]["query"]
+    assert query["kernel"].shape == (LAYERS, WIDTH, 2, 4)
+    assert query["flix"]["task"]["a"].shape == (LAYERS, 3, WIDTH, 2)
+    y = run(net, SPEC, params)
+    plain = run(net, SPEC, params, ids=np.full_like(IDS, -1))
+    changed = np.any(np.asarray(y != plain), axis=(1, 2))
+    np.testing.assert_array_equal(changed, [True, True, False, True])
+
+
+def test_a_layer_that_is_called_twice_shares_its_adapter():
+    class Tied(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            layer = nn.Dense(WIDTH, name="layer")
+            return layer(layer(x))
+
+    spec = AdapterSpec(SPACE, "layer")
+    params = make(Tied(), spec)
+    assert set(params) == {"layer"}
+    assert np.any(run(Tied(), spec, params) != Tied().apply({"params": params}, X))
+
+
+def test_layers_made_in_setup_are_adapted():
+    class Net(nn.Module):
+        def setup(self):
+            self.layers = [nn.Dense(WIDTH) for _ in range(2)]
+
+        def __call__(self, x):
+            for layer in self.layers:
+                x = layer(x)
+            return x
+
+    params = make(Net(), AdapterSpec(SPACE, r"layers_\d"))
+    assert all("flix" in params[f"layers_{i}"] for i in range(2))
+
+
+def test_convolutions_and_embeddings_are_no_dense_layers():
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, tokens):
+            x = nn.Embed(7, WIDTH, name="embed")(tokens)
+            x = nn.Conv(WIDTH, (1,), name="conv")(x)
+            return nn.Dense(3, name="dense")(x)
+
+    spec = AdapterSpec(SPACE, ".*")
+    report = matches(spec, Net().init, jax.random.key(0), jnp.zeros((4, 5), jnp.int32))
+    assert [m.path for m in report.matched] == ["dense"]
+
+
+def test_a_bfloat16_layer_gives_bfloat16():
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(WIDTH, dtype=jnp.bfloat16, name="layer")(x)
+
+    spec = AdapterSpec(SPACE, "layer")
+    params = make(Net(), spec)
+    assert params["layer"]["flix"]["task"]["a"].dtype == jnp.float32
+    assert run(Net(), spec, params).dtype == jnp.bfloat16
+
+
+def test_input_dropout_draws_from_the_dropout_rng_in_training_alone(loop_params):
+    spec = AdapterSpec(SPACE, TARGETS, dropout=0.5)
+    params = loop_params
+    plain = run(Net(), spec, params)
+    np.testing.assert_array_equal(plain, run(Net(), AdapterSpec(SPACE, TARGETS), params))
+    net, stacked = Net("scan and remat"), stack(params, axis=1)
+    draws = [
+        run(net, spec, stacked, deterministic=False, rngs={"dropout": jax.random.key(k)})
+        for k in (0, 0, 1)
+    ]
+    np.testing.assert_array_equal(draws[0], draws[1])
+    assert np.any(draws[0] != draws[2]) and np.any(draws[0] != plain)
+    with pytest.raises(ValueError, match="layers_0/attention/query: dropout 0.5 .* needs"):
+        run(Net(), spec, params, deterministic=False)
+
+
+@pytest.mark.parametrize(
+    ("ids", "says"),
+    [
+        (IDS[:1], "layers_0/attention/query: feature_ids are of 1 examples, expected 4"),
+        (np.concatenate([IDS, IDS]), "are of 8 examples, expected 4"),
+        (IDS[:, :1], r"shape \(4, 1\), expected \[..., 2\]"),
+    ],
+)
+def test_ids_of_another_batch_are_an_error_at_trace(ids, says, loop_params):
+    with pytest.raises(ValueError, match=says):
+        with inject(SPEC, activate(SPACE, ids)):
+            jax.eval_shape(lambda p: Net().apply({"params": p}, X), loop_params)
+
+
+def test_a_target_that_matches_nothing_is_an_error_with_the_nearest_paths():
+    for targets in ("layers/atention/query", ("attention", "layers/atention/query")):
+        spec = AdapterSpec(SPACE, targets)
+        says = r"'layers/atention/query' matches none of 6 dense layers; did you mean "
+        with pytest.raises(ValueError, match=says + "'layers/attention/query'"):
+            make(Net("scan"), spec)
+        with pytest.raises(ValueError, match=says + "'layers/attention/query'"):
+            matches(spec, Net("scan").init, jax.random.key(0), X)
+
+
+def test_a_misspelt_named_target_is_told_the_name():
+    with pytest.raises(ValueError, match="'atention' matches none.*did you mean 'attention'"):
+        make(Net("scan"), AdapterSpec(SPACE, "atention"))
+
+
+def test_an_injection_inside_another_is_an_error(loop_params):
+    active = activate(SPACE, IDS)
+    with pytest.raises(ValueError, match="query: has a child 'flix' already"):
+        with inject(SPEC, active), inject(SPEC, active):
+            Net().init(jax.random.key(0), X)
+    # and both contexts are left behind
+    assert "flix" not in nn.Dense(3).init(jax.random.key(0), X)["params"]
+
+
+def test_injections_one_after_the_other_do_not_know_each_other():
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(WIDTH, name="layer")(x)
+
+    other = FeatureSpace((FeatureType("domain", ("news", "web")),))
+    net = Net()
+    for space, ids in [(SPACE, IDS), (other, IDS[:, :1] * 0), (SPACE, IDS)]:
+        params = make(net, AdapterSpec(space, "layer"), ids=ids)
+        assert set(params["layer"]["flix"]) == set(space.names)
+
+
+@pytest.mark.parametrize("layers", ["loop", "scan"])
+def test_the_report_counts_layers_and_parameters(layers, loop_params):
+    report = matches(SPEC, Net(layers).init, jax.random.key(0), X)
+    assert sum(m.times for m in report.matched) == 5 * LAYERS
+    assert report.unmatched == ("head",)
+    # task: 3 values of rank 2; language: 1 + 3
+    assert report.parameters == 5 * LAYERS * (3 * 2 + 4) * 2 * WIDTH
+    lines = report.table().splitlines()
+    name = "layers_*/attention/query" if layers == "loop" else "layers/attention/query"
+    assert any(re.fullmatch(rf"{re.escape(name)} +2 +8 +8 +320", line) for line in lines)
+    assert lines[-1] == "not adapted: head"
+    # Tracing twice gives the same report, from arrays or shapes.
+    again = matches(
+        SPEC, Net(layers).init, jax.random.key(0), jax.ShapeDtypeStruct(X.shape, X.dtype)
+    )
+    assert again == report
+
+
+@pytest.mark.parametrize(
+    ("path", "names"),
+    [
+        ("encoder/layers_0/attention/query", {"all", "attention", "encoder"}),
+        ("encoder/encoder/mlp/wi_0", {"all", "mlp", "encoder"}),
+        ("decoder/layers_11/encoder_decoder_attention/out", {"all", "attention", "decoder"}),
+        ("decoder/layers_0/self_attention/value", {"all", "attention", "decoder"}),
+        ("decoder/layers_0/mlp/wo", {"all", "mlp", "decoder"}),
+        ("decoder/logits_dense", set()),
+        ("layers/MultiHeadDotProductAttention_0/key", {"all", "attention"}),
+    ],
+)
+def test_what_the_named_targets_mean(path, names):
+    spec = AdapterSpec(SPACE, ("all", "attention", "mlp", "encoder", "decoder"))
+    assert set(spec.matching(path)) == names
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"targets": ()}, "targets is empty"),
+        ({"targets": "layers_["}, "target 'layers_\\[' is not a regular expression"),
+        ({"alpha": 0.0}, "alpha is 0.0"),
+        ({"dropout": 1.0}, "dropout is 1.0"),
+    ],
+)
+def test_a_spec_checks_its_fields(fields, says):
+    with pytest.raises(ValueError, match=says):
+        AdapterSpec(SPACE, **fields)
+
+
+def test_a_spec_is_hashable_and_equal_by_value():
+    assert hash(AdapterSpec(SPACE, "all")) == hash(AdapterSpec(SPACE, ("all",)))
+    assert AdapterSpec(SPACE, "all") == AdapterSpec(SPACE, ("all",))
+
+
+def test_the_tutorial_runs():
+    page = pathlib.Path(__file__).parents[1] / "docs" / "injection.md"
+    text = page.read_text()
+    code = "\n".join(re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL))
+    printed = []
+    exec(compile(code, str(page), "exec"), {"print": lambda value: printed.append(str(value))})
+    report = re.search(r"^    module(?:.*\n    )+.*\n", text, flags=re.MULTILINE)[0]
+    assert [line.strip() for line in report.splitlines()] == [
+        line.strip() for line in printed[0].splitlines()
+    ]
