@@ -178,16 +178,17 @@ def test_an_interrupted_evaluation_goes_on_where_it_stood(run, tmp_path):
 )
 def test_what_was_made_otherwise_is_made_again(run, tasks, tmp_path, change):
     run[0].evaluate(Model(), tmp_path, 0)
+    again, fingerprint = run[0], ""
+    yoruba = {cell: task for cell, task in tasks.items() if cell.name == "ner/yo"}
     if change == "a cut file":
         file = tmp_path / "evaluations" / "0" / "ner.yo.jsonl"
         file.write_text(file.read_text()[:-9])
-        again = run[0]
+    elif "fingerprint" in change:
+        again, fingerprint = make(yoruba), change["fingerprint"]
     else:
-        again = make(
-            {cell: task for cell, task in tasks.items() if cell.name == "ner/yo"}, **change
-        )
+        again = make(yoruba, **change)
     model = Model()
-    again.evaluate(model, tmp_path, 0)
+    again.evaluate(model, tmp_path, 0, fingerprint=fingerprint)
     assert len(model.batches) == 1
 
 

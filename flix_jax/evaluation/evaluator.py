@@ -52,8 +52,6 @@ class CellEvaluator:
       batch_size: rows of every batch given to `predict`; never fewer, never more.
       examples_per_cell: at most so many examples of each cell, always the same ones, drawn from
         the whole cell; None takes all, in the order of the file.
-      fingerprint: names what else the predictions depend on, such as the digest of a checkpoint; a
-        finished cell counts as finished only under the same fingerprint.
     """
 
     tasks: Mapping[Cell, str]
@@ -62,7 +60,6 @@ class CellEvaluator:
     converter: seqio.FeatureConverter
     batch_size: int
     examples_per_cell: int | None = None
-    fingerprint: str = ""
     _loaded: dict[str, "_LoadedCell"] = dataclasses.field(default_factory=dict, init=False)
     _registered: dict[str, seqio.Task] = dataclasses.field(default_factory=dict, init=False)
 
@@ -107,6 +104,7 @@ class CellEvaluator:
         run_dir: epath.PathLike,
         step: int,
         *,
+        fingerprint: str = "",
         progress: Callable[[Progress], None] | None = None,
     ) -> dict[str, dict[str, float]]:
         """Scores every cell and writes its predictions.
@@ -121,6 +119,7 @@ class CellEvaluator:
             `[batch_size, length]`. The last batch is filled up with copies of its first row.
           run_dir: the run's folder, local or in a bucket.
           step: the training step of the parameters, for the folder's name.
+          fingerprint: names what else the predictions depend on: the digest of the parameters.
           progress: called after every batch and every finished cell.
 
         Returns:
@@ -136,7 +135,7 @@ class CellEvaluator:
         for cell in self.tasks:
             if cell.name in missing:
                 results[cell.name] = {"examples": 0}
-            elif (scores := self._finished(folder, cell)) is not None:
+            elif (scores := self._finished(folder, cell, fingerprint)) is not None:
                 results[cell.name] = scores
         pending = [cell for cell in self.tasks if cell.name not in results]
         examples_done = sum(int(scores["examples"]) for scores in results.values())
@@ -151,7 +150,7 @@ class CellEvaluator:
             if len(tokens):
                 loaded = self._load(cell)
                 results[cell.name] = loaded.score(tokens, step)
-                self._write(folder, cell, loaded.lines(), results[cell.name])
+                self._write(folder, cell, loaded.lines(), results[cell.name], fingerprint)
             else:
                 missing.add(cell.name)
                 results[cell.name] = {"examples": 0}
@@ -215,33 +214,41 @@ class CellEvaluator:
                 self._loaded[cell.name] = _LoadedCell(self, task)
         return self._loaded[cell.name]
 
-    def _settings(self, cell: Cell) -> dict[str, Any]:
+    def _settings(self, cell: Cell, fingerprint: str) -> dict[str, Any]:
         return {
             "cell": cell.name,
             "seqio_task": self.tasks[cell],
             "split": self.split,
             "lengths": dict(self.lengths),
             "examples_per_cell": self.examples_per_cell,
-            "fingerprint": self.fingerprint,
+            "fingerprint": fingerprint,
         }
 
     def _write(
-        self, folder: epath.Path, cell: Cell, lines: Sequence[str], scores: Mapping[str, float]
+        self,
+        folder: epath.Path,
+        cell: Cell,
+        lines: Sequence[str],
+        scores: Mapping[str, float],
+        fingerprint: str,
     ) -> None:
         text = "".join(line + "\n" for line in lines)
         files.write_text(_predictions_file(folder, cell), text)
         digest = hashlib.sha256(text.encode()).hexdigest()
         files.write_json(
             _scores_file(folder, cell),
-            self._settings(cell) | {"predictions_sha256": digest, "scores": dict(scores)},
+            self._settings(cell, fingerprint) | {"predictions_sha256": digest, "scores": dict(scores)},
         )
 
-    def _finished(self, folder: epath.Path, cell: Cell) -> dict[str, float] | None:
+    def _finished(
+        self, folder: epath.Path, cell: Cell, fingerprint: str
+    ) -> dict[str, float] | None:
         record = files.read_json(_scores_file(folder, cell))
         predictions = _predictions_file(folder, cell)
         if record is None or not predictions.exists():
             return None
-        if {key: record.get(key) for key in self._settings(cell)} != self._settings(cell):
+        settings = self._settings(cell, fingerprint)
+        if {key: record.get(key) for key in settings} != settings:
             return None
         digest = hashlib.sha256(predictions.read_bytes()).hexdigest()
         return record["scores"] if digest == record["predictions_sha256"] else None

@@ -18,6 +18,7 @@ from flix_jax.evaluation.scoreboard import Scoreboard
 from flix_jax.experiments.job import Job
 from flix_jax.experiments.run import Run
 from flix_jax.tasks.xtreme_up import read_records
+from flix_jax.training.checkpoints import digest
 
 if TYPE_CHECKING:
     from flix_jax.evaluation.evaluator import CellEvaluator, Progress
@@ -41,12 +42,11 @@ def evaluator(
     from flix_jax.evaluation.evaluator import CellEvaluator
 
     chosen = job.split.cells if cells is None else cells_lib.match(cells, job.split.cells)
-    having = [cell for cell in chosen if split in job.run.source.splits(cell)]
-    if not having:
+    if not any(split in job.run.source.splits(cell) for cell in chosen):
         splits = sorted({s for cell in chosen for s in job.run.source.splits(cell)})
         raise ValueError(f"no cell has the split {split!r}; {did_you_mean(split, splits)}")
     tasks = job.run.source.register(
-        having, vocabulary=job.run.vocabulary, space=job.space
+        chosen, vocabulary=job.run.vocabulary, space=job.space
     )
     return CellEvaluator(
         tasks=tasks,
@@ -114,7 +114,11 @@ def evaluate(
     evaluation = evaluator(job, split, cells=cells)
     watch = _Watch(say)
     scores = evaluation.evaluate(
-        job.predictor(trained, frozen), job.run_dir, step, progress=watch
+        job.predictor(trained, frozen),
+        job.run_dir,
+        step,
+        fingerprint=digest(trained),
+        progress=watch,
     )
     groups = {cell.name: job.split.group(cell) for cell in evaluation.tasks}
     board = Scoreboard(scores, groups)

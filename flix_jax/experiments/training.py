@@ -14,6 +14,7 @@ from flix_jax.experiments import inference
 from flix_jax.experiments.job import Job
 from flix_jax.experiments.run import Run
 from flix_jax.training import partitioning
+from flix_jax.training.checkpoints import digest
 from flix_jax.training.loop import fit
 from flix_jax.training.reporting import Reporter
 from flix_jax.training.step import TrainState, train_step
@@ -113,7 +114,9 @@ def _evaluation(
     )
 
     def evaluate(step: int, trained: Any) -> Mapping[str, Mapping[str, float]]:
-        return evaluator.evaluate(job.predictor(trained, frozen), job.run_dir, step)
+        return evaluator.evaluate(
+            job.predictor(trained, frozen), job.run_dir, step, fingerprint=digest(trained)
+        )
 
     return evaluate
 
