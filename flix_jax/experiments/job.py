@@ -145,7 +145,10 @@ class Job:
         tasks = run.source.register(
             self.split.train, vocabulary=run.vocabulary, space=self.space
         )
-        data = load_cells(tasks, self.lengths)
+        read = self.lengths
+        if run.read_lengths is not None:
+            read = dict(zip(read, run.read_lengths, strict=True))
+        data = load_cells(tasks, read)
         rates = run.mixture.rates_for({cell: len(examples) for cell, examples in data.items()})
         # For users of seqio, who find the very mixture there that is trained on.
         register_mixture(f"{run.source.name}.train", {tasks[c]: r for c, r in rates.items()})

@@ -74,7 +74,9 @@ class Run:
         None trains everything.
       optimizer: over the trained parameters.
       transforms: by pattern over cells, what is done to an example whenever it is drawn (noise,
-        masking); see ``TrainPipeline``.
+        windows); see ``TrainPipeline``.
+      read_lengths: (inputs, targets) in tokens to which examples are cut when they are read, for
+        transforms that shorten them; None is the lengths of the batch.
       microbatches: parts of a batch that are computed one after another, to save memory.
       label_smoothing, z_loss: of the loss (T5X's definitions).
       frozen_dtype: the frozen parameters' dtype; None leaves the base as it is.
@@ -98,6 +100,7 @@ class Run:
     trainable: tuple[str, ...] | None = None
     optimizer: Optimizer = Optimizer()
     transforms: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    read_lengths: tuple[int, int] | None = None
     microbatches: int = 1
     label_smoothing: float = 0.0
     z_loss: float = 0.0
@@ -114,6 +117,8 @@ class Run:
         for name in [*sizes.split(), "log_every", "keep"]:
             if getattr(self, name) < 1:
                 raise ValueError(f"Run.{name} must be at least 1, got {getattr(self, name)}")
+        if self.read_lengths is not None and not self.transforms:
+            raise ValueError("Run.read_lengths has no effect without Run.transforms")
         if self.adapters is not None and self.trainable is not None:
             raise ValueError("Run.trainable and Run.adapters exclude each other")
         if isinstance(self.base, Run):

@@ -1,0 +1,125 @@
+"""Named-entity examples as windows of the text, with copying in between, for training on bytes.
+
+Small models trained from scratch learn slowly to copy, which naming entities needs; and texts are
+longer than such training can afford. Both are changes of an example at the time it is drawn.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+
+from flix_jax.data.examples import Example
+from flix_jax.data.vocabularies import ByteVocabulary
+
+SEPARATOR = b" $$ "
+_SPACES = re.compile(rb"\s+")
+_FIRST_BYTE = 3  # the id of byte 0 in ByT5's vocabulary
+
+
+@dataclass(frozen=True)
+class EntityWindows:
+    """A transform of TrainPipeline for tasks of the form text -> `PER: x $$ LOC: y`, over bytes.
+
+    A text that is longer than `length` becomes a random window of whole words that cuts no entity,
+    and the target names the entities in the window. With probability `copying` the example
+    becomes another task: some spans of words are put between sentinels, and the target is those
+    spans, joined as entities are. The sentinels are the vocabulary's first two.
+
+    Attributes:
+      length: of the window, in bytes; below the run's inputs_length, by 1 for the end of sequence
+        and by 4 more for the sentinels of two spans.
+      copying: probability of the copying task.
+      vocabulary: must be bytes.
+    """
+
+    length: int
+    copying: float = 0.0
+    vocabulary: ByteVocabulary = ByteVocabulary()
+
+    def __post_init__(self) -> None:
+        if self.length < 8:
+            raise ValueError(f"EntityWindows.length={self.length}: expected at least 8 bytes")
+        if not 0 <= self.copying < 1:
+            raise ValueError(f"EntityWindows.copying={self.copying}: expected in [0, 1)")
+        if not isinstance(self.vocabulary, ByteVocabulary) or self.vocabulary.num_sentinels < 2:
+            raise ValueError(
+                f"EntityWindows.vocabulary={self.vocabulary}: expected a ByteVocabulary with at "
+                "least 2 extra_ids"
+            )
+
+    def __call__(self, example: Example, rng: np.random.Generator) -> Example:
+        text = self._bytes(example["inputs"])
+        if rng.random() < self.copying:
+            start, end = window(text, [], self.length, rng)
+            inputs, targets = self._copying(text[start:end], rng)
+        else:
+            entities = locate(text, self._bytes(example["targets"]))
+            start, end = window(text, [(i, j) for i, j, _ in entities], self.length, rng)
+            inside = [entity for i, j, entity in entities if start <= i and j <= end]
+            inputs = self._tokens(text[start:end])
+            targets = self._tokens(SEPARATOR.join(inside))
+        end_of_sequence = np.array([self.vocabulary.eos_id], np.int32)
+        return {
+            **example,
+            "inputs": np.concatenate([inputs, end_of_sequence]),
+            "targets": np.concatenate([targets, end_of_sequence]),
+        }
+
+    def _copying(self, text: bytes, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """One or two spans of one to three words, marked in the text; and those spans."""
+        words = [match.span() for match in re.finditer(rb"\S+", text)]
+        opening, closing = (np.array([self.vocabulary.sentinel_id(i)], np.int32) for i in (0, 1))
+        count = min(int(rng.integers(1, 3)), len(words))
+        inputs, spans, position, first = [], [], 0, 0
+        for remaining in range(count, 0, -1):
+            start = int(rng.integers(first, len(words) - remaining + 1))
+            last = min(start + int(rng.integers(0, 3)), len(words) - remaining)
+            i, j = words[start][0], words[last][1]
+            inputs += [self._tokens(text[position:i]), opening, self._tokens(text[i:j]), closing]
+            spans.append(text[i:j])
+            position, first = j, last + 1
+        inputs.append(self._tokens(text[position:]))
+        return np.concatenate(inputs), self._tokens(SEPARATOR.join(spans))
+
+    def _bytes(self, tokens: np.ndarray) -> bytes:
+        return bytes(int(t) - _FIRST_BYTE for t in tokens if t >= _FIRST_BYTE)
+
+    def _tokens(self, text: bytes) -> np.ndarray:
+        return np.frombuffer(text, np.uint8).astype(np.int32) + _FIRST_BYTE
+
+
+def locate(text: bytes, target: bytes) -> list[tuple[int, int, bytes]]:
+    """Where the entities of a target stand in the text: (start, end, `PER: x`), in order.
+
+    An entity that is not found after the one before it is looked for from the beginning; one that
+    is not in the text at all (a record whose text was cut) is left out.
+    """
+    found, position = [], 0
+    for entity in filter(None, target.split(SEPARATOR)):
+        _, _, name = entity.partition(b": ")
+        start = text.find(name, position)
+        start = text.find(name) if start < 0 else start
+        if start >= 0:
+            position = start + len(name)
+            found.append((start, position, entity))
+    return found
+
+
+def window(
+    text: bytes, spans: list[tuple[int, int]], length: int, rng: np.random.Generator
+) -> tuple[int, int]:
+    """Start and end of a random window of whole words of at most `length` bytes, cutting no span.
+
+    A single word (or span) that is longer is cut at `length`.
+    """
+    if len(text) <= length:
+        return 0, len(text)
+    bounds = [0, *(match.end() for match in _SPACES.finditer(text)), len(text)]
+    bounds = sorted({b for b in bounds if not any(i < b < j for i, j in spans)})
+    starts = [b for b in bounds if b <= len(text) - length // 2] or [0]
+    start = starts[int(rng.integers(len(starts)))]
+    ends = [b for b in bounds if start < b <= start + length]
+    return start, max(ends, default=min(start + length, len(text)))

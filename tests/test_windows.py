@@ -1,0 +1,99 @@
+"""Windows of named-entity examples: whole words, whole entities, true targets."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flix_jax.data.vocabularies import ByteVocabulary, SentencePieceVocabulary
+from flix_jax.data.windows import EntityWindows, locate, window
+
+TEXT = "Ali Manzu wa Nairobi alikutana na Amina Yusuf huko Paris, na Ali akasafiri."
+TARGET = "PER: Ali Manzu $$ LOC: Nairobi $$ PER: Amina Yusuf $$ LOC: Paris $$ PER: Ali"
+
+
+def tokens(text):
+    return np.array([*(b + 3 for b in text.encode()), 1], np.int32)
+
+
+def text_of(ids):
+    assert ids[-1] == 1
+    return bytes(int(i) - 3 for i in ids[:-1] if i < 259).decode()
+
+
+def example():
+    return {"inputs": tokens(TEXT), "targets": tokens(TARGET), "feature_ids": np.array([1, 2])}
+
+
+@pytest.mark.parametrize("length", [24, 40, 200])
+def test_the_target_names_what_the_window_holds_and_nothing_else(length):
+    seen = set()
+    for seed in range(40):
+        out = EntityWindows(length)(example(), np.random.default_rng(seed))
+        part, target = text_of(out["inputs"]), text_of(out["targets"])
+        assert len(part.encode()) <= length and part in TEXT
+        start = TEXT.index(part)
+        inside, position = [], 0
+        for entity in TARGET.split(" $$ "):
+            name = entity.split(": ")[1]
+            position = TEXT.index(name, position)
+            if start <= position and position + len(name) <= start + len(part):
+                inside.append(entity)
+            position += len(name)
+        assert target == " $$ ".join(inside)
+        assert (out["feature_ids"] == [1, 2]).all()
+        seen.add(part)
+    assert len(seen) > (1 if length < len(TEXT) else 0)
+
+
+def test_copying_marks_spans_of_words_and_asks_for_them():
+    vocabulary = ByteVocabulary()
+    transform = EntityWindows(40, copying=0.999)
+    opening, closing = vocabulary.sentinel_id(0), vocabulary.sentinel_id(1)
+    for seed in range(40):
+        out = transform(example(), np.random.default_rng(seed))
+        assert len(out["inputs"]) <= 40 + 5
+        marked, spans = [], out["inputs"].tolist()
+        while opening in spans:
+            start, end = spans.index(opening), spans.index(closing)
+            marked.append(bytes(i - 3 for i in spans[start + 1 : end]).decode())
+            spans = spans[end + 1 :]
+        assert marked and text_of(out["targets"]) == " $$ ".join(marked)
+        assert text_of(out["inputs"]) in TEXT
+        assert all(word in TEXT.split() for span in marked for word in span.split())
+
+
+@given(
+    words=st.lists(st.text("abé ", min_size=1, max_size=9), min_size=1, max_size=20),
+    length=st.integers(8, 60),
+    seed=st.integers(0, 99),
+)
+def test_a_window_lies_in_the_text_and_is_not_empty(words, length, seed):
+    text = " ".join(words).encode()
+    start, end = window(text, [], length, np.random.default_rng(seed))
+    assert 0 <= start < end <= len(text) and end - start <= length
+    if len(text) <= length:
+        assert (start, end) == (0, len(text))
+
+
+def test_entities_are_located_in_order_and_missing_ones_left_out():
+    found = locate(TEXT.encode(), f"{TARGET} $$ LOC: Roma".encode())
+    assert [TEXT.encode()[i:j].decode() for i, j, _ in found] == [
+        "Ali Manzu", "Nairobi", "Amina Yusuf", "Paris", "Ali",
+    ]
+    assert found[-1][0] > found[-2][0]
+    assert locate(b"none here", b"") == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"length": 4}, "length=4"),
+        ({"copying": 1.0}, "copying=1.0"),
+        ({"vocabulary": ByteVocabulary(extra_ids=1)}, "at least 2 extra_ids"),
+        ({"vocabulary": SentencePieceVocabulary("m.model")}, "expected a ByteVocabulary"),
+    ],
+)
+def test_what_cannot_work_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        EntityWindows(**{"length": 40, **change})
