@@ -115,7 +115,7 @@ class EncoderDecoder:
         return losses.weighted_sums(
             self.logits(params, batch, rng=rng),
             targets,
-            (targets > 0) if weights is None else weights,
+            (targets > 0).astype(jnp.float32) if weights is None else weights,
             label_smoothing=self.label_smoothing,
             z_loss=self.z_loss,
         )

@@ -265,14 +265,17 @@ class MultiHeadAttention(nn.Module):
         self,
         inputs_q: Float[Array, "batch query embed"],
         inputs_kv: Float[Array, "batch key embed"],
-        mask: Bool[Array, "batch 1 query key"] | None = None,
-        bias: Float[Array, "1 heads query key"] | None = None,
+        mask: Bool[Array, "batch 1 query keys"] | None = None,
+        bias: Float[Array, "1 heads query keys"] | None = None,
         *,
         deterministic: bool = True,
         position: Int[Array, ""] | None = None,
         keep_keys: bool = False,
     ) -> Float[Array, "batch query embed"]:
-        """[batch, query, embed] -> [batch, query, embed]; a mask is True where attention may go."""
+        """[batch, query, embed] -> [batch, query, embed]; a mask is True where attention may go.
+
+        `keys` is the length of `inputs_kv`, or of the cache in a step of self-attention.
+        """
         cached = self.has_variable("cache", "cached_key")
 
         def project(name: str, init: Initializer, inputs: Array) -> Array:

@@ -5,7 +5,7 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Num
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -86,7 +86,7 @@ cross_entropy.defvjp(_vjp_forward, _vjp_backward)
 def weighted_sums(
     logits: Float[Array, "batch length vocab"],
     targets: Int[Array, "batch length"],
-    weights: Float[Array, "batch length"],
+    weights: Num[Array, "batch length"] | Bool[Array, "batch length"],
     *,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,

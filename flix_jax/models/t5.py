@@ -9,6 +9,7 @@ attention kernels [embed, layers, heads, kv] are here [embed, layers, heads * kv
 
 import dataclasses
 import difflib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -51,7 +52,7 @@ class T5Config:
     mlp_dim: int = 1024
     num_encoder_layers: int = 8
     num_decoder_layers: int = 8
-    mlp_activations: tuple[str, ...] = ("gelu", "linear")
+    mlp_activations: Sequence[str] = ("gelu", "linear")
     dropout_rate: float = 0.1
     logits_via_embedding: bool = False
     dtype: str = "float32"

@@ -26,7 +26,7 @@ def main() -> None:
         d_ff=24,
         num_heads=3,
         num_layers=2,
-        num_decoder_layers=3,
+        num_decoder_layers=2,
         dropout_rate=0.0,
         tie_word_embeddings=False,
         initializer_factor=1.0,

@@ -1,0 +1,235 @@
+"""Loss and prediction with and without adapters; mixtures of features in one batch."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from flix_jax.adapters.features import FeatureSpace, FeatureType
+from flix_jax.adapters.injection import AdapterSpec
+from flix_jax.models import losses
+from flix_jax.models.encoder_decoder import EncoderDecoder
+from flix_jax.models.t5 import T5Config, Transformer
+
+ROWS, INPUT_LENGTH, LENGTH = 5, 9, 7
+SPACE = FeatureSpace(
+    (
+        FeatureType("task", ("ner", "qa"), rank=2),
+        FeatureType("language", ("sw", "yo", "sn"), rank=3),
+    )
+)
+CONFIG = T5Config(
+    vocab_size=40,
+    emb_dim=16,
+    num_heads=2,
+    head_dim=8,
+    mlp_dim=32,
+    num_encoder_layers=2,
+    num_decoder_layers=2,
+)
+SHAPES = {
+    "encoder_input_tokens": (ROWS, INPUT_LENGTH),
+    "decoder_input_tokens": (ROWS, LENGTH),
+    "decoder_target_tokens": (ROWS, LENGTH),
+    "feature_ids": (ROWS, 2),
+}
+
+
+def _batch():
+    rng = np.random.default_rng(0)
+    inputs = rng.integers(2, 40, (ROWS, INPUT_LENGTH))
+    inputs[1, 6:] = 0
+    targets = rng.integers(2, 40, (ROWS, LENGTH))
+    targets[2, 4:] = 0
+    shifted = np.concatenate([np.zeros((ROWS, 1), int), targets[:, :-1]], axis=1)
+    ids = [[0, 0], [1, 2], [-1, 1], [0, -1], [-1, -1]]
+    arrays = (inputs, shifted, targets, ids)
+    return {name: jnp.asarray(a, jnp.int32) for name, a in zip(SHAPES, arrays, strict=True)}
+
+
+def _random_params(model):
+    """Parameters drawn with NumPy, adapters not zero: far from where every token is the same."""
+    rng = np.random.default_rng(2)
+    shapes = jax.eval_shape(lambda rng: model.init(rng, SHAPES), jax.random.key(0))
+
+    def draw(path, leaf):
+        scale, offset = (0.2, 1.0) if "scale" in jax.tree_util.keystr(path) else (0.35, 0.0)
+        return jnp.asarray(offset + scale * rng.normal(size=leaf.shape), jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, nn.unbox(shapes))
+
+
+class Case:
+    """A model, its parameters and its compiled functions."""
+
+    def __init__(self, scan_layers):
+        config = dataclasses.replace(CONFIG, scan_layers=scan_layers)
+        self.model = EncoderDecoder(Transformer(config), AdapterSpec(SPACE), z_loss=1e-3)
+        self.params = _random_params(self.model)
+        self.batch = _batch()
+        self.logits = jax.jit(self.model.logits)
+        self.predict = jax.jit(lambda p, batch: self.model.predict(p, batch, max_length=LENGTH))
+
+
+@pytest.fixture(scope="module")
+def looped():
+    return Case(scan_layers=False)
+
+
+@pytest.fixture(scope="module")
+def scanned():
+    return Case(scan_layers=True)
+
+
+@pytest.mark.parametrize("form", ["looped", "scanned"])
+def test_decoding_with_a_cache_equals_the_full_forward_for_mixed_features(form, request):
+    case = request.getfixturevalue(form)
+    decoded = np.zeros((ROWS, LENGTH), np.int32)
+    for step in range(LENGTH):
+        shifted = np.concatenate([np.zeros((ROWS, 1), np.int32), decoded[:, :-1]], axis=1)
+        # the target tokens only mark which positions are real
+        real = np.broadcast_to(np.arange(LENGTH) <= step, (ROWS, LENGTH)).astype(np.int32)
+        fed = dict(
+            case.batch,
+            decoder_input_tokens=jnp.asarray(shifted),
+            decoder_target_tokens=jnp.asarray(real),
+        )
+        decoded[:, step] = np.argmax(case.logits(case.params, fed)[:, step], axis=-1)
+    ended = np.cumsum(decoded == 1, axis=1) - (decoded == 1) > 0
+    decoded = np.where(ended, 0, decoded)
+    assert len(np.unique(decoded)) > 5, "the example is too easy"
+    np.testing.assert_array_equal(case.predict(case.params, case.batch), decoded)
+
+
+def test_a_row_is_decoded_the_same_whatever_its_neighbours(looped):
+    together = looped.predict(looped.params, looped.batch)
+    order = np.asarray([3, 1, 4, 0, 2])
+    shuffled = {name: array[order] for name, array in looped.batch.items()}
+    np.testing.assert_array_equal(looped.predict(looped.params, shuffled), together[order])
+    swapped = dict(looped.batch, feature_ids=looped.batch["feature_ids"][order])
+    changed = looped.predict(looped.params, swapped) != together
+    assert bool(changed.any()), "features do not matter"
+
+
+def test_rows_of_padding_decode_to_nothing(looped):
+    inputs = looped.batch["encoder_input_tokens"].at[4].set(0)
+    batch = dict(looped.batch, encoder_input_tokens=inputs)
+    decoded = looped.predict(looped.params, batch)
+    np.testing.assert_array_equal(decoded[4], 0)
+    expected = looped.predict(looped.params, looped.batch)
+    np.testing.assert_array_equal(decoded[:4], expected[:4])
+
+
+def test_a_decoding_step_reads_the_encoded_keys_from_the_cache(scanned):
+    """Once the cache is made, the encoded inputs are not looked at again."""
+    tokens = scanned.batch["encoder_input_tokens"]
+    targets = jnp.zeros((ROWS, 4), jnp.int32)
+    params = _without_adapters(scanned.params)
+    network = scanned.model.module
+
+    @jax.jit
+    def step(encoded, later):
+        kwargs = {"enable_dropout": False, "decode": True, "mutable": ["cache"]}
+        _, cache = network.apply(
+            {"params": params}, encoded, tokens, targets, targets, method="decode", **kwargs
+        )
+        variables = {"params": params, **cache}
+        one = targets[:, :1]
+        return network.apply(
+            variables, later, tokens, one, one, max_decode_length=4, method="decode", **kwargs
+        )[0]
+
+    encoded = jax.random.normal(jax.random.key(0), (ROWS, INPUT_LENGTH, 16))
+    np.testing.assert_array_equal(step(encoded, jnp.zeros_like(encoded)), step(encoded, encoded))
+
+
+def test_loss_is_that_of_the_logits(looped):
+    targets = looped.batch["decoder_target_tokens"]
+    total, sums = jax.jit(looped.model.loss)(looped.params, looped.batch)
+    expected, _ = losses.weighted_sums(
+        looped.logits(looped.params, looped.batch),
+        targets,
+        (targets > 0).astype(jnp.float32),
+        z_loss=looped.model.z_loss,
+    )
+    np.testing.assert_allclose(total, expected, rtol=1e-6)
+    assert set(sums) == {"loss", "z_loss", "weight", "correct"}
+    assert float(sums["weight"]) == float((targets > 0).sum())
+
+
+def _without_adapters(params):
+    flat = flatten_dict(params)
+    return unflatten_dict({path: value for path, value in flat.items() if "flix" not in path})
+
+
+def test_adapters_whose_b_is_zero_leave_the_network_as_it_is(looped):
+    flat = flatten_dict(looped.params)
+    zero = {p: jnp.zeros_like(x) if "flix" in p and p[-1] == "b" else x for p, x in flat.items()}
+    alone = dataclasses.replace(looped.model, adapters=None)
+    expected = jax.jit(alone.logits)(_without_adapters(looped.params), looped.batch)
+    actual = looped.logits(unflatten_dict(zero), looped.batch)
+    np.testing.assert_array_equal(actual, expected)
+
+
+def test_adapters_do_not_change_what_the_network_is_initialised_with():
+    config = dataclasses.replace(
+        CONFIG, num_encoder_layers=1, num_decoder_layers=1, dropout_rate=0.0
+    )
+    adapted = EncoderDecoder(Transformer(config), AdapterSpec(SPACE, targets=".*/mlp/wo"))
+    alone = dataclasses.replace(adapted, adapters=None)
+
+    def init(model):
+        # not optimised: it runs once, and compiling takes far longer than running
+        options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+        compiled = jax.jit(lambda rng: model.init(rng, SHAPES), compiler_options=options)
+        return nn.unbox(compiled(jax.random.key(5)))
+
+    params, expected = init(adapted), init(alone)
+    assert "flix" in params["encoder"]["layers_0"]["mlp"]["wo"]
+    jax.tree.map(np.testing.assert_array_equal, _without_adapters(params), expected)
+
+
+def test_feature_dropout_is_on_only_with_a_key(scanned):
+    types = tuple(dataclasses.replace(t, dropout=0.9) for t in SPACE.types)
+    config = dataclasses.replace(scanned.model.module.config, dropout_rate=0.0)
+    model = EncoderDecoder(Transformer(config), AdapterSpec(FeatureSpace(types)))
+    dropped = jax.jit(model.logits)(scanned.params, scanned.batch, rng=jax.random.key(0))
+    kept = scanned.logits(scanned.params, scanned.batch)
+    difference = jnp.abs(dropped - kept).max(axis=(1, 2))
+    assert float(difference[:4].max()) > 0.1
+    assert float(difference[4]) < 1e-4, "a row without features has nothing to drop"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"feature_ids": None}, "batch has no 'feature_ids'"),
+        ({"feature_ids": (ROWS, 3)}, r"feature_ids has shape \(5, 3\): expected .* \(5, 2\)"),
+        ({"feature_ids": (1, 2)}, r"feature_ids has shape \(1, 2\): expected .* \(5, 2\)"),
+        ({"decoder_input_tokens": None}, "batch has no 'decoder_input_tokens'"),
+        ({"decoder_input_tokens": (ROWS, 6)}, r"shape \(5, 6\): expected \(5, 7\)"),
+        ({"decoder_loss_weights": (ROWS, 6)}, r"shape \(5, 6\): expected \(5, 7\)"),
+        ({"encoder_input_tokens": (ROWS, 0)}, "neither zero"),
+        ({"encoder_input_tokens": (4, 9)}, "expected 4 rows, as encoder_input_tokens has"),
+    ],
+)
+def test_shapes_that_disagree_are_refused_when_traced(change, message):
+    model = EncoderDecoder(Transformer(CONFIG), AdapterSpec(SPACE))
+    batch = _batch()
+    for name, shape in change.items():
+        batch.pop(name, None)
+        if shape is not None:
+            batch[name] = jnp.zeros(shape, jnp.int32)
+    with pytest.raises(ValueError, match=message) as error:
+        jax.eval_shape(lambda batch: model.loss({}, batch), batch)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("field", ["label_smoothing", "z_loss"])
+def test_settings_out_of_range_are_refused(field):
+    with pytest.raises(ValueError, match=f"EncoderDecoder.{field} = -0.1"):
+        EncoderDecoder(Transformer(CONFIG), **{field: -0.1})
