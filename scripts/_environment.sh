@@ -50,9 +50,9 @@ install() {
   if "$VENV/bin/python" -m uv --version >/dev/null 2>&1 ||
     "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check 'uv>=0.5'; then
     # TensorFlow only reads and evaluates data here: on Linux its CPU package, half the size,
-    # takes the place of the full one.
-    local tensorflow=()
-    if [[ "$(uname -sm)" == "Linux x86_64" ]]; then
+    # takes the place of the full one (unless that is there already: they share their files).
+    local tensorflow=() full='import importlib.metadata; importlib.metadata.version("tensorflow")'
+    if [[ "$(uname -sm)" == "Linux x86_64" ]] && ! "$VENV/bin/python" -c "$full" 2>/dev/null; then
       tensorflow=(--override "$OVERRIDES" 'tensorflow-text[tensorflow-cpu]')
     fi
     if "$VENV/bin/python" -m uv pip install --python "$VENV/bin/python" --compile-bytecode \
