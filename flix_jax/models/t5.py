@@ -152,7 +152,7 @@ class _Layer(nn.Module):
     def feed_forward(self, x: Array) -> Array:
         mlp = layers.MlpBlock(
             self.config.mlp_dim,
-            activations=self.config.mlp_activations,
+            activations=tuple(self.config.mlp_activations),
             dropout_rate=self.config.dropout_rate,
             dtype=jnp.dtype(self.config.dtype),
             name="mlp",
