@@ -365,6 +365,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def quiet() -> None:
     """Keeps TensorFlow and absl from logging; to be called before either is imported."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # it announces itself otherwise
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     logging.getLogger("absl").setLevel(logging.ERROR)
 

@@ -37,6 +37,8 @@ NAMES: dict[str, str] = {
     "Mixture": "flix_jax.data.cells:Mixture",
     "ByteVocabulary": "flix_jax.data.vocabularies:ByteVocabulary",
     "SentencePieceVocabulary": "flix_jax.data.vocabularies:SentencePieceVocabulary",
+    "SpanCorruption": "flix_jax.data.denoising:SpanCorruption",
+    "EntityWindows": "flix_jax.data.windows:EntityWindows",
     "XtremeUp": "flix_jax.tasks.xtreme_up:XtremeUp",
     "TaskFormat": "flix_jax.tasks.xtreme_up:TaskFormat",
     "Babel": "flix_jax.tasks.babel:Babel",

@@ -26,6 +26,26 @@ attention_init = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 relative_position_init = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
 
 
+def neighbour_init(strength: float, *, bidirectional: bool) -> Initializer:
+    """T5's initial relative biases, with `strength` added to a near distance in four of the heads.
+
+    Encoder heads 0 to 3 begin by looking at the positions -1, +1, -2 and +2, decoder heads at -1, 0,
+    -2 and -3. Heads that look at the token before are what copying is built from, and small models
+    that are trained from scratch are slow to form them; strength 0 is T5's initialisation.
+    """
+
+    def init(rng: Array, shape: tuple[int, int], dtype: Any = jnp.float32) -> Array:
+        heads, buckets = shape
+        half = buckets // 2
+        near = (1, half + 1, 2, half + 2) if bidirectional else (1, 0, 2, 3)
+        table = relative_position_init(rng, shape, dtype)
+        for head, bucket in zip(range(heads), near, strict=False):
+            table = table.at[head, bucket].add(strength)
+        return table
+
+    return init
+
+
 def _as_tuple(value: int | Sequence[int]) -> tuple[int, ...]:
     return (value,) if isinstance(value, int) else tuple(value)
 
@@ -158,6 +178,7 @@ class RelativePositionBiases(nn.Module):
     num_buckets: int = 32
     max_distance: int = 128
     bidirectional: bool = True
+    neighbour_strength: float = 0.0
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -168,9 +189,10 @@ class RelativePositionBiases(nn.Module):
 
         With `query_position` (below key_length, may be traced) the result is [1, heads, 1, key].
         """
+        init = neighbour_init(self.neighbour_strength, bidirectional=self.bidirectional)
         table = self.param(
             "rel_embedding",
-            nn.with_logical_partitioning(relative_position_init, ("heads", "relpos_buckets")),
+            nn.with_logical_partitioning(init, ("heads", "relpos_buckets")),
             (self.num_heads, self.num_buckets),
             jnp.float32,
         )

@@ -42,6 +42,8 @@ class T5Config:
       relative_attention_num_buckets, relative_attention_max_distance: of the relative positions.
       relative_attention_per_layer: whether every layer has its own relative positions. None does as
         T5X does: shared by the stack in a loop, per layer when scanned. umT5 needs True.
+      relative_attention_neighbours: added to near distances in four heads of the initial relative
+        positions (see layers.neighbour_init); 0 is T5's initialisation.
       one_hot_embedding: look tokens up by a one-hot product (see layers.Embed).
     """
 
@@ -61,6 +63,7 @@ class T5Config:
     relative_attention_num_buckets: int = 32
     relative_attention_max_distance: int = 128
     relative_attention_per_layer: bool | None = None
+    relative_attention_neighbours: float = 0.0
     one_hot_embedding: bool = False
 
     def __post_init__(self) -> None:
@@ -130,6 +133,7 @@ def _relative_positions(config: T5Config, *, bidirectional: bool) -> layers.Rela
         num_buckets=config.relative_attention_num_buckets,
         max_distance=config.relative_attention_max_distance,
         bidirectional=bidirectional,
+        neighbour_strength=config.relative_attention_neighbours,
         dtype=jnp.dtype(config.dtype),
         name="relpos_bias",
     )
