@@ -64,6 +64,16 @@ def test_one_query_gets_its_row_of_the_biases():
         np.testing.assert_array_equal(row(position)[:, :, 0], whole[:, :, position])
 
 
+@pytest.mark.parametrize(
+    ("bidirectional", "nearest"), [(True, (-1, 1, -2, 2)), (False, (-1, 0, -2, -3))]
+)
+def test_heads_can_begin_by_looking_at_a_neighbour(bidirectional, nearest):
+    module = layers.RelativePositionBiases(4, bidirectional=bidirectional, neighbour_strength=6.0)
+    biases, _ = module.init_with_output(jax.random.key(0), 9, 9)
+    looked_at = np.argmax(biases[0, :, 4, : 9 if bidirectional else 5], axis=-1)
+    np.testing.assert_array_equal(looked_at - 4, nearest)
+
+
 def test_gradient_of_relative_positions_counts_the_pairs_of_a_bucket():
     module, params, _ = _relative_positions()
     gradient = jax.grad(lambda p: module.apply(p, 6, 9).sum())(params)["params"]["rel_embedding"]

@@ -330,6 +330,7 @@ def test_tied_logits_have_no_output_layer():
         ("dtype", "bf16", "T5Config.dtype = 'bf16': .*nearest: 'bfloat16'"),
         ("mlp_activations", ("geluu",), "nearest: 'gelu'"),
         ("mlp_activations", "gelu", "expected names"),
+        ("relative_attention_neighbours", float("nan"), "expected a finite number"),
         ("relative_attention_num_buckets", 6, "expected a multiple of 4"),
     ],
 )

@@ -29,9 +29,9 @@ relative_position_init = nn.initializers.variance_scaling(1.0, "fan_avg", "unifo
 def neighbour_init(strength: float, *, bidirectional: bool) -> Initializer:
     """T5's initial relative biases, with `strength` added to a near distance in four of the heads.
 
-    Encoder heads 0 to 3 begin by looking at the positions -1, +1, -2 and +2, decoder heads at -1, 0,
-    -2 and -3. Heads that look at the token before are what copying is built from, and small models
-    that are trained from scratch are slow to form them; strength 0 is T5's initialisation.
+    Encoder heads 0 to 3 begin by looking at the positions -1, +1, -2 and +2, decoder heads at -1,
+    0, -2 and -3. Heads that look at the token before are what copying is built from, and small
+    models that are trained from scratch are slow to form them; strength 0 is T5's initialisation.
     """
 
     def init(rng: Array, shape: tuple[int, int], dtype: Any = jnp.float32) -> Array:

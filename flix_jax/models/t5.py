@@ -9,6 +9,7 @@ attention kernels [embed, layers, heads, kv] are here [embed, layers, heads * kv
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -83,6 +84,11 @@ class T5Config:
                 raise ValueError(f"T5Config.{name} = {value!r}: expected a positive integer")
         if not 0.0 <= self.dropout_rate < 1.0:
             raise ValueError(f"T5Config.dropout_rate = {self.dropout_rate!r}: expected [0, 1)")
+        if not math.isfinite(self.relative_attention_neighbours):
+            raise ValueError(
+                f"T5Config.relative_attention_neighbours = {self.relative_attention_neighbours!r}: "
+                "expected a finite number"
+            )
         buckets = self.relative_attention_num_buckets
         if buckets % 4 or self.relative_attention_max_distance <= buckets // 2:
             raise ValueError(
