@@ -117,12 +117,35 @@ def _accumulator(x: Array):
     return jnp.promote_types(x.dtype, jnp.float32)
 
 
+@jax.custom_vjp
 def _shared_product(x: Array, a: Array, b: Array, c: Array) -> Array:
     """(x a · c) b for one a [d_in, R] and b [R, d_out] of the whole batch; c [batch, R]."""
+    return _shared_forward(x, a, b, c)[0]
+
+
+def _shared_forward(x, a, b, c):
     wide = _accumulator(x)
     h = jnp.einsum("nld,dr->nlr", x, a.astype(x.dtype), preferred_element_type=wide)
     z = (h * c.astype(wide)[:, None, :]).astype(x.dtype)
-    return jnp.einsum("nlr,ro->nlo", z, b.astype(x.dtype))
+    return jnp.einsum("nlr,ro->nlo", z, b.astype(x.dtype)), (x, a, b, c, h)
+
+
+def _shared_backward(saved, g):
+    x, a, b, c, h = saved
+    wide = h.dtype
+    scale = c.astype(wide)[:, None, :]
+    z = (h * scale).astype(x.dtype)
+    dz = jnp.einsum("nlo,ro->nlr", g, b.astype(x.dtype), preferred_element_type=wide)
+    dh = (dz * scale).astype(x.dtype)
+    dx = jnp.einsum("nlr,dr->nld", dh, a.astype(x.dtype))
+    # Example by example, then summed: in one product over both axes XLA transposes the wide factor.
+    da = jnp.einsum("nlr,nld->nrd", dh, x, preferred_element_type=wide).sum(axis=0).T
+    db = jnp.einsum("nlr,nlo->nro", z, g, preferred_element_type=wide).sum(axis=0)
+    dc = jnp.sum(dz * h, axis=1)
+    return dx, da.astype(a.dtype), db.astype(b.dtype), dc.astype(c.dtype)
+
+
+_shared_product.defvjp(_shared_forward, _shared_backward)
 
 
 def _side_by_side(slots: tuple[int, ...], banks, ids: Array, axis: int, dtype) -> Array:
@@ -168,10 +191,10 @@ def _backward(slots, saved, g):
     dz = jnp.einsum("nlo,nro->nlr", g, b, preferred_element_type=wide)
     dh = (dz * scale).astype(x.dtype)
     dx = jnp.einsum("nlr,ndr->nld", dh, a)
-    da = jnp.einsum("nld,nlr->ndr", x, dh, preferred_element_type=wide)
+    da = jnp.einsum("nlr,nld->nrd", dh, x, preferred_element_type=wide)
     db = jnp.einsum("nlr,nlo->nro", z, g, preferred_element_type=wide)
     dc = jnp.sum(dz * h, axis=1).astype(c.dtype)
-    da_banks = _add_up(slots, da.swapaxes(1, 2), a_banks, ids, lambda rows: rows.swapaxes(1, 2))
+    da_banks = _add_up(slots, da, a_banks, ids, lambda rows: rows.swapaxes(1, 2))
     db_banks = _add_up(slots, db, b_banks, ids, lambda rows: rows)
     return dx, da_banks, db_banks, None, dc
 

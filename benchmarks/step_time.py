@@ -1,0 +1,217 @@
+"""Step time of FLix against the frozen model and against LoRA of equal active rank.
+
+    python benchmarks/step_time.py [--layers 8] [--batch 16] [--rounds 15] [--clock wall]
+
+One network at mT5-small's widths (vocabulary reduced), forward and backward, all sides interleaved
+in one process: each round runs every side once, and a ratio is taken within its round. A
+side is the network with
+
+    frozen         no adapters
+    lora           one shared update of rank 8
+    flix N         N features in two types, two active for each example, rank 4 each
+
+The loss is a cross-entropy; gradients are taken with respect to the embedded inputs of encoder and
+decoder on every side, so that no part of the backward pass can be dropped, and to the adapters
+where there are any. Gradients go into the buffers of the last step's, as they do in training.
+"""
+
+import argparse
+import contextlib
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flix_jax.adapters.activation import activate
+from flix_jax.adapters.features import FeatureSpace, FeatureType
+from flix_jax.adapters.injection import AdapterSpec, inject
+from flix_jax.adapters.tree import count_parameters, join, split_adapters
+from flix_jax.models.t5 import T5Config, Transformer
+
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+def flix(num_features: int) -> AdapterSpec:
+    """Two types of rank 4: a third of the features are tasks, the rest languages."""
+    tasks = max(2, num_features // 3)
+    names = [tuple(f"v{i}" for i in range(n)) for n in (tasks, num_features - tasks)]
+    return AdapterSpec(
+        FeatureSpace((FeatureType("task", names[0]), FeatureType("language", names[1])))
+    )
+
+
+def lora(rank: int) -> AdapterSpec:
+    return AdapterSpec(FeatureSpace((FeatureType("shared", ("shared",), rank=rank),)))
+
+
+@contextlib.contextmanager
+def perturbed_embeddings(perturbations: tuple[jax.Array, jax.Array]):
+    """Adds to the embedded inputs of encoder and decoder, in the order of the two lookups."""
+    remaining = list(perturbations)
+
+    def interceptor(next_fun, args, kwargs, context):
+        y = next_fun(*args, **kwargs)
+        if context.module.name == "token_embedder" and context.method_name == "__call__":
+            y = y + remaining.pop(0)
+        return y
+
+    with nn.intercept_methods(interceptor):
+        yield
+    if remaining:
+        raise RuntimeError(f"{len(remaining)} embedding lookups were not seen")
+
+
+class Side:
+    """One compiled forward and backward pass, its arguments, and its times."""
+
+    def __init__(
+        self, name: str, spec: AdapterSpec | None, config: T5Config, batch: dict[str, Any]
+    ):
+        self.name, self.times = name, []
+        network = Transformer(config)
+        rng = np.random.default_rng(0)
+        rows = batch["encoder_input_tokens"].shape[0]
+        ids = None
+        if spec is not None:
+            ids = np.stack(
+                [rng.integers(0, t.num_values, rows) for t in spec.space.slot_types], axis=1
+            ).astype(np.int32)
+
+        def injected(ids):
+            if spec is None:
+                return contextlib.nullcontext()
+            return inject(spec, activate(spec.space, ids))
+
+        def init():
+            with injected(ids):
+                return network.init(jax.random.key(0), **batch, enable_dropout=False)["params"]
+
+        shapes = nn.meta.unbox(jax.eval_shape(init))
+        params = jax.tree.map(
+            lambda s: jnp.asarray(rng.normal(size=s.shape) * 0.05, s.dtype), shapes
+        )
+        self.base, self.adapters = split_adapters(params)
+        self.num_adapter_parameters = count_parameters(self.adapters)
+        self.perturbations = tuple(
+            jnp.zeros((*batch[f"{part}_input_tokens"].shape, config.emb_dim), config.dtype)
+            for part in ("encoder", "decoder")
+        )
+
+        def loss(trained, base, ids, batch):
+            perturbations, adapters = trained
+            with injected(ids), perturbed_embeddings(perturbations):
+                logits = network.apply(
+                    {"params": join(base, adapters)}, **batch, enable_dropout=False
+                )
+            log_probs = jax.nn.log_softmax(logits)
+            targets = batch["decoder_target_tokens"][..., None]
+            return -jnp.mean(jnp.take_along_axis(log_probs, targets, axis=-1))
+
+        def step(trained, base, ids, batch, last_gradients):
+            del last_gradients  # donated: its buffers take the new gradients
+            return jax.value_and_grad(loss)(trained, base, ids, batch)
+
+        self.ids, self.batch = ids, batch
+        self.gradients = jax.tree.map(jnp.zeros_like, (self.perturbations, self.adapters))
+        start = time.perf_counter()
+        self.step: Callable[..., Any] = (
+            jax.jit(step, donate_argnums=4, keep_unused=True).lower(*self.arguments()).compile()
+        )
+        self.compile_seconds = time.perf_counter() - start
+
+    def arguments(self) -> tuple[Any, ...]:
+        trained = (self.perturbations, self.adapters)
+        return trained, self.base, self.ids, self.batch, self.gradients
+
+    def run(self, clock: Callable[[], float]) -> None:
+        start = clock()
+        loss, self.gradients = self.step(*self.arguments())
+        jax.block_until_ready((loss, self.gradients))
+        self.times.append(clock() - start)
+        if not np.isfinite(loss):
+            raise RuntimeError(f"{self.name}: loss is {loss}")
+
+
+def ratio(side: Side, other: Side) -> str:
+    """Median of the ratios within each round, with the quartiles."""
+    ratios = np.asarray(side.times) / np.asarray(other.times)
+    low, middle, high = np.quantile(ratios, (0.25, 0.5, 0.75))
+    return f"{middle:.3f} [{low:.3f} {high:.3f}]"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--layers", type=int, default=8, help="layers of encoder and of decoder")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--input_length", type=int, default=128)
+    parser.add_argument("--target_length", type=int, default=32)
+    parser.add_argument("--vocabulary", type=int, default=8192)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--features", type=int, nargs="*", default=[4, 30, 120, 300])
+    parser.add_argument(
+        "--clock", choices=tuple(CLOCKS), default="wall", help="cpu: for a machine that is shared"
+    )
+    args = parser.parse_args()
+
+    config = T5Config(
+        vocab_size=args.vocabulary,
+        num_encoder_layers=args.layers,
+        num_decoder_layers=args.layers,
+        dropout_rate=0.0,
+    )
+    rng = np.random.default_rng(1)
+    shapes = {
+        "encoder_input_tokens": (args.batch, args.input_length),
+        "decoder_input_tokens": (args.batch, args.target_length),
+        "decoder_target_tokens": (args.batch, args.target_length),
+    }
+    batch = {
+        name: jnp.asarray(rng.integers(1, args.vocabulary, shape), jnp.int32)
+        for name, shape in shapes.items()
+    }
+    specs = {"frozen": None, "lora r8": lora(8), **{f"flix {n}": flix(n) for n in args.features}}
+    sides = []
+    for name, spec in specs.items():
+        sides.append(Side(name, spec, config, batch))
+        print(f"compiled {name}: {sides[-1].compile_seconds:.1f} s", flush=True)
+    for i in range(args.rounds + 2):
+        # Every other round backwards, so that no side always follows the same one.
+        for side in sides if i % 2 == 0 else reversed(sides):
+            side.run(CLOCKS[args.clock])
+    for side in sides:
+        del side.times[:2]
+
+    frozen, lora_side = sides[:2]
+    print(
+        f"\n{args.layers}+{args.layers} layers, batch {args.batch} x {args.input_length}/"
+        f"{args.target_length}, {os.cpu_count()} cores, {args.clock} time, {args.rounds} rounds: "
+        "median [quartiles]"
+    )
+    flattest = sides[2] if len(sides) > 2 else frozen
+    header = ("side", "seconds", "/ frozen", "/ lora r8", f"/ {flattest.name}", "adapters")
+    row = "{:<10}{:>9}  {:<22}{:<22}{:<22}{:>12}"
+    print(row.format(*header))
+    for side in sides:
+        print(
+            row.format(
+                side.name,
+                f"{np.median(side.times):.3f}",
+                ratio(side, frozen),
+                ratio(side, lora_side),
+                ratio(side, flattest),
+                f"{side.num_adapter_parameters:,}",
+            )
+        )
+
+
+if __name__ == "__main__":
+    main()
