@@ -16,9 +16,11 @@ a plain low-rank product whose activation is weighted per example.
 
 import functools
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from flix_jax.adapters.activation import ActiveFeatures, check_shape
@@ -68,12 +70,14 @@ def delta(
 
     updates = []
     if gathered:
-        slots = tuple(t.slots for t in gathered)
+        layouts = tuple(
+            _Layout(t.num_values, t.slots, t.max_rank, banks[t.name][0].dtype) for t in gathered
+        )
         ids = jnp.concatenate([_columns(active.ids, space.slots(t)) for t in gathered], axis=1)
         a_banks = tuple(banks[t.name][0] for t in gathered)
         b_banks = tuple(banks[t.name][1] for t in gathered)
         c = coefficients(gathered)
-        updates.append(_gathered_product(slots, rows, a_banks, b_banks, ids, c))
+        updates.append(_gathered_product(layouts, rows, a_banks, b_banks, ids, c))
     if shared:
         a = jnp.concatenate([banks[t.name][0][0] for t in shared], axis=1)
         b = jnp.concatenate([banks[t.name][1][0] for t in shared], axis=0)
@@ -148,76 +152,88 @@ def _shared_backward(saved, g):
 _shared_product.defvjp(_shared_forward, _shared_backward)
 
 
-def _side_by_side(slots: tuple[int, ...], banks, ids: Array, axis: int, dtype) -> Array:
+class _Layout(NamedTuple):
+    """What the backward pass has to know of a bank, so that it need not keep the bank itself."""
+
+    values: int
+    slots: int
+    rank: int
+    dtype: np.dtype
+
+
+def _side_by_side(layouts: tuple[_Layout, ...], banks, ids: Array, axis: int, dtype) -> Array:
     """Gathers every slot's matrix and lays them side by side along the rank (`axis`)."""
-    types = [t for t, n in enumerate(slots) for _ in range(n)]
-    rows = [
+    bank_of_slot = [bank for bank, t in zip(banks, layouts, strict=True) for _ in range(t.slots)]
+    matrices = [
         # Absent features have weight 0, so which row stands in for them does not matter.
-        jnp.take(banks[t].astype(dtype), ids[:, slot], axis=0, mode="clip")
-        for slot, t in enumerate(types)
+        jnp.take(bank, ids[:, slot], axis=0, mode="clip").astype(dtype)
+        for slot, bank in enumerate(bank_of_slot)
     ]
-    return jnp.concatenate(rows, axis=axis)
+    return jnp.concatenate(matrices, axis=axis)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _gathered_product(slots, x, a_banks, b_banks, ids, c):
+def _gathered_product(layouts, x, a_banks, b_banks, ids, c):
     """Σ over slots of (x A_id · c) B_id.
 
     Args:
-      slots: number of slots of each bank.
+      layouts: of the banks, in order.
       x: [batch, length, d_in].
       a_banks, b_banks: one [values, d_in, rank] and [values, rank, d_out] for each type.
       ids: int32 [batch, slots].
       c: [batch, R], R = Σ over slots of the rank of their type.
     """
-    return _forward(slots, x, a_banks, b_banks, ids, c)[0]
+    return _gathered_forward(layouts, x, a_banks, b_banks, ids, c)[0]
 
 
-def _forward(slots, x, a_banks, b_banks, ids, c):
+def _gathered_forward(layouts, x, a_banks, b_banks, ids, c):
     wide = _accumulator(x)
-    a = _side_by_side(slots, a_banks, ids, 2, x.dtype)  # [batch, d_in, R]
-    b = _side_by_side(slots, b_banks, ids, 1, x.dtype)  # [batch, R, d_out]
+    a = _side_by_side(layouts, a_banks, ids, 2, x.dtype)  # [batch, d_in, R]
+    b = _side_by_side(layouts, b_banks, ids, 1, x.dtype)  # [batch, R, d_out]
     h = jnp.einsum("nld,ndr->nlr", x, a, preferred_element_type=wide)
     z = (h * c.astype(wide)[:, None, :]).astype(x.dtype)
     y = jnp.einsum("nlr,nro->nlo", z, b)
-    return y, (x, a, b, h, a_banks, b_banks, ids, c)
+    return y, (x, a, b, h, ids, c)
 
 
-def _backward(slots, saved, g):
-    x, a, b, h, a_banks, b_banks, ids, c = saved
+def _gathered_backward(layouts, saved, g):
+    x, a, b, h, ids, c = saved
     wide = h.dtype
     scale = c.astype(wide)[:, None, :]
     z = (h * scale).astype(x.dtype)
     dz = jnp.einsum("nlo,nro->nlr", g, b, preferred_element_type=wide)
     dh = (dz * scale).astype(x.dtype)
     dx = jnp.einsum("nlr,ndr->nld", dh, a)
+    # The rank before the width in both: CPUs are several times slower at the other order.
     da = jnp.einsum("nlr,nld->nrd", dh, x, preferred_element_type=wide)
     db = jnp.einsum("nlr,nlo->nro", z, g, preferred_element_type=wide)
     dc = jnp.sum(dz * h, axis=1).astype(c.dtype)
-    da_banks = _add_up(slots, da, a_banks, ids, lambda rows: rows.swapaxes(1, 2))
-    db_banks = _add_up(slots, db, b_banks, ids, lambda rows: rows)
+    da_banks = _add_up(layouts, da, ids, transpose=True)
+    db_banks = _add_up(layouts, db, ids, transpose=False)
     return dx, da_banks, db_banks, None, dc
 
 
-def _add_up(slots, gradients, banks, ids, layout):
-    """The gradient of every bank from those of the gathered matrices [batch, R, width].
+def _add_up(layouts, gradients: Array, ids: Array, *, transpose: bool) -> tuple[Array, ...]:
+    """The gradient of every bank from those of the gathered matrices, [batch, R, width].
 
     A product with the one-hot ids, [values, batch × slots] × [batch × slots, rank × width]; the
-    row of an absent feature (-1) is all zeros.
+    row of an absent feature (-1) is all zeros. `transpose` is for banks [values, width, rank].
     """
-    out, slot, column = [], 0, 0
-    for bank, n in zip(banks, slots, strict=True):
-        values = bank.shape[0]
-        width = gradients.shape[2]
-        rank = bank.shape[1] * bank.shape[2] // width
-        part = gradients[:, column : column + n * rank]
-        part = part.reshape(part.shape[0] * n, rank, width)
-        part = layout(part)
-        hot = jax.nn.one_hot(ids[:, slot : slot + n].reshape(-1), values, dtype=part.dtype)
-        total = jnp.einsum("mv,mp->vp", hot, part.reshape(part.shape[0], -1))
-        out.append(total.reshape(bank.shape).astype(bank.dtype))
-        slot, column = slot + n, column + n * rank
-    return tuple(out)
+    totals, slot, column = [], 0, 0
+    for bank in layouts:
+        part = gradients[:, column : column + bank.slots * bank.rank]
+        part = part.reshape(-1, bank.rank, gradients.shape[2])
+        if transpose:  # here, where it is small, and not in the gradient of the whole bank
+            part = part.swapaxes(1, 2)
+        rows = ids[:, slot : slot + bank.slots].reshape(-1)
+        one_hot = jax.nn.one_hot(rows, bank.values, dtype=part.dtype)
+        # At the highest precision: a sum of a few rows, which must not round them to bfloat16.
+        total = jnp.einsum(
+            "mv,mp->vp", one_hot, part.reshape(part.shape[0], -1), precision="highest"
+        )
+        totals.append(total.reshape(bank.values, *part.shape[1:]).astype(bank.dtype))
+        slot, column = slot + bank.slots, column + bank.slots * bank.rank
+    return tuple(totals)
 
 
-_gathered_product.defvjp(_forward, _backward)
+_gathered_product.defvjp(_gathered_forward, _gathered_backward)
