@@ -39,10 +39,10 @@ def run(microbatches: int, steps: int = 1, seed: int = 0):
     optimizer = optax.sgd(0.1)
     trained, frozen = parts()
     state = TrainState.create(trained, optimizer)
-    step = jax.jit(train_step(loss, optimizer, seed=seed, microbatches=microbatches))
+    step = jax.jit(train_step(loss, optimizer, microbatches=microbatches))
     history = []
     for _ in range(steps):
-        state, metrics = step(state, frozen, BATCH)
+        state, metrics = step(state, frozen, BATCH, seed)
         history.append(metrics)
     return state, history
 

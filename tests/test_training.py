@@ -182,7 +182,7 @@ def test_nothing_is_compiled_after_the_first_steps(run, bases_dir, tmp_path, cap
     [
         ({"inputs_length": 0}, "Run.inputs_length must be at least 1, got 0"),
         ({"batch_size": 12}, "batch_size 12 is not a positive multiple of 8"),
-        ({"vocabulary": ByteVocabulary(extra_ids=126)}, "385 ids, but the model's embedding"),
+        ({"vocabulary": ByteVocabulary(126), "base": "random"}, "385 ids, but the model's embedding"),
         ({"mixture": Mixture(include=("upp/*",))}, "'upp/\\*' matches none .* 'up/"),
         ({"mixture": Mixture(held_out=("*/*",))}, "no cell to train on"),
         ({"adapters": AdapterSpec(FeatureSpace(TYPES), targets="encoder/.*/qurey")}, "qurey.*query"),

@@ -28,7 +28,8 @@ RANDOM = "random"
 # What may change between two starts of a run: it decides what is seen of the result, or where the
 # same data lie, but not what the result is.
 _FREE = re.compile(
-    r"(base\.)*(log_every|save_every|keep|evaluation\..*|mesh\..*|source\.(data|cache)_dir)"
+    r"(base\.)*(log_every|save_every|keep|evaluation\..*|mesh\..*|source\.(data|cache)_dir"
+    r"|vocabulary\.path)"
 )
 
 

@@ -79,7 +79,7 @@ def train(
         reporter.say(f"{title}: some examples are cut, see {job.run_dir / 'cells.txt'}")
     evaluate = _evaluation(job, frozen) if run.evaluation.every else None
     step_fn = jax.jit(
-        train_step(job.model.loss, optimizer, seed=run.seed, microbatches=run.microbatches),
+        train_step(job.model.loss, optimizer, microbatches=run.microbatches),
         donate_argnums=0,
         out_shardings=(
             jax.tree.map(lambda x: x.sharding, template),
@@ -92,6 +92,7 @@ def train(
                 state,
                 frozen,
                 step_fn=step_fn,
+                seed=run.seed,
                 batches=batches,
                 checkpoints=checkpoints,
                 reporter=reporter,

@@ -22,7 +22,8 @@ def fit(
     state: TrainState,
     frozen: Any,
     *,
-    step_fn: Callable[[TrainState, Any, Batch], tuple[TrainState, Metrics]],
+    step_fn: Callable[[TrainState, Any, Batch, int], tuple[TrainState, Metrics]],
+    seed: int,
     batches: Batches,
     checkpoints: Checkpoints,
     reporter: Reporter,
@@ -36,7 +37,8 @@ def fit(
     Args:
       state: where to start; its buffers are donated to the first step.
       frozen: the parameters that are not trained.
-      step_fn: the jitted step, ``(state, frozen, batch) -> (state, metrics)``.
+      step_fn: the jitted step, ``(state, frozen, batch, seed) -> (state, metrics)``.
+      seed: of all randomness in the step.
       batches: stands at the batch that follows ``state.step``.
       checkpoints: saved every ``save_every`` steps and at the end.
       reporter: takes every step's metrics.
@@ -46,7 +48,7 @@ def fit(
       The state at ``total_steps``, saved.
     """
     for step in range(int(state.step) + 1, total_steps + 1):
-        state, metrics = step_fn(state, frozen, next(batches))
+        state, metrics = step_fn(state, frozen, next(batches), seed)
         reporter.step(step, metrics)
 
         if evaluate and eval_every and step % eval_every == 0:

@@ -41,13 +41,13 @@ def train_step(
     loss_fn: LossFn,
     optimizer: optax.GradientTransformation,
     *,
-    seed: int,
     microbatches: int = 1,
-) -> Callable[[TrainState, Any, Batch], tuple[TrainState, Metrics]]:
-    """The function ``(state, frozen, batch) -> (state, metrics)``, to be jitted with donated state.
+) -> Callable[[TrainState, Any, Batch, jax.typing.ArrayLike], tuple[TrainState, Metrics]]:
+    """The function ``(state, frozen, batch, seed) -> (state, metrics)``, to be jitted.
 
     The loss is the mean over the target tokens of the global batch, whatever the number of
-    microbatches. Randomness is a function of (seed, step, microbatch) alone.
+    microbatches. Randomness is a function of (seed, step, microbatch) alone; the seed is an
+    argument, so that runs which differ in it are one program.
 
     Metrics are float32 scalars: ``loss`` and ``z_loss`` per target token, ``accuracy`` (of tokens,
     teacher forced), ``tokens`` (target tokens in the batch) and ``grad_norm`` (before clipping).
@@ -75,7 +75,9 @@ def train_step(
 
         return jax.lax.scan(add, zeros, (parts, rngs))[0]
 
-    def step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Metrics]:
+    def step(
+        state: TrainState, frozen: Any, batch: Batch, seed: jax.typing.ArrayLike
+    ) -> tuple[TrainState, Metrics]:
         rng = jax.random.fold_in(jax.random.key(seed), state.step)
         compute = gradients if microbatches == 1 else accumulated
         grads, sums = compute(state.trained, frozen, batch, rng)
