@@ -42,6 +42,8 @@ NAMES: dict[str, str] = {
     "XtremeUp": "flix_jax.tasks.xtreme_up:XtremeUp",
     "TaskFormat": "flix_jax.tasks.xtreme_up:TaskFormat",
     "Babel": "flix_jax.tasks.babel:Babel",
+    "babel_held_out": "flix_jax.tasks.babel:held_out",
+    "babel_vocabulary": "flix_jax.tasks.babel:vocabulary",
     "Sizes": "flix_jax.tasks.babel:Sizes",
     "Schedule": "flix_jax.training.optimizers:Schedule",
     "Optimizer": "flix_jax.training.optimizers:Optimizer",

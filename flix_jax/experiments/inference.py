@@ -214,7 +214,7 @@ def _read_records(
         try:
             if not isinstance(record.get("input"), str):
                 raise ValueError("expected a text in the field 'input'")
-            ids = [] if space is None else space.encode({**given, **record})
+            ids: Any = [] if space is None else space.encode({**given, **record})
         except ValueError as error:
             raise ValueError(f"{path}:{number}: {error}") from None
         records.append((dict(record), ids))

@@ -26,6 +26,8 @@ from flix_jax.training.parameters import Parameters
 NONE = "none"
 WHOLE = "every parameter"
 
+_PREDICT_FROM = ("encoder_input_tokens", "feature_ids")
+
 
 class Job:
     """A run and its folder. Making one checks all that can be checked without computing.
@@ -88,7 +90,7 @@ class Job:
     def batch_shapes(self, batch_size: int) -> dict[str, tuple[int, ...]]:
         """The shape of every array of a batch."""
         targets = (batch_size, self.run.targets_length)
-        shapes = {
+        shapes: dict[str, tuple[int, ...]] = {
             "encoder_input_tokens": (batch_size, self.run.inputs_length),
             "decoder_input_tokens": targets,
             "decoder_target_tokens": targets,
@@ -211,7 +213,7 @@ class Job:
         """Batch of arrays -> predicted tokens int32 [batch, targets_length]."""
 
         def predict(batch: dict[str, np.ndarray]) -> np.ndarray:
-            wanted = {k: batch[k] for k in ("encoder_input_tokens", "feature_ids") if k in batch}
+            wanted = {k: v for k, v in batch.items() if k in _PREDICT_FROM}
             placed = partitioning.put_batch(self.mesh, wanted)
             return np.asarray(jax.device_get(self._predict(trained, frozen, placed)))
 

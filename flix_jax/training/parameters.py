@@ -120,7 +120,9 @@ class Parameters:
             trained,
             transform_non_params=lambda leaf: _with_sharding(leaf, whole),
         )
-        return TrainState(_with_sharding(state.step, whole), trained, opt_state)
+        return state.replace(
+            step=_with_sharding(state.step, whole), trained=trained, opt_state=opt_state
+        )
 
     def create_state(self, trained: Any, optimizer: optax.GradientTransformation) -> TrainState:
         """The state before the first step, sharded as its template."""
