@@ -188,7 +188,11 @@ def _check_trials(arguments: argparse.Namespace, config: "Configuration", sweep:
 def _report(arguments: argparse.Namespace) -> None:
     from flix_jax.experiments.report import make_report
 
-    report = make_report(arguments.run_dir)
+    more = ""
+    if getattr(arguments, "gin_file", None):
+        files = " ".join(f"--gin_file={name}" for name in arguments.gin_file)
+        more = f'flix sweep {files} --run_dir={arguments.run_dir} --gin.SEEDS="(0, 1, 2, 3, 4)"'
+    report = make_report(arguments.run_dir, more_seeds=more)
     report.write(arguments.run_dir)
     print(report.to_markdown())
 

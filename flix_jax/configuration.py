@@ -109,9 +109,18 @@ class Configuration:
         return lines
 
     def digest(self, without: Collection[str] = ()) -> str:
-        """Equal for configurations that bind the same values but for those of `without`."""
-        lines = sorted(f"{b.name} = {b.value!r}" for b in self.bindings
-                       if short(b.selector) not in without)
+        """Equal for configurations that bind the same values but for those of `without`.
+
+        Macros count where a value that counts refers to them.
+        """
+        macros = {b.scope: b for b in self.bindings if b.selector == MACRO}
+        counted = [b for b in self.bindings
+                   if b.selector != MACRO and short(b.selector) not in without]
+        for binding in counted:  # grows as it goes
+            for reference in references(binding.value):
+                if reference.macro and reference.name in macros:
+                    counted.append(macros.pop(reference.name))
+        lines = sorted(f"{b.name} = {b.value!r}" for b in counted)
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
 
     def _check_required(self, selector: str) -> None:

@@ -212,6 +212,14 @@ def test_the_digest_tells_bindings_apart():
     assert one.digest(without=["Engine"]) == load([], ["A=1"]).digest()
 
 
+def test_a_macro_counts_for_a_digest_where_it_is_referred_to():
+    def powered(a):
+        return load([], ["Engine.power=%A", f"A={a}"])
+
+    assert powered(1).digest() != powered(2).digest()
+    assert powered(1).digest(without=["Engine"]) == powered(2).digest(without=["Engine"])
+
+
 def test_what_a_file_sets_in_vain_is_listed_not_refused():
     write("x.gin", "Engine.power = 1\nSPEED = 3\nfast/Engine.fuel = 'oil'\nwhistle.loud = True\n")
     config = load(["x.gin"])

@@ -237,7 +237,8 @@ class CellEvaluator:
         digest = hashlib.sha256(text.encode()).hexdigest()
         files.write_json(
             _scores_file(folder, cell),
-            self._settings(cell, fingerprint) | {"predictions_sha256": digest, "scores": dict(scores)},
+            self._settings(cell, fingerprint)
+            | {"predictions_sha256": digest, "scores": dict(scores)},
         )
 
     def _finished(
