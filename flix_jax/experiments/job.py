@@ -13,7 +13,8 @@ from etils import epath
 
 from flix_jax.adapters import injection, tree
 from flix_jax.data import cells as cells_lib
-from flix_jax.data.examples import DataReport
+from flix_jax.data.cells import Cell
+from flix_jax.data.examples import CellData, DataReport
 from flix_jax.data.pipeline import PrefetchIterator, TrainPipeline, check_state
 from flix_jax.experiments.run import RANDOM, Run, check_folder
 from flix_jax.models.encoder_decoder import EncoderDecoder
@@ -151,6 +152,7 @@ class Job:
         if run.read_lengths is not None:
             read = dict(zip(read, run.read_lengths, strict=True))
         data = load_cells(tasks, read)
+        self._check_features(data)
         rates = run.mixture.rates_for({cell: len(examples) for cell, examples in data.items()})
         # For users of seqio, who find the very mixture there that is trained on.
         register_mixture(f"{run.source.name}.train", {tasks[c]: r for c, r in rates.items()})
@@ -164,6 +166,14 @@ class Job:
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
+
+    def _check_features(self, data: Mapping[Cell, CellData]) -> None:
+        for cell, examples in data.items():
+            if self.space is not None and examples.feature_ids is not None:
+                try:
+                    self.space.validate_ids(examples.feature_ids)
+                except ValueError as error:
+                    raise ValueError(f"{cell.name}: {error}") from None
 
     def batches(
         self, pipeline: TrainPipeline, step: int, saved: Mapping[str, Any] | None
