@@ -6,19 +6,21 @@ language carries every task in pretraining; of the nine others one is held out o
 at least three cells a task are held out besides, other ones for every seed.
 """
 
+import difflib
 import hashlib
 import json
 import os
 import shutil
 import string
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flix_jax.data.cells import Cell
+from flix_jax.data.vocabularies import SentencePieceVocabulary
 from flix_jax.tasks.babel_languages import (
     LANGUAGES,
     PIVOT,
@@ -27,13 +29,14 @@ from flix_jax.tasks.babel_languages import (
     Language,
     make_languages,
 )
-from flix_jax.tasks.babel_tasks import TASKS, Record, glossary, make_record, make_tag
+from flix_jax.tasks.babel_tasks import TASKS, Record, dictionary, make_record, make_tag
 from flix_jax.tasks.xtreme_up import TaskFormat, XtremeUp, ner, plain
 
 if TYPE_CHECKING:
     from flix_jax.adapters.features import FeatureSpace
     from flix_jax.data.vocabularies import Vocabulary
 
+TAG_KINDS = ("none", "task", "task_language")
 VERSION = 1  # raised whenever the same seed gives other data
 HELD_OUT_PER_TASK = 3
 SETTINGS_FILE = "babel.json"
@@ -58,14 +61,15 @@ class Sizes:
     Attributes:
       train, validation, test: of a task in one language.
       pivot: training records of a task in the pivot, for pretraining.
-      denoising: masked clauses per language, for pretraining. The glossary's size is the lexicon's.
+      text: masked clauses and glossed clauses per language, for pretraining. The glossary holds
+        the whole dictionary besides.
     """
 
     train: int = 256
     validation: int = 64
-    test: int = 128
+    test: int = 200
     pivot: int = 2048
-    denoising: int = 1024
+    text: int = 1024
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
@@ -95,30 +99,37 @@ def held_out(seed: int) -> tuple[str, ...]:
 
 
 def records(
-    task: str, language: Language, pivot: Language, *, seed: int, sizes: Sizes, tags: bool
+    task: str,
+    language: Language,
+    languages: Sequence[Language],
+    *,
+    seed: int,
+    sizes: Sizes,
+    tags: str,
 ) -> dict[str, list[Record]]:
-    """The records of a cell by split."""
-    # One word alone does not reveal its language: a line of the glossary always names it.
-    tag = make_tag(task, language) if tags or task == "glossary" else ""
-    if task == "glossary":
-        return {"train": glossary(language, pivot, tag)}
+    """The records of a cell by split. `languages` are all of them, the pivot first."""
+    pivot = languages[0]
+    tag = make_tag(task, language, tags)
     counts = {"train": sizes.train, "validation": sizes.validation, "test": sizes.test}
     if language is pivot:
         counts["train"] = sizes.pivot
-    if task == "denoising":
-        counts = {"train": sizes.denoising}
+    if task in ("denoising", "glossary"):
+        counts = {"train": sizes.text}
     # Tags take no part in the choices, so that data with and without them are the same data.
     draw = Draw("babel", seed, task, language.code)
     distinct: dict[str, Record] = {}
     while len(distinct) < sum(counts.values()):
-        record = make_record(task, language, draw, pivot=pivot, tag=tag)
+        record = make_record(task, language, draw, languages=languages, tag=tag)
         distinct.setdefault(str(record.get("text", record.get("input"))), record)
     remaining = iter(distinct.values())
-    return {split: [next(remaining) for _ in range(n)] for split, n in counts.items()}
+    splits = {split: [next(remaining) for _ in range(n)] for split, n in counts.items()}
+    if task == "glossary":
+        splits["train"] += dictionary(language, pivot, tag)
+    return splits
 
 
 def write(
-    out_dir: str | os.PathLike[str], seed: int, *, sizes: Sizes | None = None, tags: bool = True
+    out_dir: str | os.PathLike[str], seed: int, *, sizes: Sizes | None = None, tags: str = "task"
 ) -> Path:
     """Writes the data of a seed as `<out_dir>/<task>/<split>/<language>.jsonl`.
 
@@ -127,11 +138,12 @@ def write(
     Args:
       out_dir: a local folder that does not exist yet or is empty.
       seed: languages, records and held-out cells follow from it, the same on every machine.
-      tags: whether inputs open with their task and language, as `ner qal: `.
+      tags: what inputs open with: 'none', 'task' (`ner: `) or 'task_language' (`ner qal: `).
 
     Raises:
-      ValueError: if `out_dir` holds something already.
+      ValueError: for other `tags`, and if `out_dir` holds something already.
     """
+    _check_tags(tags)
     out_dir, sizes = Path(out_dir), sizes or Sizes()
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise ValueError(f"Babel cannot be written to {out_dir}: it is not an empty folder")
@@ -147,16 +159,13 @@ def write(
     return out_dir
 
 
-def _write_files(folder: Path, seed: int, sizes: Sizes, tags: bool) -> None:
-    languages = make_languages(seed)
-    pivot = languages[PIVOT.code]
+def _write_files(folder: Path, seed: int, sizes: Sizes, tags: str) -> None:
+    languages = list(make_languages(seed).values())
     for task in (*TASKS, "denoising", "glossary"):
-        for code, language in languages.items():
-            if task == "glossary" and language is pivot:
-                continue
-            splits = records(task, language, pivot, seed=seed, sizes=sizes, tags=tags)
+        for language in languages[1:] if task == "glossary" else languages:
+            splits = records(task, language, languages, seed=seed, sizes=sizes, tags=tags)
             for split, lines in splits.items():
-                path = folder / task / split / f"{code}.jsonl"
+                path = folder / task / split / f"{language.code}.jsonl"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
                 path.write_text(text, encoding="utf-8", newline="\n")
@@ -190,7 +199,13 @@ def _character_model() -> bytes:
     return model.SerializeToString(deterministic=True)
 
 
-def _settings(seed: int, sizes: Sizes, tags: bool) -> dict[str, Any]:
+def _check_tags(tags: str) -> None:
+    if tags not in TAG_KINDS:
+        near = difflib.get_close_matches(str(tags), TAG_KINDS, n=1, cutoff=0.0)[0]
+        raise ValueError(f"Babel.tags={tags!r}: expected one of {TAG_KINDS}; nearest: {near!r}")
+
+
+def _settings(seed: int, sizes: Sizes, tags: str) -> dict[str, Any]:
     return {
         "version": VERSION,
         "seed": seed,
@@ -207,14 +222,19 @@ class Babel:
     Attributes:
       cache_dir: local folder in which the data are generated, once for each choice of the rest.
       seed: languages, records and held-out cells follow from it.
-      tags: whether inputs open with their task and language.
+      tags: what inputs open with: 'none', 'task' (`ner: `) or 'task_language' (`ner qal: `). A
+        base that has met a language's tag in pretraining, where only text bears it, binds the two
+        and carries tasks over to that language less well; the words reveal their language anyway.
       sizes: records per cell.
     """
 
     cache_dir: str
     seed: int = 0
-    tags: bool = True
+    tags: str = "task"
     sizes: Sizes = field(default_factory=Sizes)
+
+    def __post_init__(self) -> None:
+        _check_tags(self.tags)
 
     @property
     def name(self) -> str:
@@ -265,3 +285,8 @@ class Babel:
         except (OSError, ValueError):  # another process may have been first
             if not done.exists():
                 raise
+
+
+def vocabulary(source: Babel) -> SentencePieceVocabulary:
+    """The benchmark's characters as a vocabulary: one token a letter, of any script."""
+    return SentencePieceVocabulary(source.vocabulary_path)

@@ -6,7 +6,7 @@ one sequence that Python promises to keep, so the data are the same on every mac
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -21,15 +21,12 @@ SCRIPTS: Mapping[str, str] = {  # one letter for each letter of ALPHABET
     "greek": "πτκβδγμνλρσφωζχξψθςαειου",
 }
 
-PERSONS = tuple(f"person{i}" for i in range(12))
-PLACES = tuple(f"place{i}" for i in range(12))
 THINGS = tuple(f"thing{i}" for i in range(12))
 ADJECTIVES = tuple(f"adjective{i}" for i in range(6))
 VERBS = ("get", "set", "add", "buy", "fix", "see", "cut", "tie")
 ADPOSITIONS = ("at", "to")
 QUESTIONS = ("who", "whom", "where")
-CONCEPTS = (*PERSONS, *PLACES, *THINGS, *ADJECTIVES, *VERBS, *ADPOSITIONS, *QUESTIONS)
-NAMES = frozenset((*PERSONS, *PLACES))  # names are cognates in every language
+CONCEPTS = (*THINGS, *ADJECTIVES, *VERBS, *ADPOSITIONS, *QUESTIONS)
 
 
 class Draw:
@@ -97,13 +94,32 @@ LANGUAGES = (
 
 
 @dataclass(frozen=True)
+class Name:
+    """A person or a place, spelt with the pivot's sounds: cognate in every language."""
+
+    stem: str
+
+
+Concept = str | Name
+
+
+def draw_name(draw: Draw) -> Name:
+    """One of some three thousand names, so that most of those in test data are new."""
+    return Name(_letters(draw, "CVCV"))
+
+
+def _letters(draw: Draw, shape: str) -> str:
+    return "".join(draw.pick(CONSONANTS if sound == "C" else VOWELS) for sound in shape)
+
+
+@dataclass(frozen=True)
 class Clause:
     """A meaning: concepts by role. `adjective` belongs to the object, else to the subject."""
 
     verb: str
-    subject: str | None = None
-    object: str | None = None
-    place: str | None = None
+    subject: Concept | None = None
+    object: Concept | None = None
+    place: Name | None = None
     adposition: str = "at"
     adjective: str | None = None
 
@@ -115,18 +131,28 @@ class Word:
     surface: str
     plain: str
     role: str
-    concept: str
+    concept: Concept
 
 
 @dataclass(frozen=True)
 class Language:
-    """A language of one seed. `stems` are spelt with the pivot's sounds, before `shift`."""
+    """A language of one seed.
+
+    Attributes:
+      stems: by concept, spelt with the pivot's sounds, before `shift`.
+      shift: the consonants of the pivot that another sound stands for.
+      object_affix, verb_affix: markers of the object (its noun) and of every verb.
+      lender: a language that `chosen` words are borrowed from: spelt and written as there, with
+        the affixes and in the order of this language.
+    """
 
     typology: Typology
     stems: Mapping[str, str] = field(repr=False)
     shift: Mapping[str, str]
     object_affix: Affix
     verb_affix: Affix
+    lender: "Language | None" = None
+    chosen: Draw | None = None
 
     @property
     def code(self) -> str:
@@ -138,16 +164,27 @@ class Language:
         shifted = (self.shift.get(letter, letter) for letter in plain)
         return "".join(letters[ALPHABET.index(x)] if x in ALPHABET else x for x in shifted)
 
-    def lemma(self, concept: str) -> str:
-        return self.write(self.stems[concept])
+    def lemma(self, concept: Concept) -> str:
+        return self.write(self.stem(concept))
 
-    def word(self, concept: str, role: str) -> Word:
-        plain = self.stems[concept]
+    def stem(self, concept: Concept) -> str:
+        """The bare word with the pivot's sounds."""
+        return concept.stem if isinstance(concept, Name) else self.stems[concept]
+
+    def borrowing(self, lender: "Language", chosen: Draw) -> "Language":
+        """This language with about half its words borrowed from `lender`."""
+        return replace(self, lender=lender, chosen=chosen)
+
+    def word(self, concept: Concept, role: str) -> Word:
+        source = self
+        if self.lender is not None and self.chosen is not None and self.chosen.chance(0.5):
+            source = self.lender
+        plain = source.stem(concept)
         if role == "object":
             plain = self.object_affix.on(plain)
         elif role == "verb":
             plain = self.verb_affix.on(plain)
-        return Word(self.write(plain), plain, role, concept)
+        return Word(source.write(plain), plain, role, concept)
 
     def words(self, clause: Clause) -> list[Word]:
         """The clause in this language's order of words."""
@@ -174,38 +211,34 @@ class Language:
         return " ".join(word.surface for word in self.words(clause))
 
 
-def _stem(draw: Draw, concept: str) -> str:
-    """A pronounceable stem: CVCV for names, VC for the smallest words, else CVC."""
-    shape = "CVCV" if concept in NAMES else "VC" if concept in ADPOSITIONS + QUESTIONS else "CVC"
-    return "".join(draw.pick(CONSONANTS if sound == "C" else VOWELS) for sound in shape)
-
-
 def _fresh_stem(draw: Draw, concept: str, taken: set[str]) -> str:
-    while (stem := _stem(draw, concept)) in taken:
+    shape = "VC" if concept in ADPOSITIONS + QUESTIONS else "CVC"
+    while (stem := _letters(draw, shape)) in taken:
         pass
     taken.add(stem)
     return stem
 
 
 def _affixes(draw: Draw) -> tuple[Affix, Affix]:
-    first, second = draw.shuffled(VOWELS)[:2]
-    return Affix(first, draw.chance(0.5)), Affix(second, draw.chance(0.5))
+    """Markers of the object and of verbs: one of two vowels each, before or after the stem."""
+    object_, verb = draw.pick("ou"), draw.pick("ae")
+    return Affix(object_, draw.chance(0.5)), Affix(verb, draw.chance(0.5))
 
 
 def _ambiguous(language: Language) -> bool:
     """Whether two concepts, or two forms of one, could be the same word."""
     forms = [language.lemma(concept) for concept in CONCEPTS]
-    forms += [language.word(concept, "object").surface for concept in PERSONS + THINGS]
+    forms += [language.word(concept, "object").surface for concept in THINGS]
     forms += [language.word(concept, "verb").surface for concept in VERBS]
     return len(set(forms)) < len(forms)
 
 
-def make_languages(seed: int, *, replaced: float = 0.3, shifts: int = 3) -> dict[str, Language]:
+def make_languages(seed: int, *, replaced: float = 0.25, shifts: int = 2) -> dict[str, Language]:
     """The pivot and the nine languages of a seed, by code.
 
     Args:
       seed: everything but the typology follows from it.
-      replaced: share of the lexicon, names aside, that a language does not share with the pivot.
+      replaced: share of the lexicon that a language does not share with the pivot.
       shifts: how many consonants of the pivot another sound stands for.
     """
     draw = Draw("babel", seed, "pivot")
@@ -220,7 +253,7 @@ def make_languages(seed: int, *, replaced: float = 0.3, shifts: int = 3) -> dict
             if typology is not PIVOT:
                 used = set(stems.values())
                 for concept in CONCEPTS:
-                    if concept not in NAMES and draw.chance(replaced):
+                    if draw.chance(replaced):
                         own[concept] = _fresh_stem(draw, concept, used)
                 sources, targets = draw.shuffled(CONSONANTS), draw.shuffled(SHIFTED_CONSONANTS)
                 shift = dict(zip(sources[:shifts], targets, strict=False))

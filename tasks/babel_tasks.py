@@ -1,24 +1,26 @@
 """The examples of the embedded benchmark: five tasks shaped like XTREME-UP's, and text.
 
 Every function makes one record of one language from a `Draw`. Records are XTREME-UP's: `text` and
-`spans` for ner, `input` and `target` for the rest. Inputs may open with a tag such as `ner qal: `.
+`spans` for ner, `input` and `target` for the rest. Inputs may open with a tag such as `ner: `.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from flix_jax.tasks.babel_languages import (
     ADJECTIVES,
     ADPOSITIONS,
     CONCEPTS,
-    PERSONS,
     PIVOT,
-    PLACES,
     SCRIPTS,
     THINGS,
     VERBS,
     Clause,
+    Concept,
     Draw,
     Language,
+    Name,
+    Word,
+    draw_name,
 )
 
 Record = dict[str, object]
@@ -27,18 +29,16 @@ ROLE_QUESTIONS = {"subject": "who", "object": "whom", "place": "where"}
 SLOTS = {"subject": "WHO", "object": "OBJ", "place": "LOC"}
 
 
-def _actor(draw: Draw) -> str:
-    return draw.pick(PERSONS) if draw.chance(0.6) else draw.pick(THINGS)
+def _actor(draw: Draw) -> Concept:
+    return draw_name(draw) if draw.chance(0.6) else draw.pick(THINGS)
 
 
 def full_clause(draw: Draw) -> Clause:
-    """Subject, verb, object and place: somebody does something to something somewhere."""
-    subject, object_ = _actor(draw), _actor(draw)
-    while object_ == subject:
-        object_ = _actor(draw)
-    return Clause(
-        draw.pick(VERBS), subject, object_, draw.pick(PLACES), draw.pick(ADPOSITIONS), None
-    )
+    """Subject, verb, object and place, all different."""
+    while True:
+        subject, object_, place = _actor(draw), _actor(draw), draw_name(draw)
+        if len({subject, object_, place}) == 3:
+            return Clause(draw.pick(VERBS), subject, object_, place, draw.pick(ADPOSITIONS))
 
 
 def short_clause(draw: Draw) -> Clause:
@@ -55,19 +55,18 @@ def short_clause(draw: Draw) -> Clause:
 
 def ner(language: Language, draw: Draw, tag: str) -> Record:
     """Names in a clause: `text` with byte spans labelled PER and LOC, at least one of them."""
-    while True:
+    words: list[Word] = []
+    while not any(isinstance(word.concept, Name) for word in words):
         words = language.words(short_clause(draw))
-        if any(word.concept in PERSONS + PLACES for word in words):
-            break
     text, spans = tag, []
     for word in words:
         text += "" if text == tag else " "
         start = len(text.encode())
         text += word.surface
-        label = "PER" if word.concept in PERSONS else "LOC" if word.concept in PLACES else None
-        if label:
-            limit = len(text.encode())
-            spans.append({"start_byte": start, "limit_byte": limit, "label": label})
+        if isinstance(word.concept, Name):
+            label = "LOC" if word.role == "place" else "PER"
+            span = {"start_byte": start, "limit_byte": len(text.encode()), "label": label}
+            spans.append(span)
     return {"text": text, "spans": spans}
 
 
@@ -99,7 +98,7 @@ def qa(language: Language, draw: Draw, tag: str) -> Record:
 
 
 def translation(language: Language, draw: Draw, tag: str, pivot: Language) -> Record:
-    """A clause into the pivot. The pivot's own cell puts a shuffled clause into order."""
+    """A clause into the pivot. The pivot's own cell starts from its words in any order."""
     clause = short_clause(draw)
     source = language.say(clause)
     if language.typology is PIVOT:
@@ -108,30 +107,49 @@ def translation(language: Language, draw: Draw, tag: str, pivot: Language) -> Re
 
 
 def transliteration(language: Language, draw: Draw, tag: str) -> Record:
-    """Words in the pivot's letters and sounds. The pivot's own cell starts from another script."""
+    """Words in the pivot's letters and sounds. The pivot's own cell starts from other scripts."""
     words = language.words(short_clause(draw))[:3]
     text = " ".join(word.surface for word in words)
-    if language.typology is PIVOT:
+    if language.typology is PIVOT and language.lender is None:
         letters = SCRIPTS[draw.pick([script for script in SCRIPTS if script != "latin"])]
         text = text.translate(str.maketrans(SCRIPTS["latin"], letters))
     return {"input": tag + text, "target": " ".join(word.plain for word in words)}
 
 
 def denoising(language: Language, draw: Draw, tag: str) -> Record:
-    """A clause with one word masked, wholly or in part; the target is the whole word."""
-    clause = full_clause(draw) if draw.chance(0.5) else short_clause(draw)
-    words = language.say(clause).split(" ")
-    place = draw.below(len(words))
-    target = words[place]
+    """A clause with its words shuffled, to be put in order, or with one of them masked.
+
+    The mask hides a word or a part of it, never of a name, and the target is the whole word.
+    """
+    if draw.chance(0.5):
+        text = language.say(short_clause(draw))
+        return {"input": tag + " ".join(draw.shuffled(text.split(" "))), "target": text}
+    words = language.words(full_clause(draw) if draw.chance(0.5) else short_clause(draw))
+    known = [i for i, word in enumerate(words) if not isinstance(word.concept, Name)]
+    place, texts = draw.pick(known), [word.surface for word in words]
+    target = texts[place]
     start, limit = 0, len(target)
     if draw.chance(0.7):
         start = draw.below(len(target))
         limit = start + 1 + draw.below(min(2, len(target) - start))
-    words[place] = target[:start] + MASK + target[limit:]
-    return {"input": tag + " ".join(words), "target": target}
+    texts[place] = target[:start] + MASK + target[limit:]
+    return {"input": tag + " ".join(texts), "target": target}
 
 
-def glossary(language: Language, pivot: Language, tag: str) -> list[Record]:
+def gloss(language: Language, draw: Draw, tag: str, pivot: Language) -> Record:
+    """A clause in which one word is marked, or given in the pivot: its gloss, or its form."""
+    words = language.words(short_clause(draw))
+    place = draw.below(len(words))
+    texts = [word.surface for word in words]
+    form, foreign = texts[place], pivot.lemma(words[place].concept)
+    if draw.chance(0.5):
+        texts[place] = f"[{form}]"
+        return {"input": tag + " ".join(texts), "target": foreign}
+    texts[place] = MASK + foreign
+    return {"input": tag + " ".join(texts), "target": form}
+
+
+def dictionary(language: Language, pivot: Language, tag: str) -> list[Record]:
     """A dictionary with one side of each line masked: `bako = _` and `_ = pako`."""
     lines: list[Record] = []
     for concept in CONCEPTS:
@@ -159,15 +177,35 @@ TAGS: Mapping[str, str] = {
 }
 
 
-def make_tag(task: str, language: Language) -> str:
-    """What tells a model without features the task and the language: `ner qal: `."""
-    return f"{TAGS[task]} {language.code}: "
+def make_tag(task: str, language: Language, tags: str) -> str:
+    """What tells a model without features the task (`ner: `), and the language (`ner qal: `).
+
+    A line of the glossary always names its language: one word alone does not reveal it.
+
+    Args:
+      tags: 'none', 'task' or 'task_language'.
+    """
+    if tags == "task_language" or task == "glossary":
+        return f"{TAGS[task]} {language.code}: "
+    return f"{TAGS[task]}: " if tags == "task" else ""
 
 
-def make_record(task: str, language: Language, draw: Draw, *, pivot: Language, tag: str) -> Record:
-    """One record of a task, or of denoising."""
+def make_record(
+    task: str, language: Language, draw: Draw, *, languages: Sequence[Language], tag: str
+) -> Record:
+    """One record of a task, of denoising, or of the glosses in the glossary.
+
+    Args:
+      languages: all of them, the pivot first. Half the pivot's records of some tasks borrow words
+        from the others, as a multilingual model meets them in code-switched text.
+    """
+    pivot, *others = languages
+    if language is pivot and task in TASKS and draw.chance(0.5):
+        language = pivot.borrowing(draw.pick(others), draw)
     if task == "denoising":
         return denoising(language, draw, tag)
+    if task == "glossary":
+        return gloss(language, draw, tag, pivot)
     if task == "translation":
         return translation(language, draw, tag, pivot)
     return TASKS[task](language, draw, tag)

@@ -17,12 +17,15 @@ from flix_jax.tasks.babel_languages import (
     PIVOT,
     SCRIPTS,
     Clause,
+    Draw,
+    Name,
     Typology,
     make_languages,
 )
 from flix_jax.tasks.babel_tasks import TASKS
 
-SMALL = babel.Sizes(train=20, validation=8, test=8, pivot=24, denoising=24)
+SMALL = babel.Sizes(train=20, validation=8, test=8, pivot=24, text=24)
+CLAUSE = Clause("get", Name("bota"), "thing1", Name("pelu"), "to", "adjective1")
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +51,7 @@ def test_data_of_a_seed_are_the_same_everywhere(folder, tmp_path):
     other = babel.write(tmp_path / "other", 1, sizes=SMALL)
     assert digest(again) == digest(folder) != digest(other)
     # Changes whenever the generator does: raise babel.VERSION with it.
-    assert digest(folder)[:16] == "d963642b574610cc"
+    assert digest(folder)[:16] == "a3e7c6edc8d9cecd"
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -120,40 +123,56 @@ def test_records_of_a_cell_are_distinct_over_its_splits(folder):
             assert len(inputs) == len(set(inputs))
 
 
-def test_tags_are_on_every_input_or_on_none_of_the_tasks(folder, tmp_path):
-    bare = babel.write(tmp_path / "bare", 0, sizes=SMALL, tags=False)
-    for task in (*TASKS, "denoising"):
-        tagged, untagged = (read(root, task, "train", "qur") for root in (folder, bare))
-        for one, other in zip(tagged, untagged, strict=True):
-            with_tag, without = (r.get("input", r.get("text")) for r in (one, other))
-            tag, _, rest = with_tag.partition(": ")
-            assert rest == without and tag.split()[1] == "qur"
-    lines = read(bare, "glossary", "train", "qur")
-    assert all(line["input"].startswith("dic qur: ") for line in lines)
+@pytest.mark.parametrize("tags,length", [("none", 0), ("task", 1), ("task_language", 2)])
+def test_tags_are_the_only_difference_between_data_with_and_without(folder, tmp_path, tags, length):
+    other = babel.write(tmp_path / "other", 0, sizes=SMALL, tags=tags)
+    for task in (*TASKS, "denoising", "glossary"):
+        ours, theirs = (read(root, task, "train", "qur") for root in (folder, other))
+        for one, two in zip(ours, theirs, strict=True):
+            tagged, text = (r.get("input", r.get("text")) for r in (one, two))
+            if task != "glossary":  # names its language always
+                words = text.split(": ")[0].split() if length else []
+                assert len(words) == length and words[1:] == ["qur"][: length - 1]
+            assert tagged.split(": ")[-1] == text.split(": ")[-1]
+            assert one.get("target") == two.get("target")
+        assert task != "glossary" or all(r["input"].startswith("dic qur: ") for r in theirs)
 
 
 def test_languages_differ_in_script_order_words_and_sounds():
     for seed in range(10):
         languages = make_languages(seed)
         pivot = languages[PIVOT.code]
-        clause = Clause("get", "person1", "thing1", "place1", "to", "adjective1")
-        assert len({language.say(clause) for language in languages.values()}) == 10
+        assert len({language.say(CLAUSE) for language in languages.values()}) == 10
         for code, language in languages.items():
             lemmas = [language.lemma(concept) for concept in CONCEPTS]
             assert len(set(lemmas)) == len(lemmas)
             same = sum(language.stems[c] == pivot.stems[c] for c in CONCEPTS)
-            assert code == PIVOT.code or 0.5 < same / len(CONCEPTS) < 1
+            assert code == PIVOT.code or 0.55 < same / len(CONCEPTS) < 1
     assert len({typology.script for typology in LANGUAGES}) == 3
     assert len({typology.order for typology in LANGUAGES}) == 3
 
 
 def test_clauses_follow_the_typology():
     languages = make_languages(0)
-    clause = Clause("get", "person1", "thing1", "place1", "to", "adjective1")
-    roles = {code: [word.role for word in x.words(clause)] for code, x in languages.items()}
+    roles = {code: [word.role for word in x.words(CLAUSE)] for code, x in languages.items()}
     assert roles["qpi"] == ["subject", "verb", "adjective", "object", "adposition", "place"]
     assert roles["qal"] == ["subject", "place", "adposition", "adjective", "object", "verb"]
     assert roles["qeb"] == ["verb", "subject", "object", "adjective", "adposition", "place"]
+
+
+def test_borrowed_words_keep_the_order_and_affixes_of_the_borrower():
+    languages = make_languages(0)
+    pivot, lender = languages["qpi"], languages["qur"]
+    mixed = pivot.borrowing(lender, Draw("test")).words(CLAUSE)
+    own = pivot.words(CLAUSE)
+    assert [word.role for word in mixed] == [word.role for word in own]
+    for word, other in zip(mixed, own, strict=True):
+        source = lender if word.surface != other.surface else pivot
+        plain = source.stem(word.concept)
+        if word.role in ("object", "verb"):
+            plain = getattr(pivot, f"{word.role}_affix").on(plain)
+        assert word.surface == source.write(plain)
+    assert 0 < sum(a.surface != b.surface for a, b in zip(mixed, own, strict=True)) < len(own)
 
 
 def test_scripts_have_one_letter_for_each_of_the_alphabet():
@@ -175,6 +194,8 @@ def test_write_takes_an_empty_folder_only_and_leaves_nothing_half_done(
 def test_misuse_is_told():
     with pytest.raises(ValueError, match="Sizes.test=0"):
         babel.Sizes(test=0)
+    with pytest.raises(ValueError, match="Babel.tags='tasks'.*nearest: 'task'"):
+        babel.Babel("unused", tags="tasks")
     with pytest.raises(ValueError, match="script 'runes' of qzz"):
         Typology("qzz", "runes", "SVO", True, True)
 
