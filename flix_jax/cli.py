@@ -319,8 +319,8 @@ def make_parser() -> argparse.ArgumentParser:
     babel.add_argument("--out", required=True, metavar="DIR", help="new or empty folder")
     babel.add_argument("--seed", type=int, default=0, help="(default: 0)")
     babel.add_argument(
-        "--no_tags", dest="tags", action="store_false",
-        help="leave out the task and language tag that inputs open with",
+        "--tags", default="task", choices=("none", "task", "task_language"),
+        help="what inputs open with (default: task, as in 'ner: ...')",
     )
     return parser
 

@@ -8,6 +8,7 @@ at least three cells a task are held out besides, other ones for every seed.
 
 import difflib
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -193,7 +194,8 @@ def _character_model() -> bytes:
     trainer.model_type = trainer.CHAR
     trainer.vocab_size = len(model.pieces)
     trainer.pad_id, trainer.eos_id, trainer.unk_id, trainer.bos_id = 0, 1, 2, -1
-    model.normalizer_spec.name = "identity"
+    model.normalizer_spec.name = "user_defined"
+    model.normalizer_spec.precompiled_charsmap = _character_map()
     model.normalizer_spec.add_dummy_prefix = False
     model.normalizer_spec.remove_extra_whitespaces = False
     return model.SerializeToString(deterministic=True)
@@ -203,6 +205,32 @@ def _check_tags(tags: str) -> None:
     if tags not in TAG_KINDS:
         near = difflib.get_close_matches(str(tags), TAG_KINDS, n=1, cutoff=0.0)[0]
         raise ValueError(f"Babel.tags={tags!r}: expected one of {TAG_KINDS}; nearest: {near!r}")
+
+
+def _character_map() -> bytes:
+    """A normalisation that changes nothing in CHARACTERS: a no-break space becomes a space.
+
+    TensorFlow's SentencePiece announces every model that has no normalisation at all.
+    """
+    import sentencepiece
+
+    with tempfile.TemporaryDirectory() as folder:
+        rules, model = Path(folder, "rules.tsv"), io.BytesIO()
+        rules.write_text("A0\t20\n")
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(["a b"]),
+            model_writer=model,
+            model_type="char",
+            vocab_size=6,
+            hard_vocab_limit=False,
+            normalization_rule_tsv=str(rules),
+            minloglevel=2,
+        )
+    from sentencepiece import sentencepiece_model_pb2
+
+    trained = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
+    trained.ParseFromString(model.getvalue())
+    return bytes(trained.normalizer_spec.precompiled_charsmap)
 
 
 def _settings(seed: int, sizes: Sizes, tags: str) -> dict[str, Any]:

@@ -122,10 +122,10 @@ def test_babel_is_written_by_a_command(tmp_path, capsys, monkeypatch):
 
     calls = []
 
-    def write(out_dir, seed, *, sizes=None, tags=True):
+    def write(out_dir, seed, *, sizes=None, tags):
         calls.append((out_dir, seed, tags))
         return out_dir
 
     monkeypatch.setattr(babel, "write", write)
-    assert cli.main(["data", "babel", "--out=here", "--seed=3", "--no_tags"]) == 0
-    assert calls == [("here", 3, False)] and capsys.readouterr().out == "here\n"
+    assert cli.main(["data", "babel", "--out=here", "--seed=3", "--tags=none"]) == 0
+    assert calls == [("here", 3, "none")] and capsys.readouterr().out == "here\n"
