@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from flix_jax.configuration import Configuration
     from flix_jax.evaluation.scoreboard import Scoreboard
+    from flix_jax.experiments.run import Run
     from flix_jax.experiments.sweep import Bindings, Sweep
 
 USER_ERROR = 2
@@ -76,13 +77,15 @@ def _configure(arguments: argparse.Namespace, gin_files: Sequence[str]) -> "Conf
     return configuration.load(gin_files, arguments.bindings)
 
 
-def _build(arguments: argparse.Namespace, gin_files: Sequence[str], name: str) -> Any:
-    """The configured object; bindings without effect are errors (flags) or warnings (files)."""
+def _build(
+    arguments: argparse.Namespace, gin_files: Sequence[str]
+) -> tuple["Run", "Configuration"]:
+    """The run; bindings without effect are errors (flags) or warnings (files)."""
     config = _configure(arguments, gin_files)
-    built = config.build(name)
+    built = config.build("Run")
     for line in config.check_used():
         print(f"warning: {line}", file=sys.stderr)
-    return built
+    return built, config
 
 
 def _saved_config(arguments: argparse.Namespace) -> list[str]:
@@ -98,38 +101,42 @@ def _saved_config(arguments: argparse.Namespace) -> list[str]:
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    run = _build(arguments, arguments.gin_file, "Run")
+    run, config = _build(arguments, arguments.gin_file)
     from flix_jax import configuration
     from flix_jax.experiments import training
 
-    training.train(run, arguments.run_dir, config=configuration.operative_config())
+    with config.placing_errors():
+        training.train(run, arguments.run_dir, config=configuration.operative_config())
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    run = _build(arguments, _saved_config(arguments), "Run")
+    run, config = _build(arguments, _saved_config(arguments))
     from flix_jax.experiments import inference
 
-    inference.evaluate(
-        run,
-        arguments.run_dir,
-        split=arguments.split,
-        cells=arguments.cells.split(",") if arguments.cells else None,
-        step=arguments.step,
-    )
+    with config.placing_errors():
+        board = inference.evaluate(
+            run,
+            arguments.run_dir,
+            split=arguments.split,
+            cells=arguments.cells,
+            step=arguments.step,
+        )
+    print(board.to_markdown())
 
 
 def _infer(arguments: argparse.Namespace) -> None:
-    run = _build(arguments, _saved_config(arguments), "Run")
+    run, config = _build(arguments, _saved_config(arguments))
     from flix_jax.experiments import inference
 
-    count = inference.infer(
-        run,
-        arguments.run_dir,
-        input_path=arguments.input,
-        output_path=arguments.output,
-        features=arguments.features,
-        step=arguments.step,
-    )
+    with config.placing_errors():
+        count = inference.infer(
+            run,
+            arguments.run_dir,
+            input_path=arguments.input,
+            output_path=arguments.output,
+            features=arguments.features,
+            step=arguments.step,
+        )
     print(f"{count} predictions in {arguments.output}")
 
 
@@ -145,13 +152,15 @@ def _sweep(arguments: argparse.Namespace) -> None:
     splits = {sweep.report_on, *([sweep.choose_on] if sweep.choose else [])}
 
     def run_trial(bindings: "Bindings", folder: "epath.Path", seed: int) -> dict[str, "Scoreboard"]:
-        run = _trial(arguments, bindings, seed).build("Run")
+        trial_config = _trial(arguments, bindings, seed)
+        run = trial_config.build("Run")
         text = configuration.operative_config()
-        training.train(run, folder, bases_dir=bases_dir, config=text, title=folder.name)
-        return {
-            split: inference.evaluate(run, folder, split=split, bases_dir=bases_dir)
-            for split in sorted(splits)
-        }
+        with trial_config.placing_errors():
+            training.train(run, folder, bases_dir=bases_dir, config=text, title=folder.name)
+            return {
+                split: inference.evaluate(run, folder, split=split, bases_dir=bases_dir)
+                for split in sorted(splits)
+            }
 
     run_sweep(sweep, arguments.run_dir, run_trial)
     _report(arguments)
@@ -264,7 +273,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--split", metavar="NAME", help="split of the data (default: the run's, validation)"
     )
     evaluate.add_argument(
-        "--cells", metavar="PATTERN,...", help="cells to score, for example ner/* (default: all)"
+        "--cells", action="append", metavar="PATTERN",
+        help="cells to score, for example 'ner/{sw,yo}'; repeatable (default: all)",
     )
     _add_step(evaluate)
     _add_gin(evaluate, required=False)

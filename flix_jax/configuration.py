@@ -6,10 +6,11 @@ place (file and line, or the flag) and the nearest valid name. Modules are impor
 file mentions a name of theirs, so that a misspelt name costs no heavy import.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import gin
@@ -75,6 +76,22 @@ class Configuration:
             raise ConfigurationError(f"{name} is configured to contain itself") from error
         except (ValueError, TypeError, OSError) as error:
             raise ConfigurationError(self._explain(error)) from error
+
+    @contextlib.contextmanager
+    def placing_errors(self) -> Iterator[None]:
+        """Puts the file and line of the values that a ValueError names before its message."""
+        try:
+            yield
+        except ConfigurationError:
+            raise
+        except ValueError as error:
+            message = _one_line(str(error))
+            named = [b for b in self.bindings if b.selector != MACRO
+                     and re.search(rf"\b{short(b.selector)}\.{b.parameter}\b", message)]
+            if not named:
+                raise
+            places = ", ".join(dict.fromkeys(self._origin(b) for b in named))
+            raise ConfigurationError(f"{places}: {message}") from error
 
     def check_used(self) -> list[str]:
         """A line for each binding of a file that nothing built since `load` has used.

@@ -199,7 +199,7 @@ class XtremeUp:
         root = epath.Path(self.data_dir)
         layout = "expected {task}/{train,validation,test}/{file}.jsonl in it"
         if not self.data_dir or not root.is_dir():
-            raise ValueError(f"data_dir={self.data_dir!r} is not a folder: {layout}")
+            raise ValueError(f"XtremeUp.data_dir={self.data_dir!r} is not a folder: {layout}")
         found: dict[str, dict[str, dict[str, Any]]] = {}
         for task in sorted(path for path in root.iterdir() if path.is_dir()):
             for split in SPLITS:
@@ -208,7 +208,7 @@ class XtremeUp:
                     stem = path.name.removesuffix(".jsonl")
                     found.setdefault(task.name, {}).setdefault(stem, {})[split] = path
         if not found:
-            raise ValueError(f"data_dir={self.data_dir!r} holds no data: {layout}")
+            raise ValueError(f"XtremeUp.data_dir={self.data_dir!r} holds no data: {layout}")
         files = {}
         for task_name, stems in found.items():
             languages = {stem: self._language(task_name, stem) for stem in stems}

@@ -277,3 +277,13 @@ assert not {"tensorflow", "seqio"} & set(sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("x.gin:2: unknown name 'Mixtrue'; did you mean 'Mixture'")
+
+
+def test_an_error_after_building_gets_the_place_of_the_value_that_it_names():
+    config = load([], ["Engine.power=1", "Engine.fuel='oil'"])
+    with pytest.raises(ConfigurationError, match=r"^--gin\.Engine\.power=1: Engine\.power is low$"):
+        with config.placing_errors():
+            raise ValueError("Engine.power is low")
+    with pytest.raises(ValueError, match="^no name in it$"):
+        with config.placing_errors():
+            raise ValueError("no name in it")

@@ -74,7 +74,7 @@ def test_digests_tell_vocabularies_apart(model, tmp_path):
 
 def test_a_model_that_is_too_small_for_the_vocabulary_is_refused():
     ByteVocabulary().check_fits(384)
-    with pytest.raises(ValueError, match="384 ids.*vocab_size=256") as error:
+    with pytest.raises(ValueError, match="384 ids.*T5Config.vocab_size=256") as error:
         ByteVocabulary().check_fits(256)
     assert "\n" not in str(error.value)
 

@@ -212,7 +212,7 @@ def _check_targets(spec: AdapterSpec, paths: Sequence[str]) -> None:
     for target in spec.targets:
         if not any(_compile(target).fullmatch(p) for p in paths):
             raise ValueError(
-                f"adapter: target {target!r} matches none of {len(paths)} dense layers; "
+                f"AdapterSpec.targets: {target!r} matches none of {len(paths)} dense layers; "
                 + did_you_mean(target, (*paths, *NAMED_TARGETS) if paths else ())
             )
 

@@ -176,5 +176,5 @@ def _check_fits(vocabulary: Vocabulary, model_vocab_size: int) -> None:
     if vocabulary.vocab_size > model_vocab_size:
         raise ValueError(
             f"{vocabulary} has {vocabulary.vocab_size} ids, but the model's embedding has only "
-            f"vocab_size={model_vocab_size} rows"
+            f"T5Config.vocab_size={model_vocab_size} rows"
         )
