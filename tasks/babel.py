@@ -2,7 +2,8 @@
 
 `write` generates the jsonl files of a seed in XTREME-UP's folder layout; `Babel` is the source of
 cells that generates them once and leaves the reading to the reader of that layout. A pivot
-language carries every task in pretraining; of the nine others one is held out of every task, and
+language carries every task in pretraining, where the others are text, glossaries and words borrowed
+by the pivot; of the nine others one is held out of every task, and
 at least three cells a task are held out besides, other ones for every seed.
 """
 

@@ -196,8 +196,9 @@ def make_record(
     """One record of a task, of denoising, or of the glosses in the glossary.
 
     Args:
-      languages: all of them, the pivot first. Half the pivot's records of some tasks borrow words
-        from the others, as a multilingual model meets them in code-switched text.
+      languages: all of them, the pivot first. Half the pivot's task records borrow words from one
+        of the others, the held-out one included, as code-switched text does; the grammar stays the
+        pivot's. Without it a small base knows tasks and languages and cannot bring them together.
     """
     pivot, *others = languages
     if language is pivot and task in TASKS and draw.chance(0.5):
