@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -199,8 +200,12 @@ def _report(arguments: argparse.Namespace) -> None:
 
     more = ""
     if getattr(arguments, "gin_file", None):
-        files = " ".join(f"--gin_file={name}" for name in arguments.gin_file)
-        more = f'flix sweep {files} --run_dir={arguments.run_dir} --gin.SEEDS="(0, 1, 2, 3, 4)"'
+        files = [f"--gin_file={name}" for name in arguments.gin_file]
+        flags = [f"--gin.{text}" for text in arguments.bindings if not text.startswith("SEEDS=")]
+        more = shlex.join([
+            os.path.relpath(sys.executable), "-m", "flix_jax.cli", "sweep", *files,
+            f"--run_dir={arguments.run_dir}", *flags, "--gin.SEEDS=(0, 1, 2, 3, 4)",
+        ])
     report = make_report(arguments.run_dir, more_seeds=more)
     report.write(arguments.run_dir)
     print(report.to_markdown())

@@ -6,7 +6,11 @@ source "$(dirname "${BASH_SOURCE[0]}")/_environment.sh"
 cd "$ROOT"
 
 ensure_environment
+# On a CPU: two devices of one thread each, that share every batch, take half the time of one device
+# of two threads.
+export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}" JAX_NUM_CPU_DEVICES="${JAX_NUM_CPU_DEVICES:-2}"
+export XLA_FLAGS="${XLA_FLAGS:---xla_cpu_multi_thread_eigen=false}"
 say "comparing LoRA and FLix on Babel, the embedded benchmark"
 "$VENV/bin/python" -m flix_jax.cli sweep \
   --gin_file=configs/sweeps/babel_quickstart.gin --run_dir=runs/quickstart "$@"
-say "done in $((SECONDS / 60)) min $((SECONDS % 60)) s; table, picture and runs: runs/quickstart"
+say "done in $((SECONDS / 60)) min $((SECONDS % 60)) s; table, picture and runs are in the sweep's folder, runs/quickstart"

@@ -14,7 +14,6 @@ from flix_jax.adapters.injection import AdapterSpec
 from flix_jax.data.cells import Mixture
 from flix_jax.data.vocabularies import ByteVocabulary
 from flix_jax.experiments import inference, training
-from flix_jax.experiments.job import Job
 from flix_jax.experiments.run import Evaluation, Run
 from flix_jax.models.t5 import T5Config
 from flix_jax.tasks.xtreme_up import XtremeUp
@@ -177,6 +176,40 @@ def test_nothing_is_compiled_after_the_first_steps(run, bases_dir, tmp_path, cap
         jax.config.update("jax_log_compiles", False)
 
 
+def test_inference_with_a_lora_uses_it_and_refuses_lines_without_features(
+    run, whole, bases_dir, tmp_path
+):
+    lora = AdapterSpec(FeatureSpace((FeatureType("shared", ("shared",), rank=2),)))
+    trial = dataclasses.replace(run, adapters=lora, total_steps=2)
+    training.train(trial, tmp_path / "lora", bases_dir=bases_dir)
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"input": "abc"}\n{"input": "fed", "language": "zz"}\n')
+
+    def infer(run, run_dir, **options):
+        lines: list[str] = []
+        count = inference.infer(
+            run, run_dir, input_path=source, output_path=tmp_path / "out.jsonl",
+            bases_dir=bases_dir, say=lines.append, **options,
+        )
+        return count, lines
+
+    assert infer(trial, tmp_path / "lora") == (2, [])
+    with pytest.raises(ValueError, match=r"in.jsonl:1: no known feature of task, language"):
+        infer(run, whole)
+    count, lines = infer(run, whole, features="task=up")
+    assert lines == ["1 of 2 lines have an unknown language and run without one"]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(run, bases_dir, tmp_path):
+    diverging = dataclasses.replace(
+        run, optimizer=Optimizer("sgd", Schedule(learning_rate=1e30), clip_norm=None),
+        total_steps=8, save_every=8, log_every=4,
+    )
+    with pytest.raises(FloatingPointError, match="the loss is (nan|inf) at step"):
+        training.train(diverging, tmp_path, bases_dir=bases_dir)
+    assert not list((tmp_path / "checkpoints").glob("[0-9]*"))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -190,12 +223,16 @@ def test_nothing_is_compiled_after_the_first_steps(run, bases_dir, tmp_path, cap
         ({"base": "nowhere"}, "nowhere holds no trained run"),
         ({"optimizer": Optimizer(schedule=Schedule(warmup_steps=40))}, "warmup_steps 40"),
         ({"trainable": (".*",)}, "exclude each other"),
+        ({"frozen_dtype": "bfloat61"}, "'bfloat61' is none of"),
+        ({"transforms": {"upp/*": len}}, "Run.transforms: .*'upp/\\*' matches none"),
+        ({"mixture": Mixture(rates={"up/*": 1.0})}, "no pattern gives a weight to .* back/"),
+        ({"evaluation": Evaluation(split="tset", every=1)}, "no cell has the split 'tset'"),
         ({"model": dataclasses.replace(MODEL, emb_dim=24)}, "Run.base has another model"),
     ],
 )
 def test_a_run_that_cannot_work_is_refused_in_one_line(run, bases_dir, tmp_path, change, message):
     with pytest.raises(ValueError, match=message) as error:
-        Job(dataclasses.replace(run, **change), tmp_path, bases_dir=bases_dir).load_base()
+        training.train(dataclasses.replace(run, **change), tmp_path, bases_dir=bases_dir)
     assert "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())
 

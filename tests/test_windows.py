@@ -29,7 +29,7 @@ def example():
 def test_the_target_names_what_the_window_holds_and_nothing_else(length):
     seen = set()
     for seed in range(40):
-        out = EntityWindows(length)(example(), np.random.default_rng(seed))
+        out = EntityWindows(length, 200)(example(), np.random.default_rng(seed))
         part, target = text_of(out["inputs"]), text_of(out["targets"])
         assert len(part.encode()) <= length and part in TEXT
         start = TEXT.index(part)
@@ -46,9 +46,21 @@ def test_the_target_names_what_the_window_holds_and_nothing_else(length):
     assert len(seen) > (1 if length < len(TEXT) else 0)
 
 
+@pytest.mark.parametrize("copying", [0.0, 0.999])
+def test_a_target_is_never_too_long_and_still_true(copying):
+    for seed in range(60):
+        out = EntityWindows(200, 30, copying=copying)(example(), np.random.default_rng(seed))
+        target, part = text_of(out["targets"]), text_of(out["inputs"])
+        assert len(target) <= 30 and out["targets"][-1] == 1
+        if not copying:
+            names = [e.split(": ")[1] for e in TARGET.split(" $$ ")]
+            inside = [e.split(": ")[1] for e in target.split(" $$ ")]
+            assert inside == names[: len(inside)] and part == TEXT[: len(part)]
+
+
 def test_copying_marks_spans_of_words_and_asks_for_them():
     vocabulary = ByteVocabulary()
-    transform = EntityWindows(40, copying=0.999)
+    transform = EntityWindows(40, 200, copying=0.999)
     opening, closing = vocabulary.sentinel_id(0), vocabulary.sentinel_id(1)
     for seed in range(40):
         out = transform(example(), np.random.default_rng(seed))
@@ -89,6 +101,7 @@ def test_entities_are_located_in_order_and_missing_ones_left_out():
     ("change", "message"),
     [
         ({"length": 4}, "length=4"),
+        ({"target_length": 4}, "target_length=4"),
         ({"copying": 1.0}, "copying=1.0"),
         ({"vocabulary": ByteVocabulary(extra_ids=1)}, "at least 2 extra_ids"),
         ({"vocabulary": SentencePieceVocabulary("m.model")}, "expected a ByteVocabulary"),
@@ -96,4 +109,4 @@ def test_entities_are_located_in_order_and_missing_ones_left_out():
 )
 def test_what_cannot_work_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
-        EntityWindows(**{"length": 40, **change})
+        EntityWindows(**{"length": 40, "target_length": 40, **change})

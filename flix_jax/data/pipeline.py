@@ -99,7 +99,7 @@ class TrainPipeline:
           slots].
         """
         rows = self.local_batch_size
-        start = step * self.global_batch_size + self.process_index * rows
+        start = int(step) * self.global_batch_size + self.process_index * rows
         cells, draws = self._order.cells_at(start, rows)
         inputs = np.zeros((rows, self.lengths["inputs"]), np.int32)
         targets = np.zeros((rows, self.lengths["targets"]), np.int32)

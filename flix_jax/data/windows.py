@@ -24,24 +24,32 @@ class EntityWindows:
     """A transform of TrainPipeline for tasks of the form text -> `PER: x $$ LOC: y`, over bytes.
 
     A text that is longer than `length` becomes a random window of whole words that cuts no entity,
-    and the target names the entities in the window. With probability `copying` the example
+    and the target names the entities in the window; where they are too many for `target_length`,
+    the window ends before the first that is too much. With probability `copying` the example
     becomes another task: some spans of words are put between sentinels, and the target is those
     spans, joined as entities are. The sentinels are the vocabulary's first two.
 
     Attributes:
       length: of the window, in bytes; below the run's inputs_length, by 1 for the end of sequence
         and by 4 more for the sentinels of two spans.
+      target_length: of the target, in bytes; below the run's targets_length, by 1 for the end of
+        sequence. At least twice `length` fits any target of one entity.
       copying: probability of the copying task.
       vocabulary: must be bytes.
     """
 
     length: int
+    target_length: int
     copying: float = 0.0
     vocabulary: ByteVocabulary = ByteVocabulary()
 
     def __post_init__(self) -> None:
         if self.length < 8:
             raise ValueError(f"EntityWindows.length={self.length}: expected at least 8 bytes")
+        if self.target_length < 8:
+            raise ValueError(
+                f"EntityWindows.target_length={self.target_length}: expected at least 8 bytes"
+            )
         if not 0 <= self.copying < 1:
             raise ValueError(f"EntityWindows.copying={self.copying}: expected in [0, 1)")
         if not isinstance(self.vocabulary, ByteVocabulary) or self.vocabulary.num_sentinels < 2:
@@ -58,9 +66,11 @@ class EntityWindows:
         else:
             entities = locate(text, self._bytes(example["targets"]))
             start, end = window(text, [(i, j) for i, j, _ in entities], self.length, rng)
-            inside = [entity for i, j, entity in entities if start <= i and j <= end]
+            inside = [found for found in entities if start <= found[0] and found[1] <= end]
+            while len(_joined(inside)) > self.target_length:
+                end = inside.pop()[0]
             inputs = self._tokens(text[start:end])
-            targets = self._tokens(SEPARATOR.join(inside))
+            targets = self._tokens(_joined(inside))
         end_of_sequence = np.array([self.vocabulary.eos_id], np.int32)
         return {
             **example,
@@ -71,24 +81,33 @@ class EntityWindows:
     def _copying(self, text: bytes, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """One or two spans of one to three words, marked in the text; and those spans."""
         words = [match.span() for match in re.finditer(rb"\S+", text)]
-        opening, closing = (np.array([self.vocabulary.sentinel_id(i)], np.int32) for i in (0, 1))
         count = min(int(rng.integers(1, 3)), len(words))
-        inputs, spans, position, first = [], [], 0, 0
+        spans: list[tuple[int, int]] = []
+        first = 0
         for remaining in range(count, 0, -1):
             start = int(rng.integers(first, len(words) - remaining + 1))
             last = min(start + int(rng.integers(0, 3)), len(words) - remaining)
-            i, j = words[start][0], words[last][1]
+            spans.append((words[start][0], words[last][1]))
+            first = last + 1
+        while len(SEPARATOR.join(text[i:j] for i, j in spans)) > self.target_length:
+            spans.pop()
+        opening, closing = (np.array([self.vocabulary.sentinel_id(i)], np.int32) for i in (0, 1))
+        inputs, position = [], 0
+        for i, j in spans:
             inputs += [self._tokens(text[position:i]), opening, self._tokens(text[i:j]), closing]
-            spans.append(text[i:j])
-            position, first = j, last + 1
+            position = j
         inputs.append(self._tokens(text[position:]))
-        return np.concatenate(inputs), self._tokens(SEPARATOR.join(spans))
+        return np.concatenate(inputs), self._tokens(SEPARATOR.join(text[i:j] for i, j in spans))
 
     def _bytes(self, tokens: np.ndarray) -> bytes:
         return bytes(int(t) - _FIRST_BYTE for t in tokens if t >= _FIRST_BYTE)
 
     def _tokens(self, text: bytes) -> np.ndarray:
         return np.frombuffer(text, np.uint8).astype(np.int32) + _FIRST_BYTE
+
+
+def _joined(entities: list[tuple[int, int, bytes]]) -> bytes:
+    return SEPARATOR.join(entity for _, _, entity in entities)
 
 
 def locate(text: bytes, target: bytes) -> list[tuple[int, int, bytes]]:

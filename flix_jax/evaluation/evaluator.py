@@ -301,7 +301,7 @@ class _LoadedCell:
     def lines(self) -> list[str]:
         """The predictions last scored as lines of json."""
         outputs = self._evaluator.loggers[0].outputs
-        feature_ids = [row for batch in self._batches for row in batch.get("feature_ids", ())]
+        feature_ids = [row["feature_ids"] for row in self.rows() if "feature_ids" in row]
         dataset = self._evaluator.cached_task_datasets[self._task.name].as_numpy_iterator()
         lines = []
         for position, (example, prediction) in enumerate(zip(dataset, outputs, strict=True)):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from etils import epath
 
-from flix_jax.adapters.features import FeatureSpace
+from flix_jax.adapters.features import ABSENT, FeatureSpace
 from flix_jax.adapters.suggest import did_you_mean
 from flix_jax.data import cells as cells_lib
 from flix_jax.evaluation import files
@@ -42,9 +43,7 @@ def evaluator(
     from flix_jax.evaluation.evaluator import CellEvaluator
 
     chosen = job.split.cells if cells is None else cells_lib.match(cells, job.split.cells)
-    if not any(split in job.run.source.splits(cell) for cell in chosen):
-        splits = sorted({s for cell in chosen for s in job.run.source.splits(cell)})
-        raise ValueError(f"no cell has the split {split!r}; {did_you_mean(split, splits)}")
+    job.check_split(split, chosen)
     tasks = job.run.source.register(
         chosen, vocabulary=job.run.vocabulary, space=job.space
     )
@@ -58,6 +57,11 @@ def evaluator(
     )
 
 
+def fingerprint(job: Job, trained: Any, frozen: Any) -> str:
+    """What predictions depend on, beside the examples: parameters, network and data folder."""
+    return f"{digest([trained, frozen])} {job.run.model} {job.run.source}"
+
+
 def restore(job: Job, step: int | None = None) -> tuple[Any, Any, int]:
     """(trained, frozen, step) of a run that has been trained.
 
@@ -67,16 +71,12 @@ def restore(job: Job, step: int | None = None) -> tuple[Any, Any, int]:
     base = None
     if not job.run.trains_everything:
         base = job.load_base()
-    checkpoints = job.checkpoints(base)
     template, _ = job.parameters.templates
-    trained, step = checkpoints.restore_trained(template, step)
-    checkpoints.close()
-    if job.run.trains_everything:
-        frozen: Any = {}
-    elif base is None:
-        _, frozen = job.parameters.random(job.run.seed)
-    else:
-        _, frozen = job.parameters.from_base(base, job.run.seed, job.run.frozen_dtype)
+    with job.checkpoints(base, create=False) as checkpoints:
+        trained, step = checkpoints.restore_trained(template, step)
+    frozen: Any = {}
+    if not job.run.trains_everything:
+        _, frozen = job.initial_parameters(base)
     return trained, frozen, step
 
 
@@ -117,7 +117,7 @@ def evaluate(
         job.predictor(trained, frozen),
         job.run_dir,
         step,
-        fingerprint=digest(trained),
+        fingerprint=fingerprint(job, trained, frozen),
         progress=watch,
     )
     groups = {cell.name: job.split.group(cell) for cell in evaluation.tasks}
@@ -156,17 +156,20 @@ def infer(
     features: str = "",
     step: int | None = None,
     bases_dir: epath.PathLike | None = None,
+    say: Callable[[str], None] = print,
 ) -> int:
     """Predicts for every line of a jsonl file, in its order.
 
     A line is an object with ``input``; its fields named as feature types (``task``, ``language``)
-    are its features, before those of ``features``.
+    are its features, before those of ``features``. A feature that is not known is absent, and
+    counted.
 
     Args:
       run, run_dir, step, bases_dir: as in ``evaluate``.
       input_path: the file to read.
       output_path: the file to write: the same lines with ``prediction`` added, whole or not at all.
       features: ``task=ner,language=sw``, of every line that does not say otherwise.
+      say: takes the count of unknown features.
 
     Returns:
       The number of lines.
@@ -175,7 +178,7 @@ def infer(
       ValueError: a line that cannot be used, with file and line number, or as in ``evaluate``.
     """
     job = Job(run, run_dir, bases_dir=bases_dir)
-    records = _read_records(epath.Path(input_path), job.space, features)
+    records = _read_records(epath.Path(input_path), job.space, features, say)
     trained, frozen, _ = restore(job, step)
     predict = job.predictor(trained, frozen)
     vocabulary = run.vocabulary.build()
@@ -205,20 +208,40 @@ def infer(
 
 
 def _read_records(
-    path: epath.Path, space: FeatureSpace | None, features: str
+    path: epath.Path, space: FeatureSpace | None, features: str, say: Callable[[str], None]
 ) -> list[tuple[dict[str, Any], Any]]:
     """(record, feature ids) of every line."""
     given = parse_features(features, space)
     records = []
+    unknown: Counter[str] = Counter()
     for number, record in read_records(path):
         try:
             if not isinstance(record.get("input"), str):
                 raise ValueError("expected a text in the field 'input'")
-            ids: Any = [] if space is None else space.encode({**given, **record})
+            ids: Any = []
+            if space is not None:
+                annotations = _annotations({**given, **record})
+                ids = space.encode(annotations)
+                if (ids == ABSENT).all():
+                    raise ValueError(
+                        f"no known feature of {', '.join(space.names)}: the adapters would be off; "
+                        "name them in the line or with --features"
+                    )
+                unknown.update(space.unknown_types(annotations))
         except ValueError as error:
             raise ValueError(f"{path}:{number}: {error}") from None
         records.append((dict(record), ids))
+    for name, count in unknown.items():
+        say(f"{count} of {len(records)} lines have an unknown {name} and run without one")
     return records
+
+
+def _annotations(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A line's annotations as those of a cell: every example is shared, and a cell has a name."""
+    annotations = {"shared": "shared", **record}
+    if "task" in record and "language" in record:
+        annotations.setdefault("cell", f"{record['task']}/{record['language']}")
+    return annotations
 
 
 def parse_features(text: str, space: FeatureSpace | None) -> dict[str, str]:

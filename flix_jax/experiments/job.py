@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -12,11 +13,13 @@ import numpy as np
 from etils import epath
 
 from flix_jax.adapters import injection, tree
+from flix_jax.adapters.suggest import did_you_mean
 from flix_jax.data import cells as cells_lib
 from flix_jax.data.cells import Cell
 from flix_jax.data.examples import CellData, DataReport
 from flix_jax.data.pipeline import PrefetchIterator, TrainPipeline, check_state
-from flix_jax.experiments.run import RANDOM, Run, check_folder
+from flix_jax.evaluation import files
+from flix_jax.experiments.run import RANDOM, Run, check_base_folder, check_folder, note_folder
 from flix_jax.models.encoder_decoder import EncoderDecoder
 from flix_jax.models.t5 import Transformer
 from flix_jax.training import partitioning
@@ -27,7 +30,16 @@ from flix_jax.training.parameters import Parameters
 NONE = "none"
 WHOLE = "every parameter"
 
+BASES_FILE = "bases.txt"  # in a run's folder: where its base was trained, relative to it
+
 _PREDICT_FROM = ("encoder_input_tokens", "feature_ids")
+
+
+def _bases_dir(run_dir: epath.Path, given: epath.PathLike | None) -> epath.Path:
+    if given is not None:
+        return epath.Path(given)
+    noted = run_dir / BASES_FILE
+    return run_dir / (noted.read_text().strip() if noted.exists() else "bases")
 
 
 class Job:
@@ -48,10 +60,14 @@ class Job:
     def __init__(
         self, run: Run, run_dir: epath.PathLike, *, bases_dir: epath.PathLike | None = None
     ) -> None:
-        """See the class; ``bases_dir`` is where a base that is a run lives, by default in it."""
+        """See the class; ``bases_dir`` is where a base that is a run lives.
+
+        By default that is where it was trained, and ``<run_dir>/bases`` if it was not yet.
+        """
         self.run = run
         self.run_dir = epath.Path(run_dir)
-        self._bases_dir = epath.Path(bases_dir) if bases_dir else self.run_dir / "bases"
+        check_folder(run, self.run_dir)
+        self._bases_dir = _bases_dir(self.run_dir, bases_dir)
         self.mesh = run.mesh.make()
         partitioning.check_batch_size(self.mesh, run.batch_size, run.microbatches)
         partitioning.check_batch_size(self.mesh, run.evaluation.batch_size)
@@ -59,10 +75,16 @@ class Job:
         self.split = run.mixture.select(
             run.source.cells(), lambda cell: "train" in run.source.splits(cell)
         )
+        run.mixture.rates_for(dict.fromkeys(self.split.train, 1))  # do its patterns match?
+        cells_lib.match(tuple(run.transforms), self.split.train, "Run.transforms")
+        if run.evaluation.every:
+            self.check_split(run.evaluation.split)
         adapters, self.space = run.adapters, None
         if adapters is not None:
             self.space = adapters.space.complete(cells_lib.columns(self.split.train))
             adapters = dataclasses.replace(adapters, space=self.space)
+            for cell in self.split.cells:
+                self.space.encode(cell.annotations())  # an unknown value may be an error
         self.model = EncoderDecoder(
             Transformer(run.model),
             adapters,
@@ -101,17 +123,22 @@ class Job:
             shapes["feature_ids"] = (batch_size, self.space.num_slots)
         return shapes
 
-    def open_folder(self) -> None:
-        """Makes the folder and writes down what is known before training.
+    def check_split(self, split: str, cells: Iterable[Cell] | None = None) -> None:
+        """Refuses a split that none of ``cells`` (all by default) has."""
+        of = self.run.source.splits
+        having = {s for cell in (self.split.cells if cells is None else cells) for s in of(cell)}
+        if split not in having:
+            raise ValueError(f"no cell has the split {split!r}; {did_you_mean(split, having)}")
 
-        Raises:
-          ValueError: the folder holds another run.
-        """
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        check_folder(self.run, self.run_dir)
+    def note_folder(self) -> None:
+        """Writes down what is known before training; from now on the folder is this run's."""
+        note_folder(self.run, self.run_dir)
+        if self.base_dir is not None:
+            path = os.path.relpath(self._bases_dir, self.run_dir)
+            files.write_text(self.run_dir / BASES_FILE, path + "\n")
         if self.space is not None:
-            (self.run_dir / "features.json").write_text(self.space.to_json() + "\n")
-            (self.run_dir / "matched_modules.txt").write_text(self.match_table() + "\n")
+            files.write_text(self.run_dir / "features.json", self.space.to_json() + "\n")
+            files.write_text(self.run_dir / "matched_modules.txt", self.match_table() + "\n")
 
     def match_table(self) -> str:
         """Which modules the adapters matched, as a table."""
@@ -131,13 +158,11 @@ class Job:
         """
         if self.base_dir is None:
             return None
-        directory = self.base_dir / "checkpoints"
-        if not directory.exists():
-            raise ValueError(f"Run.base: {self.base_dir} holds no trained run: no {directory}")
+        check_base_folder(self.run, self.base_dir)
         whole = {"trained": WHOLE, "vocabulary": self.run.vocabulary.digest}
-        checkpoints = Checkpoints(directory, whole)
-        base, _ = checkpoints.restore_trained(self.parameters.base_template)
-        checkpoints.close()
+        step = self.run.base.total_steps if isinstance(self.run.base, Run) else None
+        with Checkpoints(self.base_dir / "checkpoints", whole, create=False) as checkpoints:
+            base, _ = checkpoints.restore_trained(self.parameters.base_template, step)
         return base
 
     def pipeline(self) -> TrainPipeline:
@@ -197,10 +222,10 @@ class Job:
     def initial_parameters(self, base: Any | None) -> tuple[Any, Any]:
         """(trained, frozen) before the first step."""
         if base is None:
-            return self.parameters.random(self.run.seed)
+            return self.parameters.random(self.run.seed, self.run.frozen_dtype)
         return self.parameters.from_base(base, self.run.seed, self.run.frozen_dtype)
 
-    def checkpoints(self, base: Any | None) -> Checkpoints:
+    def checkpoints(self, base: Any | None, *, create: bool = True) -> Checkpoints:
         """This run's checkpoints, bound to all that their arrays depend on."""
         adapters = self.model.adapters
         if adapters is not None:
@@ -217,7 +242,9 @@ class Job:
             "features": NONE if self.space is None else self.space.to_json(),
             "vocabulary": self.run.vocabulary.digest,
         }
-        return Checkpoints(self.run_dir / "checkpoints", identity, keep=self.run.keep)
+        return Checkpoints(
+            self.run_dir / "checkpoints", identity, keep=self.run.keep, create=create
+        )
 
     def predictor(self, trained: Any, frozen: Any) -> Callable[[dict[str, np.ndarray]], np.ndarray]:
         """Batch of arrays -> predicted tokens int32 [batch, targets_length]."""

@@ -18,9 +18,12 @@ from etils import epath
 from flix_jax.adapters.injection import AdapterSpec
 from flix_jax.data.cells import Mixture, Source
 from flix_jax.data.vocabularies import Vocabulary
+from flix_jax.evaluation import files
 from flix_jax.models.t5 import T5Config
 from flix_jax.training.optimizers import Optimizer
 from flix_jax.training.partitioning import MeshSpec
+
+FROZEN_DTYPES = ("float32", "bfloat16", "float16")
 
 #: ``Run.base`` of a run that starts from random parameters.
 RANDOM = "random"
@@ -40,7 +43,8 @@ class Evaluation:
     Attributes:
       split: the split, of every cell that has it.
       batch_size: examples decoded at once; the last batch of a cell is padded to it.
-      every: steps between evaluations while training; None evaluates at the end only.
+      every: steps between evaluations while training, the last step always among them; None
+        leaves evaluation to `flix evaluate`.
       examples_per_cell: a budget for evaluations while training; None takes the whole split.
     """
 
@@ -80,7 +84,7 @@ class Run:
         transforms that shorten them; None is the lengths of the batch.
       microbatches: parts of a batch that are computed one after another, to save memory.
       label_smoothing, z_loss: of the loss (T5X's definitions).
-      frozen_dtype: the frozen parameters' dtype; None leaves the base as it is.
+      frozen_dtype: the frozen parameters' dtype, one of ``FROZEN_DTYPES``; None leaves them.
       mesh: how the devices are arranged.
       seed: of initialisation, dropout and the order of the data.
       save_every, log_every: in steps.
@@ -120,6 +124,12 @@ class Run:
                 raise ValueError(f"Run.{name} must be at least 1, got {getattr(self, name)}")
         if self.read_lengths is not None and not self.transforms:
             raise ValueError("Run.read_lengths has no effect without Run.transforms")
+        if self.frozen_dtype is not None and self.frozen_dtype not in FROZEN_DTYPES:
+            raise ValueError(
+                f"Run.frozen_dtype {self.frozen_dtype!r} is none of {list(FROZEN_DTYPES)}"
+            )
+        if self.frozen_dtype is not None and self.trains_everything:
+            raise ValueError("Run.frozen_dtype has no effect: every parameter is trained")
         if self.adapters is not None and self.trainable is not None:
             raise ValueError("Run.trainable and Run.adapters exclude each other")
         if isinstance(self.base, Run):
@@ -150,25 +160,42 @@ class Run:
 
 
 def check_folder(run: Run, run_dir: epath.Path) -> None:
-    """Refuses a folder that belongs to another run; notes the run in a folder that is new.
+    """Refuses a folder that belongs to another run.
 
     Raises:
       ValueError: with the values that differ.
     """
-    path = run_dir / "run.json"
-    here = run.describe()
-    if path.exists():
-        there = json.loads(path.read_text())
-        names = sorted(k for k in {*here, *there} if not _FREE.fullmatch(k))
-        changed = [k for k in names if here.get(k) != there.get(k)]
-        if changed:
-            values = "; ".join(
-                f"{k} is {there.get(k, 'absent')} there and {here.get(k, 'absent')} here"
-                for k in changed[:5]
-            )
-            more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
-            raise ValueError(f"{run_dir} holds another run: {values}{more}; use another run_dir")
-    path.write_text(json.dumps(here, indent=1) + "\n")
+    there = files.read_json(run_dir / "run.json")
+    if there is not None:
+        _compare(run.describe(), there, run_dir, _FREE)
+
+
+def check_base_folder(run: Run, base_dir: epath.Path) -> None:
+    """Refuses a base whose network is another one than the run's."""
+    there = files.read_json(base_dir / "run.json") or {}
+    network = {k: v for k, v in there.items() if k.startswith("model.")}
+    if network:
+        here = {k: v for k, v in run.describe().items() if k.startswith("model.")}
+        _compare(here, network, base_dir, re.compile(r"model\.(dtype|remat|dropout_rate)"))
+
+
+def note_folder(run: Run, run_dir: epath.Path) -> None:
+    """Writes down which run a folder holds."""
+    files.write_json(run_dir / "run.json", run.describe())
+
+
+def _compare(
+    here: Mapping[str, str], there: Mapping[str, str], folder: epath.Path, free: re.Pattern[str]
+) -> None:
+    names = sorted(k for k in {*here, *there} if not free.fullmatch(k))
+    changed = [k for k in names if here.get(k) != there.get(k)]
+    if changed:
+        values = "; ".join(
+            f"{k} is {there.get(k, 'absent')} there and {here.get(k, 'absent')} here"
+            for k in changed[:5]
+        )
+        more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
+        raise ValueError(f"{folder} holds another run: {values}{more}; use another run_dir")
 
 
 def _flatten(value: Any, name: str) -> list[tuple[str, str]]:

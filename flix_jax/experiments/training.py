@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,7 +15,7 @@ from flix_jax.experiments import inference
 from flix_jax.experiments.job import Job
 from flix_jax.experiments.run import Run
 from flix_jax.training import partitioning
-from flix_jax.training.checkpoints import digest
+from flix_jax.training.checkpoints import Checkpoints
 from flix_jax.training.loop import fit
 from flix_jax.training.reporting import Reporter
 from flix_jax.training.step import TrainState, train_step
@@ -42,68 +43,64 @@ def train(
       ValueError: before any compute, in one line, for whatever in the run cannot work.
     """
     job = Job(run, run_dir, bases_dir=bases_dir)
-    job.open_folder()
-    if config is not None:
-        files.write_text(job.run_dir / "config.gin", config)
     if isinstance(run.base, Run):
         assert job.base_dir is not None
-        if _finished_step(job.base_dir) != run.base.total_steps:
+        if not _is_finished(run.base, job.base_dir):
             train(run.base, job.base_dir, bases_dir=bases_dir, title=f"{title}: base")
     base = job.load_base()
-
     pipeline = job.pipeline()
-    report = pipeline.report()
-    files.write_text(job.run_dir / "cells.txt", job.cells_table(report) + "\n")
     optimizer = run.optimizer.build(run.total_steps)
-    checkpoints = job.checkpoints(base)
     template = job.parameters.state_template(optimizer)
-    trained, frozen = job.initial_parameters(base)
-    resumed = checkpoints.latest_step() is not None
-    if resumed:
-        state, data_state = checkpoints.restore(template)
-    else:
-        state, data_state = job.parameters.create_state(trained, optimizer), None
-    del trained, base
 
-    batches = job.batches(pipeline, int(state.step), data_state)
-    reporter = Reporter(
-        job.run_dir,
-        total_steps=run.total_steps,
-        start_step=int(state.step),
-        log_every=run.log_every,
-        wait_seconds=lambda: batches.wait_seconds,
-        title=title,
-    )
-    reporter.say(f"{title}: {_summary(job, state, frozen)}, in {job.run_dir}")
-    if report.cut:
-        reporter.say(f"{title}: some examples are cut, see {job.run_dir / 'cells.txt'}")
-    evaluate = _evaluation(job, frozen) if run.evaluation.every else None
-    step_fn = jax.jit(
-        train_step(job.model.loss, optimizer, microbatches=run.microbatches),
-        donate_argnums=0,
-        out_shardings=(
-            jax.tree.map(lambda x: x.sharding, template),
-            partitioning.replicated(job.mesh),
-        ),
-    )
-    with batches:
-        try:
-            fit(
-                state,
-                frozen,
-                step_fn=step_fn,
-                seed=run.seed,
-                batches=batches,
-                checkpoints=checkpoints,
-                reporter=reporter,
+    with contextlib.ExitStack() as stack:
+        checkpoints = stack.enter_context(job.checkpoints(base))
+        trained, frozen = job.initial_parameters(base)
+        if checkpoints.latest_step() is not None:
+            state, data_state = checkpoints.restore(template)
+        else:
+            state, data_state = job.parameters.create_state(trained, optimizer), None
+        del trained, base
+        evaluate = _evaluation(job, frozen) if run.evaluation.every else None
+        batches = stack.enter_context(job.batches(pipeline, int(state.step), data_state))
+
+        report = pipeline.report()
+        job.note_folder()
+        files.write_text(job.run_dir / "cells.txt", job.cells_table(report) + "\n")
+        if config is not None:
+            files.write_text(job.run_dir / "config.gin", config)
+        reporter = stack.enter_context(
+            Reporter(
+                job.run_dir,
                 total_steps=run.total_steps,
-                save_every=run.save_every,
-                eval_every=run.evaluation.every,
-                evaluate=evaluate,
+                start_step=int(state.step),
+                log_every=run.log_every,
+                wait_seconds=lambda: batches.wait_seconds,
+                title=title,
             )
-        finally:
-            reporter.close()
-            checkpoints.close()
+        )
+        reporter.say(f"{title}: {_summary(job, state, frozen)}, in {job.run_dir}")
+        if report.cut:
+            reporter.say(f"{title}: some examples are cut, see {job.run_dir / 'cells.txt'}")
+        fit(
+            state,
+            frozen,
+            step_fn=jax.jit(
+                train_step(job.model.loss, optimizer, microbatches=run.microbatches),
+                donate_argnums=0,
+                out_shardings=(
+                    jax.tree.map(lambda x: x.sharding, template),
+                    partitioning.replicated(job.mesh),
+                ),
+            ),
+            seed=run.seed,
+            batches=batches,
+            checkpoints=checkpoints,
+            reporter=reporter,
+            total_steps=run.total_steps,
+            save_every=run.save_every,
+            eval_every=run.evaluation.every,
+            evaluate=evaluate,
+        )
     return job
 
 
@@ -116,17 +113,22 @@ def _evaluation(
 
     def evaluate(step: int, trained: Any) -> Mapping[str, Mapping[str, float]]:
         return evaluator.evaluate(
-            job.predictor(trained, frozen), job.run_dir, step, fingerprint=digest(trained)
+            job.predictor(trained, frozen),
+            job.run_dir,
+            step,
+            fingerprint=inference.fingerprint(job, trained, frozen),
         )
 
     return evaluate
 
 
-def _finished_step(run_dir: epath.Path) -> int | None:
-    """The newest checkpoint in a run's folder."""
-    path = run_dir / "checkpoints"
-    steps = [int(x.name) for x in path.iterdir() if x.name.isdigit()] if path.exists() else []
-    return max(steps, default=None)
+def _is_finished(run: Run, run_dir: epath.Path) -> bool:
+    """Whether a run has reached its last step."""
+    directory = run_dir / "checkpoints"
+    if not directory.exists():
+        return False
+    with Checkpoints(directory, {}, create=False) as checkpoints:
+        return checkpoints.latest_step() == run.total_steps
 
 
 def _summary(job: Job, state: TrainState, frozen: Any) -> str:

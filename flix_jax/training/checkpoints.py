@@ -41,16 +41,24 @@ class Checkpoints:
       identity: name -> text of everything that the arrays depend on. It is saved with each step,
         and what is named here is compared when one is restored.
       keep: how many of the newest steps are kept; None keeps all.
+      create: whether to make the directory; False is for reading.
     """
 
     def __init__(
-        self, directory: epath.PathLike, identity: Mapping[str, str], *, keep: int | None = None
+        self,
+        directory: epath.PathLike,
+        identity: Mapping[str, str],
+        *,
+        keep: int | None = None,
+        create: bool = True,
     ) -> None:
         self.directory = epath.Path(directory).resolve()
+        if not create and not self.directory.exists():
+            raise ValueError(f"{self.directory.parent} holds no trained run: no {self.directory}")
         self._identity = dict(identity)
         self._manager = ocp.CheckpointManager(
             self.directory,
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
+            options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=create),
             item_handlers={
                 "trained": ocp.StandardCheckpointHandler(),
                 "optimizer": ocp.StandardCheckpointHandler(),
@@ -111,6 +119,12 @@ class Checkpoints:
     def close(self) -> None:
         """Waits, then releases the manager's threads."""
         self._manager.close()
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def _restore(
         self, step: int | None, wanted: Mapping[str, Any], **others: Any

@@ -42,21 +42,27 @@ def fit(
       batches: stands at the batch that follows ``state.step``.
       checkpoints: saved every ``save_every`` steps and at the end.
       reporter: takes every step's metrics.
-      evaluate: ``(step, trained) -> scores`` per cell, every ``eval_every`` steps.
+      evaluate: ``(step, trained) -> scores`` per cell, every ``eval_every`` steps and at the end.
 
     Returns:
       The state at ``total_steps``, saved.
+
+    Raises:
+      FloatingPointError: the loss is not finite; what was saved before stands.
     """
     for step in range(int(state.step) + 1, total_steps + 1):
         state, metrics = step_fn(state, frozen, next(batches), seed)
         reporter.step(step, metrics)
 
-        if evaluate and eval_every and step % eval_every == 0:
+        last = step == total_steps
+
+        if evaluate and eval_every and (last or step % eval_every == 0):
+            reporter.flush()  # before, so that the evaluation's time is not the steps'
             reporter.scores(step, evaluate(step, state.trained))
 
-        if step % save_every == 0 or step == total_steps:
+        if last or step % save_every == 0:
+            reporter.sync()  # before, so that a loss that is not finite is never saved
             checkpoints.save(state, batches.state())
-            reporter.sync()
 
     checkpoints.wait()
     return state

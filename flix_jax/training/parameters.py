@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
 import optax
 from flax import linen as nn
 from jax.sharding import Mesh
@@ -72,11 +71,12 @@ class Parameters:
         trained, frozen = self.templates
         return frozen if self.adapters else tree.join(trained, frozen)
 
-    def random(self, seed: int) -> tuple[Any, Any]:
-        """(trained, frozen), both freshly initialised."""
+    def random(self, seed: int, dtype: str | None = None) -> tuple[Any, Any]:
+        """(trained, frozen), both freshly initialised; the frozen part cast as in ``from_base``."""
         shardings = jax.tree.map(lambda x: x.sharding, self.templates)
         init = jax.jit(lambda key: self.split(nn.unbox(self._init(key))), out_shardings=shardings)
-        return init(jax.random.key(seed))
+        trained, frozen = init(jax.random.key(seed))
+        return trained, _cast(frozen, dtype)
 
     def from_base(self, base: Any, seed: int, dtype: str | None = None) -> tuple[Any, Any]:
         """(trained, frozen) around the parameters of a base; adapters are freshly initialised.
@@ -95,9 +95,7 @@ class Parameters:
             trained, frozen = init(jax.random.key(seed)), base
         else:
             trained, frozen = self.split(base)
-        if dtype is not None:
-            frozen = jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), frozen)
-        return trained, frozen
+        return trained, _cast(frozen, dtype)
 
     def state_template(self, optimizer: optax.GradientTransformation) -> TrainState:
         """The train state as ``jax.ShapeDtypeStruct`` with shardings.
@@ -132,6 +130,10 @@ class Parameters:
 
     def _init(self, key: jax.Array) -> Any:
         return self.model.init(key, self.batch_shapes)
+
+
+def _cast(params: Any, dtype: str | None) -> Any:
+    return params if dtype is None else jax.tree.map(lambda x: x.astype(dtype), params)
 
 
 def _with_sharding(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:

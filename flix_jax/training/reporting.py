@@ -7,6 +7,7 @@ dispatched, so that reporting never makes a step wait.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,9 +16,11 @@ import jax
 from etils import epath
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+from flix_jax.evaluation import files
 
 
 class Reporter:
@@ -50,6 +53,11 @@ class Reporter:
         self._path = epath.Path(run_dir) / "metrics.jsonl"
         self._lines = [x for x in read_metrics(self._path) if x["step"] <= start_step]
         self._events = EventFileWriter(str(epath.Path(run_dir) / "tensorboard"))
+        # TensorBoard drops what an earlier attempt wrote of the steps that come again.
+        restart = SessionLog(status=SessionLog.START)
+        self._events.add_event(
+            Event(wall_time=time.time(), step=start_step + 1, session_log=restart)
+        )
         self._log_every = log_every
         self._wait_seconds = wait_seconds
         self._pending: list[tuple[int, Any]] = []
@@ -83,12 +91,19 @@ class Reporter:
             self._progress.update(self._task, completed=step)
 
     def flush(self) -> None:
-        """Fetches the window's metrics and writes them."""
+        """Fetches the window's metrics and writes them.
+
+        Raises:
+          FloatingPointError: a loss is not finite, with its step.
+        """
         if not self._pending:
             return
         steps, values = zip(*self._pending, strict=True)
         self._pending = []
         values = jax.device_get(values)
+        for step, value in zip(steps, values, strict=True):
+            if not math.isfinite(value["loss"]):
+                raise FloatingPointError(f"the loss is {value['loss']} at step {step}")
         now = time.monotonic()
         seconds = now - self._window_start
         tokens = float(sum(value.pop("tokens") for value in values))
@@ -124,9 +139,17 @@ class Reporter:
 
     def close(self) -> None:
         """Writes what is pending and gives the console back."""
-        self.sync()
-        self._progress.stop()
-        self._events.close()
+        try:
+            self.sync()
+        finally:
+            self._progress.stop()
+            self._events.close()
+
+    def __enter__(self) -> Reporter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def _start_window(self) -> None:
         self._window_start = time.monotonic()
@@ -144,12 +167,8 @@ class Reporter:
             self._store()
 
     def _store(self) -> None:
-        # Whole, since a bucket knows no appending; a rename where there is one, so that a reader
-        # never sees half a file.
-        text = "".join(json.dumps(line) + "\n" for line in self._lines)
-        part = self._path.with_suffix(".part")
-        part.write_text(text)
-        part.replace(self._path)
+        # Whole, since a bucket knows no appending.
+        files.write_text(self._path, "".join(json.dumps(line) + "\n" for line in self._lines))
         self._written = time.monotonic()
 
     def _show(self, line: Mapping[str, float]) -> None:
