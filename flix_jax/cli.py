@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from flix_jax.experiments.run import Run
     from flix_jax.experiments.sweep import Bindings, Sweep
 
+DIVERGED = 1
 USER_ERROR = 2
 INTERRUPTED = 130
 
@@ -163,8 +164,12 @@ def _sweep(arguments: argparse.Namespace) -> None:
                 for split in sorted(splits)
             }
 
-    run_sweep(sweep, arguments.run_dir, run_trial)
+    records = run_sweep(sweep, arguments.run_dir, run_trial)
     _report(arguments)
+    failed = [record for record in records if record.state == "failed"]
+    if failed:
+        first = f"{failed[0].trial} ({failed[0].error})"
+        raise FloatingPointError(f"{len(failed)} of {len(records)} trials failed: {first}, …")
 
 
 def _trial(arguments: argparse.Namespace, bindings: "Bindings", seed: int) -> "Configuration":
@@ -396,7 +401,10 @@ def _describe(error: Exception) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command line and returns its exit status: 0, or 2 after a mistake of the user's."""
+    """Runs a command line and returns its exit status.
+
+    0; 2 after a mistake of the user's; 1 where training diverged.
+    """
     argv = sys.argv[1:] if argv is None else argv
     if not argv:
         make_parser().print_help(sys.stderr)
@@ -411,6 +419,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"error: {_describe(error)}", file=sys.stderr)
         return USER_ERROR
+    except FloatingPointError as error:
+        if "--debug" in argv:
+            raise
+        print(f"error: {_describe(error)}", file=sys.stderr)
+        return DIVERGED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED

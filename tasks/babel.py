@@ -80,7 +80,10 @@ class Sizes:
 
 
 def held_out_language(seed: int) -> str:
-    """The language that is text only, in pretraining, and unseen in every task."""
+    """The language whose tasks are all held out.
+
+    Pretraining shows its text, its glossary, and words of it borrowed into the pivot's tasks.
+    """
     return Draw("babel", seed, "held out").shuffled(LANGUAGES)[0].code
 
 

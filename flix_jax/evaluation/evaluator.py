@@ -155,6 +155,14 @@ class CellEvaluator:
                 missing.add(cell.name)
                 results[cell.name] = {"examples": 0}
             report(cell)
+        cut = {cell.name: self._loaded[cell.name].cut_inputs for cell in pending
+               if cell.name in self._loaded}
+        if any(cut.values()):
+            _logger.warning(
+                "inputs cut at %d tokens: %s",
+                self.lengths["inputs"],
+                ", ".join(f"{name} {count}" for name, count in cut.items() if count),
+            )
         if missing:
             _logger.warning(
                 "not evaluated, for want of a %s split: %s", self.split, ", ".join(sorted(missing))
@@ -281,6 +289,10 @@ class _LoadedCell:
             self._widths = {name: array.shape[1:] for name, array in batch.items()}
             self._batches.append({name: _cut_padding(array) for name, array in batch.items()})
         self.examples = sum(len(next(iter(batch.values()))) for batch in self._batches)
+        limit = evaluator.lengths["inputs"]
+        examples = self._evaluator.cached_task_datasets[task.name].as_numpy_iterator()
+        # What the task counted before it cut; a task of other making may not tell.
+        self.cut_inputs = sum(int(x.get("inputs_length", 0)) > limit for x in examples)
 
     def rows(self) -> Iterator[Batch]:
         """Each example's model features, at their full length."""

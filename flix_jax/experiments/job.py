@@ -141,14 +141,18 @@ class Job:
             files.write_text(self.run_dir / "matched_modules.txt", self.match_table() + "\n")
 
     def match_table(self) -> str:
-        """Which modules the adapters matched, as a table."""
+        """Which modules the adapters matched, and how many parameters each feature owns."""
         adapters = self.model.adapters
         assert adapters is not None
         report = injection.matches(
             adapters, functools.partial(self.model.init, batch_shapes=self.batch_shapes(1)),
             jax.random.key(0),
         )
-        return report.table()
+        counts = tree.adapter_counts(self.parameters.templates[0], adapters.space)
+        owned = [["feature", "parameters"]]
+        for name, values in counts.items():
+            owned += [[f"{name}={value}", f"{count:,}"] for value, count in values.items()]
+        return f"{report.table()}\n\n{cells_lib.format_table(owned)}"
 
     def load_base(self) -> Any | None:
         """The parameters of the base, whole; None for random ones.
