@@ -78,7 +78,7 @@ def noise_mask(
     rng: np.random.Generator,
     *,
     max_spans: int | None = None,
-) -> Bool[np.ndarray, "length"]:
+) -> Bool[np.ndarray, " length"]:
     """T5's random_spans_noise_mask: true where a token is noise.
 
     Spans of kept and of noise tokens alternate, a kept one first; the lengths of each kind are a
@@ -96,8 +96,8 @@ def noise_mask(
 
 
 def replace_spans(
-    tokens: Int[np.ndarray, "length"], spans: Bool[np.ndarray, "length"], first_sentinel: int
-) -> Int[np.ndarray, "shorter"]:
+    tokens: Int[np.ndarray, " length"], spans: Bool[np.ndarray, " length"], first_sentinel: int
+) -> Int[np.ndarray, " shorter"]:
     """Replaces every run of true in `spans` by a sentinel, counting down from `first_sentinel`."""
     starts = spans & ~np.concatenate([[False], spans[:-1]])
     sentinels = first_sentinel + 1 - np.cumsum(starts)

@@ -16,8 +16,8 @@ Example = dict[str, np.ndarray]
 class Ragged:
     """Rows of different lengths: row i is `values[offsets[i]:offsets[i + 1]]`."""
 
-    values: Int[np.ndarray, "tokens"]
-    offsets: Int[np.ndarray, "rows_plus_one"]
+    values: Int[np.ndarray, " tokens"]
+    offsets: Int[np.ndarray, " rows_plus_one"]
 
     @classmethod
     def from_rows(cls, rows: Sequence[Sequence[int] | np.ndarray]) -> "Ragged":
@@ -32,7 +32,7 @@ class Ragged:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
-    def __getitem__(self, index: int) -> Int[np.ndarray, "length"]:
+    def __getitem__(self, index: int) -> Int[np.ndarray, " length"]:
         return self.values[self.offsets[index] : self.offsets[index + 1]]
 
 

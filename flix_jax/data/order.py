@@ -39,7 +39,7 @@ def philox(*key: Hashable) -> np.random.Philox:
     return np.random.Philox(key=int.from_bytes(digest, "little"))
 
 
-def permutation(size: int, *key: Hashable) -> Int[np.ndarray, "size"]:
+def permutation(size: int, *key: Hashable) -> Int[np.ndarray, " size"]:
     """A uniformly random permutation of range(size), determined by `key`."""
     return np.argsort(philox(*key).random_raw(size), kind="stable")
 

@@ -30,7 +30,7 @@ def register_task(
     splits: Sequence[str],
     *,
     vocabulary: Any,
-    feature_ids: Int[np.ndarray, "slots"] | None = None,
+    feature_ids: Int[np.ndarray, " slots"] | None = None,
     metric_fns: Sequence[Callable[..., Mapping[str, float]]] = (),
 ) -> str:
     """Registers a text-to-text task with seqio, in place of an earlier one of its name.
@@ -85,7 +85,7 @@ def register_mixture(name: str, rates: Mapping[str, float]) -> str:
 
 
 def finish(
-    feature_ids: Int[np.ndarray, "slots"] | None = None,
+    feature_ids: Int[np.ndarray, " slots"] | None = None,
 ) -> Callable[..., tf.data.Dataset]:
     """The last preprocessor of a task, over tokenised examples; one map, which is what costs time.
 

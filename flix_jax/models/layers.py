@@ -231,7 +231,7 @@ def dot_product_attention(
     query: Float[Array, "batch query heads depth"],
     key: Float[Array, "batch key heads depth"],
     value: Float[Array, "batch key heads depth"],
-    mask: Bool[Array, "batch #heads query key"] | None = None,
+    mask: Bool[Array, " batch #heads query key"] | None = None,
     bias: Float[Array, "#batch heads query key"] | None = None,
     *,
     dropout_rng: Array | None = None,
