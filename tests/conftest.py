@@ -17,6 +17,8 @@ from hypothesis import HealthCheck, settings  # noqa: E402
 # Virtual devices, for meshes. Commands that tests start see the one real device.
 NUM_DEVICES = 8
 jax.config.update("jax_num_cpu_devices", NUM_DEVICES)
+# Two programs with collectives at once, on fewer cores than devices, could wait for each other.
+jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 # Shapes in the signatures of these packages are checked on every call that a test makes.
 jaxtyping.install_import_hook(["flix_jax.adapters", "flix_jax.models"], "beartype.beartype")
