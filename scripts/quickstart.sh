@@ -6,11 +6,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/_environment.sh"
 cd "$ROOT"
 
 ensure_environment
-# On a CPU: two devices of one thread each, that share every batch, take half the time of one device
-# of two threads. Steps are then not dispatched ahead: two at once could wait for each other.
-export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}" JAX_NUM_CPU_DEVICES="${JAX_NUM_CPU_DEVICES:-2}"
-export JAX_CPU_ENABLE_ASYNC_DISPATCH="${JAX_CPU_ENABLE_ASYNC_DISPATCH:-false}"
-export XLA_FLAGS="${XLA_FLAGS:---xla_cpu_multi_thread_eigen=false}"
+# The network is too small to be split over threads: one is faster than several.
+export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}" XLA_FLAGS="${XLA_FLAGS:---xla_cpu_multi_thread_eigen=false}"
 say "comparing LoRA and FLix on Babel, the embedded benchmark"
 "$VENV/bin/python" -m flix_jax.cli sweep \
   --gin_file=configs/sweeps/babel_quickstart.gin --run_dir=runs/quickstart "$@"
