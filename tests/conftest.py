@@ -5,7 +5,8 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
-# More threads than devices: collectives of the CPU wait for each other in one pool of threads.
+# Collectives of CPU devices wait for each other in one pool of threads: give it more threads than
+# devices, and (below) run one program at a time.
 os.environ.setdefault("PJRT_NPROC", "32")
 # Tests compile much and compute little.
 os.environ.setdefault(
@@ -19,6 +20,7 @@ from hypothesis import HealthCheck, settings  # noqa: E402
 # Virtual devices, for meshes. Commands that tests start see the one real device.
 NUM_DEVICES = 8
 jax.config.update("jax_num_cpu_devices", NUM_DEVICES)
+jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 # Shapes in the signatures of these packages are checked on every call that a test makes.
 jaxtyping.install_import_hook(["flix_jax.adapters", "flix_jax.models"], "beartype.beartype")
