@@ -10,7 +10,6 @@ from flix_jax.training import partitioning
 from flix_jax.training.partitioning import MeshSpec
 
 DEVICES = jax.devices()
-needs_four = pytest.mark.skipif(len(DEVICES) < 4, reason="needs 4 (virtual) devices")
 
 
 def test_one_device_is_a_mesh_of_one():
@@ -18,7 +17,6 @@ def test_one_device_is_a_mesh_of_one():
     assert dict(mesh.shape) == {"data": 1, "fsdp": 1, "model": 1}
 
 
-@needs_four
 def test_the_open_size_takes_what_is_left():
     assert dict(MeshSpec(-1, 1, 2).make(DEVICES[:4]).shape) == {"data": 2, "fsdp": 1, "model": 2}
     with pytest.raises(ValueError, match="does not fit 4"):
@@ -31,7 +29,6 @@ def test_impossible_sizes_are_refused(sizes):
         MeshSpec(*sizes)
 
 
-@needs_four
 def test_parameters_are_split_by_the_names_of_their_dimensions():
     mesh = MeshSpec(1, 2, 2).make(DEVICES[:4])
     boxed = {
@@ -45,7 +42,6 @@ def test_parameters_are_split_by_the_names_of_their_dimensions():
     assert shardings["plain"].spec == PartitionSpec(None)
 
 
-@needs_four
 def test_a_dimension_that_does_not_divide_is_refused_with_its_path():
     mesh = MeshSpec(2, 1, 2).make(DEVICES[:4])
     shapes = {"mlp": {"wi": jax.ShapeDtypeStruct((8, 7), "float32")}}
@@ -55,7 +51,6 @@ def test_a_dimension_that_does_not_divide_is_refused_with_its_path():
         partitioning.param_shardings(mesh, {"mlp": {"wi": ("embed", "mpl")}}, shapes)
 
 
-@needs_four
 def test_a_batch_is_split_over_data_and_fsdp_in_order():
     mesh = MeshSpec(2, 2, 1).make(DEVICES[:4])
     rows = np.arange(8 * 3).reshape(8, 3)
@@ -65,7 +60,6 @@ def test_a_batch_is_split_over_data_and_fsdp_in_order():
 
 
 @pytest.mark.parametrize(("size", "micro"), [(6, 1), (8, 4), (0, 1), (8, 0)])
-@needs_four
 def test_a_batch_that_the_mesh_does_not_divide_is_refused(size, micro):
     mesh = MeshSpec(4, 1, 1).make(DEVICES[:4])
     partitioning.check_batch_size(mesh, 8, 2)
