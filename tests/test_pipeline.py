@@ -233,6 +233,24 @@ def test_a_transform_is_keyed_by_the_global_position():
     assert max(map(len, drawn.values())) > 1  # another draw, another noise
 
 
+def test_a_transform_may_be_prepared_from_the_examples_of_each_cell():
+    class Longest:
+        def prepared(self, examples):
+            longest = max(len(example["inputs"]) for example in examples)
+            return lambda example, rng: {"inputs": np.full(2, longest)}
+
+        def __call__(self, example, rng):
+            raise AssertionError("not prepared")
+
+    pipeline = make(transforms={"*/*": Longest()})
+    longest = {
+        name: max(len(example["inputs"]) for example in examples)
+        for name, examples in pipeline._data.items()
+    }
+    batch = pipeline.batch_at(0)
+    assert set(batch["encoder_input_tokens"][:, 0]) <= set(longest.values())
+
+
 def test_what_a_transform_makes_too_long_is_cut():
     def grow(example, rng):
         return {name: np.full(50, 5) for name in ("inputs", "targets")}

@@ -313,6 +313,15 @@ def test_bfloat16_stays_close_and_its_logits_are_float32(golden):
     assert error < 0.1 * np.linalg.norm(expected[real])
 
 
+def test_products_of_bfloat16_operands_stay_close_in_float32(golden):
+    params, batch, expected = golden
+    config = dataclasses.replace(SCANNED, product_dtype="bfloat16")
+    logits = _logits(config, stack_layers(params), batch)
+    real = np.asarray(batch["decoder_target_tokens"]) > 0
+    error = np.linalg.norm((np.asarray(logits) - expected)[real]) / np.linalg.norm(expected[real])
+    assert 1e-5 < error < 0.05
+
+
 def test_tied_logits_have_no_output_layer():
     tied = dataclasses.replace(TINY, logits_via_embedding=True, mlp_activations=("relu",))
     names = flatten_dict(nn.unbox(_shapes(tied)), sep="/")
@@ -328,6 +337,7 @@ def test_tied_logits_have_no_output_layer():
         ("dropout_rate", 1.0, r"T5Config.dropout_rate = 1.0: expected \[0, 1\)"),
         ("remat", "ful", "T5Config.remat = 'ful': .*nearest: 'full'"),
         ("dtype", "bf16", "T5Config.dtype = 'bf16': .*nearest: 'bfloat16'"),
+        ("product_dtype", "bf16", "T5Config.product_dtype = 'bf16': .*nearest: 'bfloat16'"),
         ("mlp_activations", ("geluu",), "nearest: 'gelu'"),
         ("mlp_activations", "gelu", "expected names"),
         ("relative_attention_neighbours", float("nan"), "expected a finite number"),

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flix_jax.data.vocabularies import ByteVocabulary, SentencePieceVocabulary
-from flix_jax.data.windows import EntityWindows, locate, window
+from flix_jax.data.windows import EntityWindows, locate, swap, window
 
 TEXT = "Ali Manzu wa Nairobi alikutana na Amina Yusuf huko Paris, na Ali akasafiri."
 TARGET = "PER: Ali Manzu $$ LOC: Nairobi $$ PER: Amina Yusuf $$ LOC: Paris $$ PER: Ali"
@@ -97,12 +97,49 @@ def test_entities_are_located_in_order_and_missing_ones_left_out():
     assert locate(b"none here", b"") == []
 
 
+def test_entities_are_swapped_for_others_of_their_label_in_text_and_target():
+    other = {"inputs": tokens("Juma wa Dodoma"), "targets": tokens("PER: Juma $$ LOC: Dodoma")}
+    people = {"Ali Manzu", "Amina Yusuf", "Ali", "Juma"}
+    places = {"Nairobi", "Paris", "Dodoma"}
+    transform = EntityWindows(200, 200, swapping=0.5).prepared([example(), other])
+    seen = set()
+    for seed in range(60):
+        out = transform(example(), np.random.default_rng(seed))
+        names = []
+        for entity in text_of(out["targets"]).split(" $$ "):
+            label, name = entity.split(": ")
+            assert name in {"PER": people, "LOC": places}[label]
+            names.append(name)
+        seen.update(names)
+        a, b, c, d, e = names
+        expected = f"{a} wa {b} alikutana na {c} huko {d}, na {e} akasafiri."
+        assert text_of(out["inputs"]) == expected
+    assert seen == people | places
+
+
+def test_without_swapping_nothing_is_prepared():
+    windows = EntityWindows(200, 200)
+    assert windows.prepared([example()]) is windows
+
+
+def test_of_two_entities_that_overlap_the_first_is_swapped():
+    text, entities = swap(
+        b"New York City",
+        [(0, 8, b"LOC: New York"), (4, 13, b"LOC: York City")],
+        {b"LOC": [b"Bo"]},
+        1.0,
+        np.random.default_rng(0),
+    )
+    assert (text, entities) == (b"Bo City", [(0, 2, b"LOC: Bo")])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"length": 4}, "length=4"),
         ({"target_length": 4}, "target_length=4"),
         ({"copying": 1.0}, "copying=1.0"),
+        ({"swapping": -0.1}, "swapping=-0.1"),
         ({"vocabulary": ByteVocabulary(extra_ids=1)}, "at least 2 extra_ids"),
         ({"vocabulary": SentencePieceVocabulary("m.model")}, "expected a ByteVocabulary"),
     ],

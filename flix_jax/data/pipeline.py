@@ -36,7 +36,8 @@ class TrainPipeline:
       transforms: by pattern over cell names, a function (example, generator) -> example that is
         applied whenever an example is drawn (masking, noise); its generator is keyed by the seed
         and the global position. The first pattern that matches a cell counts. What comes out longer
-        than `lengths` is cut.
+        than `lengths` is cut. A transform that has a method `prepared` is asked by it for the one
+        to apply, given the cell's examples.
       process_index, process_count: which contiguous slice of the global batch to return. Where
         several processes need the same rows, give the index and the number of the distinct slices.
 
@@ -78,6 +79,12 @@ class TrainPipeline:
         )
         self.num_slots = _num_slots(self._data)
         self._transforms = _assign(transforms or {}, tuple(data))
+        self._prepared = {
+            name: transform.prepared(self._data[name])
+            if hasattr(transform, "prepared")
+            else transform
+            for name, transform in self._transforms.items()
+        }
         self._report = report_on(data, rates)
         self._state = self._describe()
 
@@ -156,7 +163,7 @@ class TrainPipeline:
     def _example(self, cell: int, draw: int, position: int) -> Example:
         name = self._order.names[cell]
         example = self._data[name][self._order.example(cell, draw)]
-        transform = self._transforms.get(name)
+        transform = self._prepared.get(name)
         if transform is None:
             return example
         generator = np.random.Generator(philox(self.seed, "transform", position))

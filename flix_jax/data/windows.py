@@ -6,7 +6,9 @@ longer than such training can afford. Both are changes of an example at the time
 
 from __future__ import annotations
 
+import functools
 import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +17,7 @@ from flix_jax.data.examples import Example
 from flix_jax.data.vocabularies import ByteVocabulary
 
 SEPARATOR = b" $$ "
+_COLON = b": "
 _SPACES = re.compile(rb"\s+")
 _FIRST_BYTE = 3  # the id of byte 0 in ByT5's vocabulary
 
@@ -35,12 +38,15 @@ class EntityWindows:
       target_length: of the target, in bytes; below the run's targets_length, by 1 for the end of
         sequence. At least twice `length` fits any target of one entity.
       copying: probability of the copying task.
+      swapping: probability that an entity is replaced, in text and target, by another of its label
+        from the same cell.
       vocabulary: must be bytes.
     """
 
     length: int
     target_length: int
     copying: float = 0.0
+    swapping: float = 0.0
     vocabulary: ByteVocabulary = ByteVocabulary()
 
     def __post_init__(self) -> None:
@@ -50,21 +56,42 @@ class EntityWindows:
             raise ValueError(
                 f"EntityWindows.target_length={self.target_length}: expected at least 8 bytes"
             )
-        if not 0 <= self.copying < 1:
-            raise ValueError(f"EntityWindows.copying={self.copying}: expected in [0, 1)")
+        for name, probability in (("copying", self.copying), ("swapping", self.swapping)):
+            if not 0 <= probability < 1:
+                raise ValueError(f"EntityWindows.{name}={probability}: expected in [0, 1)")
         if not isinstance(self.vocabulary, ByteVocabulary) or self.vocabulary.num_sentinels < 2:
             raise ValueError(
                 f"EntityWindows.vocabulary={self.vocabulary}: expected a ByteVocabulary with at "
                 "least 2 extra_ids"
             )
 
-    def __call__(self, example: Example, rng: np.random.Generator) -> Example:
+    def prepared(self, examples: Iterable[Example]) -> Callable[..., Example]:
+        """The transform with the entities of a cell's examples to swap in."""
+        if not self.swapping:
+            return self
+        names: dict[bytes, set[bytes]] = {}
+        for example in examples:
+            for entity in filter(None, self._bytes(example["targets"]).split(SEPARATOR)):
+                label, _, name = entity.partition(_COLON)
+                names.setdefault(label, set()).add(name)
+        choices = {label: sorted(found) for label, found in names.items()}
+        return functools.partial(self.__call__, choices=choices)
+
+    def __call__(
+        self,
+        example: Example,
+        rng: np.random.Generator,
+        choices: Mapping[bytes, Sequence[bytes]] | None = None,
+    ) -> Example:
+        """The example as this draw changes it; `choices` are names by label, to swap in."""
         text = self._bytes(example["inputs"])
         if rng.random() < self.copying:
             start, end = window(text, [], self.length, rng)
             inputs, targets = self._copying(text[start:end], rng)
         else:
             entities = locate(text, self._bytes(example["targets"]))
+            if choices is not None:
+                text, entities = swap(text, entities, choices, self.swapping, rng)
             start, end = window(text, [(i, j) for i, j, _ in entities], self.length, rng)
             inside = [found for found in entities if start <= found[0] and found[1] <= end]
             while len(_joined(inside)) > self.target_length:
@@ -118,13 +145,35 @@ def locate(text: bytes, target: bytes) -> list[tuple[int, int, bytes]]:
     """
     found, position = [], 0
     for entity in filter(None, target.split(SEPARATOR)):
-        _, _, name = entity.partition(b": ")
+        _, _, name = entity.partition(_COLON)
         start = text.find(name, position)
         start = text.find(name) if start < 0 else start
         if start >= 0:
             position = start + len(name)
             found.append((start, position, entity))
     return found
+
+
+def swap(
+    text: bytes,
+    entities: list[tuple[int, int, bytes]],
+    choices: Mapping[bytes, Sequence[bytes]],
+    probability: float,
+    rng: np.random.Generator,
+) -> tuple[bytes, list[tuple[int, int, bytes]]]:
+    """The text with some entities replaced by others of their label, and where they stand now."""
+    parts, moved, position, length = [], [], 0, 0
+    for start, end, entity in sorted(entities):
+        if start < position:  # overlaps the one before it
+            continue
+        label, _, name = entity.partition(_COLON)
+        if rng.random() < probability:
+            name = choices[label][int(rng.integers(len(choices[label])))]
+        parts += [text[position:start], name]
+        length += start - position + len(name)
+        moved.append((length - len(name), length, label + _COLON + name))
+        position = end
+    return b"".join([*parts, text[position:]]), moved
 
 
 def window(

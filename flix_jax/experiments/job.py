@@ -24,6 +24,7 @@ from flix_jax.models.encoder_decoder import EncoderDecoder
 from flix_jax.models.t5 import Transformer
 from flix_jax.training import partitioning
 from flix_jax.training.checkpoints import Checkpoints, digest
+from flix_jax.training.host_memory import keep_freed_memory
 from flix_jax.training.parameters import Parameters
 
 # Entries in the identity of checkpoints.
@@ -69,6 +70,8 @@ class Job:
         check_folder(run, self.run_dir)
         self._bases_dir = _bases_dir(self.run_dir, bases_dir)
         self.mesh = run.mesh.make()
+        if jax.default_backend() == "cpu":
+            keep_freed_memory()
         partitioning.check_batch_size(self.mesh, run.batch_size, run.microbatches)
         partitioning.check_batch_size(self.mesh, run.evaluation.batch_size)
         run.vocabulary.check_fits(run.model.vocab_size)

@@ -18,6 +18,8 @@ from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from flix_jax.models.products import matmul
+
 MASKED_LOGIT = -1e10
 
 Initializer = Callable[..., Any]
@@ -59,11 +61,13 @@ class DenseGeneral(nn.Module):
       features: sizes of the output axes.
       axis: input axes that are contracted; they must be the last ones, in order.
       kernel_axes: logical names of the kernel's two axes.
+      operands: dtype that the product's operands are rounded to; None is `dtype`.
     """
 
     features: int | tuple[int, ...]
     axis: int | tuple[int, ...] = -1
     dtype: Any = jnp.float32
+    operands: Any = None
     kernel_init: Initializer = dense_init
     kernel_axes: tuple[str, ...] = ("embed", "mlp")
 
@@ -79,9 +83,10 @@ class DenseGeneral(nn.Module):
             (math.prod(contracted), math.prod(features)),
             jnp.float32,
         )
-        kernel = jnp.asarray(kernel, self.dtype).reshape(contracted + features)
-        inputs = jnp.asarray(inputs, self.dtype)
-        return lax.dot_general(inputs, kernel, ((axes, tuple(range(len(axes)))), ((), ())))
+        # As one product of matrices, whose gradients XLA forms without transposing the inputs.
+        rows = jnp.asarray(inputs, self.dtype).reshape(-1, math.prod(contracted))
+        outputs = matmul(rows, kernel, self.operands or self.dtype)
+        return outputs.reshape(inputs.shape[: inputs.ndim - len(axes)] + features)
 
 
 class RMSNorm(nn.Module):
@@ -280,6 +285,7 @@ class MultiHeadAttention(nn.Module):
     num_heads: int
     head_dim: int
     dtype: Any = jnp.float32
+    operands: Any = None
     dropout_rate: float = 0.0
 
     @nn.compact
@@ -306,6 +312,7 @@ class MultiHeadAttention(nn.Module):
                 kernel_init=init,
                 kernel_axes=("embed", "joined_kv"),
                 dtype=self.dtype,
+                operands=self.operands,
                 name=name,
             )(inputs)
             return nn.with_logical_constraint(heads, ("batch", "length", "heads", "kv"))
@@ -349,6 +356,7 @@ class MultiHeadAttention(nn.Module):
             kernel_init=attention_init,
             kernel_axes=("joined_kv", "embed"),
             dtype=self.dtype,
+            operands=self.operands,
             name="out",
         )(x)
 
@@ -388,6 +396,7 @@ class MlpBlock(nn.Module):
     activations: tuple[str, ...] = ("gelu", "linear")
     dropout_rate: float = 0.0
     dtype: Any = jnp.float32
+    operands: Any = None
 
     @nn.compact
     def __call__(
@@ -400,6 +409,7 @@ class MlpBlock(nn.Module):
                 self.intermediate_dim,
                 kernel_axes=("embed", "mlp"),
                 dtype=self.dtype,
+                operands=self.operands,
                 name="wi" if len(self.activations) == 1 else f"wi_{index}",
             )(inputs)
             branches.append(x if activation == "linear" else getattr(nn, activation)(x))
@@ -407,7 +417,11 @@ class MlpBlock(nn.Module):
         x = nn.Dropout(self.dropout_rate, broadcast_dims=(-2,))(x, deterministic=deterministic)
         x = nn.with_logical_constraint(x, ("batch", "length", "mlp"))
         return DenseGeneral(
-            inputs.shape[-1], kernel_axes=("mlp", "embed"), dtype=self.dtype, name="wo"
+            inputs.shape[-1],
+            kernel_axes=("mlp", "embed"),
+            dtype=self.dtype,
+            operands=self.operands,
+            name="wo",
         )(x)
 
 
