@@ -13,7 +13,7 @@ def version() -> str:
     text = (ROOT / "flix_jax" / "__init__.py").read_text(encoding="utf-8")
     match = re.search(r'^__version__ = "([^"]+)"$', text, re.MULTILINE)
     if match is None:
-        raise ValueError("flix_jax/__init__.py does not state __version__ = \"...\"")
+        raise ValueError('flix_jax/__init__.py does not state __version__ = "..."')
     return match.group(1)
 
 

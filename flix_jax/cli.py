@@ -207,10 +207,18 @@ def _report(arguments: argparse.Namespace) -> None:
     if getattr(arguments, "gin_file", None):
         files = [f"--gin_file={name}" for name in arguments.gin_file]
         flags = [f"--gin.{text}" for text in arguments.bindings if not text.startswith("SEEDS=")]
-        more = shlex.join([
-            os.path.relpath(sys.executable), "-m", "flix_jax.cli", "sweep", *files,
-            f"--run_dir={arguments.run_dir}", *flags, "--gin.SEEDS=(0, 1, 2, 3, 4)",
-        ])
+        more = shlex.join(
+            [
+                os.path.relpath(sys.executable),
+                "-m",
+                "flix_jax.cli",
+                "sweep",
+                *files,
+                f"--run_dir={arguments.run_dir}",
+                *flags,
+                "--gin.SEEDS=(0, 1, 2, 3, 4)",
+            ]
+        )
     report = make_report(arguments.run_dir, more_seeds=more)
     report.write(arguments.run_dir)
     print(report.to_markdown())
@@ -227,8 +235,12 @@ def _data_babel(arguments: argparse.Namespace) -> None:
 
 
 def _command(
-    commands: Any, name: str, run: Callable[[argparse.Namespace], None], summary: str,
-    description: str, example: str,
+    commands: Any,
+    name: str,
+    run: Callable[[argparse.Namespace], None],
+    summary: str,
+    description: str,
+    example: str,
 ) -> _Parser:
     parser: _Parser = commands.add_parser(
         name, help=summary, description=description, epilog=f"example:\n{example}"
@@ -242,7 +254,11 @@ def _add_gin(parser: _Parser, *, required: bool) -> None:
     group = parser.add_argument_group("configuration", GIN_HELP)
     note = "repeatable, later files win"
     group.add_argument(
-        "--gin_file", action="append", default=[], metavar="FILE", required=required,
+        "--gin_file",
+        action="append",
+        default=[],
+        metavar="FILE",
+        required=required,
         help=f"gin file ({note})" if required else f"default: the run's own config.gin ({note})",
     )
 
@@ -263,7 +279,10 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=_Parser)
 
     train = _command(
-        commands, "train", _train, "train a run, or go on with it",
+        commands,
+        "train",
+        _train,
+        "train a run, or go on with it",
         "Trains what the gin files describe (Run) and writes checkpoints, metrics and the\n"
         "operative config to the run's folder. Started again there, it goes on.",
         "  flix train --gin_file=configs/experiments/ner_tiny.gin \\\n"
@@ -273,7 +292,10 @@ def make_parser() -> argparse.ArgumentParser:
     _add_gin(train, required=True)
 
     evaluate = _command(
-        commands, "evaluate", _evaluate, "score a run, cell by cell",
+        commands,
+        "evaluate",
+        _evaluate,
+        "score a run, cell by cell",
         "Decodes every cell that has the split and prints its scores, with means over seen and\n"
         "unseen cells. Predictions and scores are kept under the run's folder.",
         "  flix evaluate --run_dir=runs/ner_tiny --split=test",
@@ -283,14 +305,19 @@ def make_parser() -> argparse.ArgumentParser:
         "--split", metavar="NAME", help="split of the data (default: the run's, validation)"
     )
     evaluate.add_argument(
-        "--cells", action="append", metavar="PATTERN",
+        "--cells",
+        action="append",
+        metavar="PATTERN",
         help="cells to score, for example 'ner/{sw,yo}'; repeatable (default: all)",
     )
     _add_step(evaluate)
     _add_gin(evaluate, required=False)
 
     infer = _command(
-        commands, "infer", _infer, "apply a run to text of yours",
+        commands,
+        "infer",
+        _infer,
+        "apply a run to text of yours",
         "Reads a jsonl file with an 'input' on each line and writes the same lines with a\n"
         "'prediction'. The features of a line are its own fields (task, language, ...) or,\n"
         "where it has none, those of --features.",
@@ -301,14 +328,19 @@ def make_parser() -> argparse.ArgumentParser:
     infer.add_argument("--input", required=True, metavar="FILE", help="jsonl file to read")
     infer.add_argument("--output", required=True, metavar="FILE", help="jsonl file to write")
     infer.add_argument(
-        "--features", default="", metavar="TYPE=VALUE,...",
+        "--features",
+        default="",
+        metavar="TYPE=VALUE,...",
         help="features of every line, for example task=ner,language=sw",
     )
     _add_step(infer)
     _add_gin(infer, required=False)
 
     sweep = _command(
-        commands, "sweep", _sweep, "train and compare several runs",
+        commands,
+        "sweep",
+        _sweep,
+        "train and compare several runs",
         "Trains and evaluates every run of a Sweep, then writes the table and picture that\n"
         "compare them. Runs that are done already are not repeated.",
         "  flix sweep --gin_file=configs/sweeps/babel_quickstart.gin --run_dir=runs/quickstart",
@@ -317,21 +349,28 @@ def make_parser() -> argparse.ArgumentParser:
     _add_gin(sweep, required=True)
 
     report = _command(
-        commands, "report", _report, "print the comparison of a sweep again",
+        commands,
+        "report",
+        _report,
+        "print the comparison of a sweep again",
         "Reads the scores under a sweep's folder and writes its table and picture anew.",
         "  flix report --run_dir=runs/quickstart",
     )
     _add_run_dir(report, "folder of a sweep")
 
     data = commands.add_parser(
-        "data", help="write the data of an embedded benchmark",
+        "data",
+        help="write the data of an embedded benchmark",
         description="Writes generated data as jsonl files in XTREME-UP's folder layout.",
         epilog="example:\n  flix data babel --out=data/babel --seed=1",
     )
     data.set_defaults(parser=data)
     benchmarks = data.add_subparsers(title="benchmarks", metavar="NAME", parser_class=_Parser)
     babel = _command(
-        benchmarks, "babel", _data_babel, "ten artificial languages, five tasks",
+        benchmarks,
+        "babel",
+        _data_babel,
+        "ten artificial languages, five tasks",
         "Writes Babel: small artificial languages times tasks shaped like XTREME-UP's, the\n"
         "same for the same seed on every machine.",
         "  flix data babel --out=data/babel --seed=1",
@@ -339,7 +378,9 @@ def make_parser() -> argparse.ArgumentParser:
     babel.add_argument("--out", required=True, metavar="DIR", help="new or empty folder")
     babel.add_argument("--seed", type=int, default=0, help="(default: 0)")
     babel.add_argument(
-        "--tags", default="task", choices=("none", "task", "task_language"),
+        "--tags",
+        default="task",
+        choices=("none", "task", "task_language"),
         help="what inputs open with (default: task, as in 'ner: ...')",
     )
     return parser
@@ -366,9 +407,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         if not choices or argument.startswith("-"):
             break
         if argument not in choices:
-            raise UsageError(f"unknown command '{level.prog.removeprefix('flix').lstrip()}"
-                             f"{' ' if level is not parser else ''}{argument}';"
-                             f" {did_you_mean(argument, choices)}")
+            raise UsageError(
+                f"unknown command '{level.prog.removeprefix('flix').lstrip()}"
+                f"{' ' if level is not parser else ''}{argument}';"
+                f" {did_you_mean(argument, choices)}"
+            )
         level = choices[argument]
     flags = [flag for action in level._actions for flag in action.option_strings]
     for argument in rest:
@@ -413,8 +456,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = parse(argv)
         arguments.run(arguments)
-    except (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError,
-            FileExistsError, PermissionError) as error:
+    except (
+        ValueError,
+        FileNotFoundError,
+        NotADirectoryError,
+        IsADirectoryError,
+        FileExistsError,
+        PermissionError,
+    ) as error:
         if "--debug" in argv:
             raise
         print(f"error: {_describe(error)}", file=sys.stderr)

@@ -55,6 +55,7 @@ NAMES: dict[str, str] = {
     "Method": "flix_jax.experiments.sweep:Method",
 }
 
+
 @dataclasses.dataclass(frozen=True)
 class Configuration:
     """What `load` read. Gin's registry is global: the last one loaded is the one in force."""
@@ -86,8 +87,12 @@ class Configuration:
             raise
         except ValueError as error:
             message = _one_line(str(error))
-            named = [b for b in self.bindings if b.selector != MACRO
-                     and re.search(rf"\b{short(b.selector)}\.{b.parameter}\b", message)]
+            named = [
+                b
+                for b in self.bindings
+                if b.selector != MACRO
+                and re.search(rf"\b{short(b.selector)}\.{b.parameter}\b", message)
+            ]
             if not named:
                 raise
             places = ", ".join(dict.fromkeys(self._origin(b) for b in named))
@@ -110,8 +115,10 @@ class Configuration:
         used = list(gin_config._OPERATIVE_CONFIG)
         lines = {}
         for binding in self.bindings:
-            if any(binding.selector == selector and _within(scope, binding.scope)
-                   for scope, selector in used):
+            if any(
+                binding.selector == selector and _within(scope, binding.scope)
+                for scope, selector in used
+            ):
                 continue
             scopes = {scope for scope, selector in used if selector == binding.selector} - {""}
             if binding.selector == MACRO:
@@ -131,8 +138,9 @@ class Configuration:
         Macros count where a value that counts refers to them.
         """
         macros = {b.scope: b for b in self.bindings if b.selector == MACRO}
-        counted = [b for b in self.bindings
-                   if b.selector != MACRO and short(b.selector) not in without]
+        counted = [
+            b for b in self.bindings if b.selector != MACRO and short(b.selector) not in without
+        ]
         for binding in counted:  # grows as it goes
             for reference in references(binding.value):
                 if reference.macro and reference.name in macros:
@@ -158,8 +166,11 @@ class Configuration:
                         pending.add((None, resolve(name, binding.place, NAMES)))
                     elif not reference.required:
                         pending.add((reference.name, MACRO))
-        missing = [b for b in self.bindings
-                   if b in reached and any(r.required for r in references(b.value))]
+        missing = [
+            b
+            for b in self.bindings
+            if b in reached and any(r.required for r in references(b.value))
+        ]
         if missing:
             listed = ", ".join(
                 f"{b.name} ({b.comment + ', ' if b.comment else ''}{b.place})" for b in missing
@@ -181,10 +192,15 @@ class Configuration:
             wanted = ", ".join(scoped(scope, f"{name}.{parameter}") for parameter in names)
             where = self._referring(name, scope)
             first = scoped(scope, f"{name}.{names[0]}")
-            return (f"{where}{wanted} {'has' if len(names) == 1 else 'have'} no value; add"
-                    f" {first} = VALUE to a gin file or give --gin.{first}=VALUE")
-        mine = [b for b in self.bindings if short(b.selector).rsplit(".", 1)[-1] == name
-                and _within(scope, b.scope)]
+            return (
+                f"{where}{wanted} {'has' if len(names) == 1 else 'have'} no value; add"
+                f" {first} = VALUE to a gin file or give --gin.{first}=VALUE"
+            )
+        mine = [
+            b
+            for b in self.bindings
+            if short(b.selector).rsplit(".", 1)[-1] == name and _within(scope, b.scope)
+        ]
         named = [b for b in mine if re.search(rf"\b{re.escape(b.parameter)}\b", message)]
         deepest = max(named or mine, key=lambda b: len(b.scope), default=None)  # the one that holds
         where = f"{self._origin(deepest)}: " if deepest else self._referring(name, scope)

@@ -63,8 +63,11 @@ def resolve(selector: str, place: str, names: Mapping[str, str]) -> str:
 def _parameters(selector: str) -> tuple[list[str], bool]:
     """Names of the parameters that may be bound, and whether any other name is taken too."""
     target = gin_config._REGISTRY[selector].wrapped
-    parameters = list(inspect.signature(target.__init__ if inspect.isclass(target) else target)
-                      .parameters.values())
+    parameters = list(
+        inspect.signature(
+            target.__init__ if inspect.isclass(target) else target
+        ).parameters.values()
+    )
     if inspect.isclass(target):
         parameters = parameters[1:]
     keywords = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
@@ -189,8 +192,11 @@ def find_file(name: str, place: str = "") -> epath.Path:
         if candidate.is_file():
             return candidate
     known = [f"configs/{path.relative_to(configs)}" for path in configs.rglob("*.gin")]
-    fail(place, f"no gin file '{name}' in {os.getcwd()} or among the packaged configs"
-          f"; {did_you_mean(name, known)}")
+    fail(
+        place,
+        f"no gin file '{name}' in {os.getcwd()} or among the packaged configs"
+        f"; {did_you_mean(name, known)}",
+    )
 
 
 class Reader:
@@ -240,22 +246,33 @@ class Reader:
         scope, selector, parameter, value, location = statement
         if not parameter:
             if selector in self.names:
-                fail(place, f"{selector} is not a macro; set one of its parameters:"
-                      f" {selector}.PARAMETER = VALUE")
+                fail(
+                    place,
+                    f"{selector} is not a macro; set one of its parameters:"
+                    f" {selector}.PARAMETER = VALUE",
+                )
             scope, selector, parameter = scoped(scope, selector), MACRO, "value"
         else:
             selector = resolve(selector, place, self.names)
             names, takes_any = _parameters(selector)
             if parameter not in names and not takes_any:
-                fail(place, f"{short(selector)} has no parameter '{parameter}'"
-                      f"; {did_you_mean(parameter, names)}")
+                fail(
+                    place,
+                    f"{short(selector)} has no parameter '{parameter}'"
+                    f"; {did_you_mean(parameter, names)}",
+                )
         for reference in references(value):
             if not reference.macro:
                 self._check_reference(reference, place)
         comment = location.line_content.rpartition(" # ")[2].strip()
         binding = Binding(
-            scope, selector, parameter, value, place,
-            comment=comment if " # " in location.line_content else "", flag=flag,
+            scope,
+            selector,
+            parameter,
+            value,
+            place,
+            comment=comment if " # " in location.line_content else "",
+            flag=flag,
         )
         self.bindings[binding.key] = binding
 
@@ -275,9 +292,12 @@ class Reader:
                 if reference.name in path:
                     fail(binding.place, f"macro %{reference.name} refers to itself")
                 if reference.name not in macros:
-                    fail(binding.place, f"macro {reference} is not set (with {reference.name} ="
-                          f" VALUE, or the flag --gin.{reference.name}=VALUE);"
-                          f" {did_you_mean(reference.name, macros)}")
+                    fail(
+                        binding.place,
+                        f"macro {reference} is not set (with {reference.name} ="
+                        f" VALUE, or the flag --gin.{reference.name}=VALUE);"
+                        f" {did_you_mean(reference.name, macros)}",
+                    )
                 visit(macros[reference.name], (*path, reference.name))
 
         for binding in self.bindings.values():

@@ -25,6 +25,7 @@ check() {
 }
 
 check "ruff" "$python" -m ruff check .
+check "ruff format" "$python" -m ruff format --check --quiet .
 check "mypy" "$python" -m mypy
 check "import-linter" "$VENV/bin/lint-imports" --no-logo
 

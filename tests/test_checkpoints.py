@@ -19,9 +19,7 @@ def a_state(steps: int = 3, dtype=jnp.float32, rows: int = 4) -> TrainState:
     for _ in range(steps):
         grads = jax.tree.map(jnp.cos, state.trained)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trained)
-        state = TrainState(
-            state.step + 1, optax.apply_updates(state.trained, updates), opt_state
-        )
+        state = TrainState(state.step + 1, optax.apply_updates(state.trained, updates), opt_state)
     return state
 
 

@@ -88,10 +88,13 @@ def run_that(error):
     return run
 
 
-@pytest.mark.parametrize("error, line", [
-    (ValueError("rank is -1,\n  expected at least 1"), "rank is -1, expected at least 1"),
-    (FileNotFoundError(2, "No such file or directory", "x"), "x: No such file or directory"),
-])
+@pytest.mark.parametrize(
+    "error, line",
+    [
+        (ValueError("rank is -1,\n  expected at least 1"), "rank is -1, expected at least 1"),
+        (FileNotFoundError(2, "No such file or directory", "x"), "x: No such file or directory"),
+    ],
+)
 def test_what_a_command_refuses_is_one_line(error, line, monkeypatch, capsys):
     monkeypatch.setattr(cli, "_report", run_that(error))
     assert cli.main(["report", "--run_dir=x"]) == 2

@@ -247,7 +247,9 @@ def test_every_name_of_the_table_is_there(name):
 
 
 def test_adapters_are_configured_by_the_names_of_the_table():
-    write("x.gin", """
+    write(
+        "x.gin",
+        """
 AdapterSpec.space = @FeatureSpace()
 AdapterSpec.targets = ('attention',)
 FeatureSpace.types = (@task/FeatureType(), @language/FeatureType())
@@ -255,7 +257,8 @@ task/FeatureType.name = 'task'
 task/FeatureType.rank = 2
 language/FeatureType.name = 'language'
 FeatureType.dropout = 0.5
-""")
+""",
+    )
     config = load(["x.gin"], ["language/FeatureType.values=('sw', 'yo')"])
     spec = config.build("AdapterSpec")
     task, language = spec.space.types

@@ -71,24 +71,30 @@ def test_only_the_named_modules_import_seqio_tensorflow_and_gin(path):
 @pytest.mark.parametrize("path", [p for p in FILES if "adapters" in p.parts], ids=lambda p: p.stem)
 def test_adapters_import_the_array_libraries_only(path):
     assert outside(path) <= ADAPTERS_IMPORT
-    assert all(module.startswith("flix_jax.adapters") for module in imports(path)
-               if module.startswith("flix_jax."))
+    assert all(
+        module.startswith("flix_jax.adapters")
+        for module in imports(path)
+        if module.startswith("flix_jax.")
+    )
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if (ROOT / "tasks") in p.parents],
-                         ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path", [p for p in FILES if (ROOT / "tasks") in p.parents], ids=lambda p: p.stem
+)
 def test_tasks_import_downwards(path):
     above = tuple(f"flix_jax.{layer}" for layer in ABOVE_TASKS)
     assert not [module for module in imports(path) if module.startswith(above)]
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if NAMES[p].startswith(BELOW_TASKS)],
-                         ids=lambda p: NAMES[p])
+@pytest.mark.parametrize(
+    "path", [p for p in FILES if NAMES[p].startswith(BELOW_TASKS)], ids=lambda p: NAMES[p]
+)
 def test_nothing_below_imports_tasks(path):
     assert not [module for module in imports(path) if module.startswith("flix_jax.tasks")]
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if (ROOT / "tasks") in p.parents],
-                         ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path", [p for p in FILES if (ROOT / "tasks") in p.parents], ids=lambda p: p.stem
+)
 def test_describing_a_source_of_cells_needs_no_tensorflow(path):
     assert not outside(path, everywhere=False) & {"seqio", "tensorflow"}

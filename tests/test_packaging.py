@@ -28,7 +28,9 @@ def installed(tmp_path_factory):
     (source / "flix_jax" / "table.tsv").write_text("a\tb\n")
     subprocess.run(
         [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(target)],
-        cwd=source, check=True, capture_output=True,
+        cwd=source,
+        check=True,
+        capture_output=True,
     )
     return target / "flix_jax"
 
@@ -53,11 +55,15 @@ def test_an_installed_package_finds_its_tasks_and_configs(installed):
         "print(flix_jax.__file__, c.find_file('configs/models/deeper/one.gin'))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=installed.parent.parent, check=True,
-        capture_output=True, text=True,
+        [sys.executable, "-c", code],
+        cwd=installed.parent.parent,
+        check=True,
+        capture_output=True,
+        text=True,
     )
     assert done.stdout.split() == [
-        str(installed / "__init__.py"), str(installed / "configs/models/deeper/one.gin"),
+        str(installed / "__init__.py"),
+        str(installed / "configs/models/deeper/one.gin"),
     ]
 
 
@@ -81,7 +87,8 @@ def test_every_package_that_is_imported_is_a_dependency():
     """Nothing works only because another dependency happens to bring it along."""
     required = {
         re.split(r"[^\w.-]", requirement)[0].lower().replace("_", "-")
-        for requirement in metadata.requires("flix_jax") or [] if "extra ==" not in requirement
+        for requirement in metadata.requires("flix_jax") or []
+        if "extra ==" not in requirement
     }
     provided = metadata.packages_distributions()
     bundled = {"tensorflow", "tensorflow_datasets"}  # with seqio, which fixes their versions

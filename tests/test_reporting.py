@@ -11,8 +11,10 @@ def report(run_dir, steps, *, start=0, log_every=2, scores_at=()):
         run_dir, total_steps=10, start_step=start, log_every=log_every, wait_seconds=lambda: 0.0
     )
     for step in steps:
-        reporter.step(step, {"loss": jnp.float32(step), "accuracy": jnp.float32(0.5),
-                             "tokens": jnp.float32(8)})
+        reporter.step(
+            step,
+            {"loss": jnp.float32(step), "accuracy": jnp.float32(0.5), "tokens": jnp.float32(8)},
+        )
         if step in scores_at:
             reporter.scores(step, {"ner/sw": {"span_f1": 12.5}})
     reporter.close()

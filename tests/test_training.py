@@ -21,8 +21,15 @@ from flix_jax.training.optimizers import Optimizer, Schedule
 from flix_jax.training.reporting import read_metrics
 
 MODEL = T5Config(
-    vocab_size=384, emb_dim=16, num_heads=2, head_dim=8, mlp_dim=32, num_encoder_layers=1,
-    num_decoder_layers=1, dropout_rate=0.1, scan_layers=True,
+    vocab_size=384,
+    emb_dim=16,
+    num_heads=2,
+    head_dim=8,
+    mlp_dim=32,
+    num_encoder_layers=1,
+    num_decoder_layers=1,
+    dropout_rate=0.1,
+    scan_layers=True,
 )
 TYPES = (FeatureType("task", rank=2, dropout=0.3), FeatureType("language", rank=2, dropout=0.3))
 STEPS = 40
@@ -140,8 +147,12 @@ def test_the_folder_tells_what_was_done(whole, run):
 def test_evaluation_scores_seen_unseen_and_unseen_language_apart(run, whole, bases_dir):
     board = inference.evaluate(run, whole, bases_dir=bases_dir, say=lambda text: None)
     assert board.groups == {
-        "back/x": "seen", "back/y": "seen", "up/y": "seen",
-        "up/x": "unseen", "up/z": "unseen_language", "back/z": "unseen_language",
+        "back/x": "seen",
+        "back/y": "seen",
+        "up/y": "seen",
+        "up/x": "unseen",
+        "up/z": "unseen_language",
+        "back/z": "unseen_language",
     }
     assert json.loads((whole / "scores.json").read_text())["cells"]["up/x"]["examples"] == 5
     lines = (whole / "evaluations" / "40" / "up.z.jsonl").read_text().splitlines()
@@ -153,12 +164,16 @@ def test_inference_predicts_what_evaluation_predicts(run, whole, bases_dir, tmp_
     path = whole / "evaluations" / "40" / "back.y.jsonl"
     expected = [json.loads(line) for line in path.read_text().splitlines()]
     source = tmp_path / "in.jsonl"
-    source.write_text("".join(
-        json.dumps({"input": x["inputs"], "language": "y"}) + "\n" for x in expected
-    ))
+    source.write_text(
+        "".join(json.dumps({"input": x["inputs"], "language": "y"}) + "\n" for x in expected)
+    )
     count = inference.infer(
-        run, whole, input_path=source, output_path=tmp_path / "out.jsonl",
-        features="task=back", bases_dir=bases_dir,
+        run,
+        whole,
+        input_path=source,
+        output_path=tmp_path / "out.jsonl",
+        features="task=back",
+        bases_dir=bases_dir,
     )
     got = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert count == len(expected) == len(got)
@@ -168,8 +183,11 @@ def test_inference_predicts_what_evaluation_predicts(run, whole, bases_dir, tmp_
 def test_nothing_is_compiled_after_the_first_steps(run, bases_dir, tmp_path, caplog):
     jax.config.update("jax_log_compiles", True)
     try:
-        training.train(dataclasses.replace(run, total_steps=3, log_every=1), tmp_path / "a",
-                       bases_dir=bases_dir)
+        training.train(
+            dataclasses.replace(run, total_steps=3, log_every=1),
+            tmp_path / "a",
+            bases_dir=bases_dir,
+        )
         short = sum("Compiling jit(step)" in r.getMessage() for r in caplog.records)
         assert short == 1
     finally:
@@ -188,8 +206,13 @@ def test_inference_with_a_lora_uses_it_and_refuses_lines_without_features(
     def infer(run, run_dir, **options):
         lines: list[str] = []
         count = inference.infer(
-            run, run_dir, input_path=source, output_path=tmp_path / "out.jsonl",
-            bases_dir=bases_dir, say=lines.append, **options,
+            run,
+            run_dir,
+            input_path=source,
+            output_path=tmp_path / "out.jsonl",
+            bases_dir=bases_dir,
+            say=lines.append,
+            **options,
         )
         return count, lines
 
@@ -202,8 +225,11 @@ def test_inference_with_a_lora_uses_it_and_refuses_lines_without_features(
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(run, bases_dir, tmp_path):
     diverging = dataclasses.replace(
-        run, optimizer=Optimizer("sgd", Schedule(learning_rate=1e30), clip_norm=None),
-        total_steps=8, save_every=8, log_every=4,
+        run,
+        optimizer=Optimizer("sgd", Schedule(learning_rate=1e30), clip_norm=None),
+        total_steps=8,
+        save_every=8,
+        log_every=4,
     )
     with pytest.raises(FloatingPointError, match="the loss is (nan|inf) at step"):
         training.train(diverging, tmp_path, bases_dir=bases_dir)

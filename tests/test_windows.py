@@ -91,7 +91,11 @@ def test_a_window_lies_in_the_text_and_is_not_empty(words, length, seed):
 def test_entities_are_located_in_order_and_missing_ones_left_out():
     found = locate(TEXT.encode(), f"{TARGET} $$ LOC: Roma".encode())
     assert [TEXT.encode()[i:j].decode() for i, j, _ in found] == [
-        "Ali Manzu", "Nairobi", "Amina Yusuf", "Paris", "Ali",
+        "Ali Manzu",
+        "Nairobi",
+        "Amina Yusuf",
+        "Paris",
+        "Ali",
     ]
     assert found[-1][0] > found[-2][0]
     assert locate(b"none here", b"") == []

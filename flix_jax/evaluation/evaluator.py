@@ -155,8 +155,11 @@ class CellEvaluator:
                 missing.add(cell.name)
                 results[cell.name] = {"examples": 0}
             report(cell)
-        cut = {cell.name: self._loaded[cell.name].cut_inputs for cell in pending
-               if cell.name in self._loaded}
+        cut = {
+            cell.name: self._loaded[cell.name].cut_inputs
+            for cell in pending
+            if cell.name in self._loaded
+        }
         if any(cut.values()):
             _logger.warning(
                 "inputs cut at %d tokens: %s",

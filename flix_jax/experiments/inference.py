@@ -44,9 +44,7 @@ def evaluator(
 
     chosen = job.split.cells if cells is None else cells_lib.match(cells, job.split.cells)
     job.check_split(split, chosen)
-    tasks = job.run.source.register(
-        chosen, vocabulary=job.run.vocabulary, space=job.space
-    )
+    tasks = job.run.source.register(chosen, vocabulary=job.run.vocabulary, space=job.space)
     return CellEvaluator(
         tasks=tasks,
         split=split,

@@ -148,7 +148,8 @@ class Job:
         adapters = self.model.adapters
         assert adapters is not None
         report = injection.matches(
-            adapters, functools.partial(self.model.init, batch_shapes=self.batch_shapes(1)),
+            adapters,
+            functools.partial(self.model.init, batch_shapes=self.batch_shapes(1)),
             jax.random.key(0),
         )
         counts = tree.adapter_counts(self.parameters.templates[0], adapters.space)
@@ -177,9 +178,7 @@ class Job:
         from flix_jax.data.seqio_tasks import load_cells, register_mixture
 
         run = self.run
-        tasks = run.source.register(
-            self.split.train, vocabulary=run.vocabulary, space=self.space
-        )
+        tasks = run.source.register(self.split.train, vocabulary=run.vocabulary, space=self.space)
         read = self.lengths
         if run.read_lengths is not None:
             read = dict(zip(read, run.read_lengths, strict=True))

@@ -201,8 +201,10 @@ def _compare(
 def _flatten(value: Any, name: str) -> list[tuple[str, str]]:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         head = [(f"{name}.kind".lstrip("."), type(value).__name__)]
-        fields = [(f"{name}.{f.name}".lstrip("."), getattr(value, f.name))
-                  for f in dataclasses.fields(value)]
+        fields = [
+            (f"{name}.{f.name}".lstrip("."), getattr(value, f.name))
+            for f in dataclasses.fields(value)
+        ]
         return head + [pair for key, item in fields for pair in _flatten(item, key)]
     if isinstance(value, Mapping):
         items = sorted(value.items())

@@ -104,9 +104,7 @@ def train(
     return job
 
 
-def _evaluation(
-    job: Job, frozen: Any
-) -> Callable[[int, Any], Mapping[str, Mapping[str, float]]]:
+def _evaluation(job: Job, frozen: Any) -> Callable[[int, Any], Mapping[str, Mapping[str, float]]]:
     evaluator = inference.evaluator(
         job, job.run.evaluation.split, job.run.evaluation.examples_per_cell
     )
