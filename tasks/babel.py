@@ -7,7 +7,6 @@ by the pivot; of the nine others one is held out of every task, and
 at least three cells a task are held out besides, other ones for every seed.
 """
 
-import difflib
 import hashlib
 import io
 import json
@@ -21,6 +20,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flix_jax.adapters.suggest import did_you_mean
 from flix_jax.data.cells import Cell
 from flix_jax.data.vocabularies import SentencePieceVocabulary
 from flix_jax.tasks.babel_languages import (
@@ -207,8 +207,10 @@ def _character_model() -> bytes:
 
 def _check_tags(tags: str) -> None:
     if tags not in TAG_KINDS:
-        near = difflib.get_close_matches(str(tags), TAG_KINDS, n=1, cutoff=0.0)[0]
-        raise ValueError(f"Babel.tags={tags!r}: expected one of {TAG_KINDS}; nearest: {near!r}")
+        raise ValueError(
+            f"Babel.tags={tags!r}: expected one of {TAG_KINDS}; "
+            f"{did_you_mean(str(tags), TAG_KINDS)}"
+        )
 
 
 def _character_map() -> bytes:

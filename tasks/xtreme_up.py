@@ -85,7 +85,7 @@ class TaskFormat:
 
     Attributes:
       pair: (record, cell) -> (input, target); ValueErrors get the file and line put before them.
-      metrics: names of functions in flix_jax.evaluation.metrics, the task's own metric first.
+      metrics: names in flix_jax.evaluation.metrics.METRICS, the task's headline first.
       file: what the names of the files look like, with the group `language`; None for files that
         are named by the language.
     """
@@ -178,7 +178,7 @@ class XtremeUp:
           The name of each cell's task: `xtreme_up.ner.sw`.
         """
         from flix_jax.data.seqio_tasks import register_task, task_name
-        from flix_jax.evaluation import metrics
+        from flix_jax.evaluation.metrics import metric_fn
 
         return {
             cell: register_task(
@@ -187,7 +187,7 @@ class XtremeUp:
                 self.splits(cell),
                 vocabulary=vocabulary,
                 feature_ids=None if space is None else space.encode(cell.annotations()),
-                metric_fns=[getattr(metrics, name) for name in self.format(cell.task).metrics],
+                metric_fn=metric_fn(self.format(cell.task).metrics),
             )
             for cell in cells
         }

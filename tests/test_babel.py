@@ -194,7 +194,7 @@ def test_write_takes_an_empty_folder_only_and_leaves_nothing_half_done(
 def test_misuse_is_told():
     with pytest.raises(ValueError, match="Sizes.test=0"):
         babel.Sizes(test=0)
-    with pytest.raises(ValueError, match="Babel.tags='tasks'.*nearest: 'task'"):
+    with pytest.raises(ValueError, match="Babel.tags='tasks'.*did you mean 'task'"):
         babel.Babel("unused", tags="tasks")
     with pytest.raises(ValueError, match="script 'runes' of qzz"):
         Typology("qzz", "runes", "SVO", True, True)

@@ -48,7 +48,7 @@ def register(name="test.plain", ids=(0, -1, 3), vocabulary=ByteVocabulary(), rea
         ("train", "validation"),
         vocabulary=vocabulary,
         feature_ids=feature_ids,
-        metric_fns=[exact],
+        metric_fn=exact,
     )
 
 

@@ -114,7 +114,7 @@ def test_files_hold_the_same_scores(board, tmp_path):
         ({}, {}, "", "at least one cell"),
         ({"ner": {"examples": 0}}, {"ner": "seen"}, "", "'ner': expected task/language"),
         ({"ner/sw": {"examples": 0}}, {}, "", "'ner/sw' is of group None; expected one of seen"),
-        (SCORES, GROUPS, "spanf1", "nearest: 'span_f1'"),
+        (SCORES, GROUPS, "spanf1", "did you mean 'span_f1'"),
         (SCORES, GROUPS, "cer", "'ner/sw' has no 'cer', only span_f1"),
     ],
 )
@@ -238,7 +238,7 @@ def test_pictures_are_written_and_repeatable(tmp_path):
 
 
 def test_an_unknown_baseline_names_the_nearest():
-    with pytest.raises(ValueError, match=r"baseline 'lora' .* \(nearest: 'LoRA'\)"):
+    with pytest.raises(ValueError, match=r"baseline 'lora' .*; did you mean 'LoRA'"):
         comparison.Comparison(boards({"LoRA": {0: {"ner/sw": 1.0}}}), baseline="lora")
     with pytest.raises(ValueError, match="got none of \\['LoRA'\\]"):
         comparison.Comparison({"LoRA": {}})

@@ -8,7 +8,7 @@ def did_you_mean(name: str, candidates: Iterable[str], *, at_most: int = 3) -> s
     """Says on one line which of `candidates` come nearest to `name`.
 
     Args:
-      name: what was asked for.
+      name: what was asked for; upper and lower case are compared as the same.
       candidates: what there is.
       at_most: how many names to give.
 
@@ -17,7 +17,11 @@ def did_you_mean(name: str, candidates: Iterable[str], *, at_most: int = 3) -> s
       "there is none".
     """
     candidates = list(dict.fromkeys(str(c) for c in candidates))
-    near = difflib.get_close_matches(str(name), candidates, n=at_most, cutoff=0.5)
+    lower: dict[str, list[str]] = {}
+    for candidate in candidates:
+        lower.setdefault(candidate.lower(), []).append(candidate)
+    close = difflib.get_close_matches(str(name).lower(), lower, n=at_most, cutoff=0.5)
+    near = [candidate for key in close for candidate in lower[key]][:at_most]
     if near:
         return "did you mean " + " or ".join(repr(n) for n in near) + "?"
     if not candidates:

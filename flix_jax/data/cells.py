@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from flix_jax.adapters.suggest import did_you_mean
+
 if TYPE_CHECKING:
     from flix_jax.adapters.features import FeatureSpace
 
@@ -223,11 +225,9 @@ class Mixture:
             raise ValueError("Mixture.include is empty: expected patterns such as 'ner/*'")
         if isinstance(self.rates, str):
             if self.rates not in RATES:
-                near = difflib.get_close_matches(self.rates, RATES, 1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
                 raise ValueError(
                     f"Mixture.rates={self.rates!r}: expected one of {', '.join(RATES)} "
-                    f"or a mapping from pattern to weight{hint}"
+                    f"or a mapping from pattern to weight; {did_you_mean(self.rates, RATES)}"
                 )
         else:
             for pattern, weight in self.rates.items():

@@ -31,7 +31,7 @@ def register_task(
     *,
     vocabulary: Any,
     feature_ids: Int[np.ndarray, " slots"] | None = None,
-    metric_fns: Sequence[Callable[..., Mapping[str, float]]] = (),
+    metric_fn: Callable[..., Mapping[str, float]] | None = None,
 ) -> str:
     """Registers a text-to-text task with seqio, in place of an earlier one of its name.
 
@@ -41,7 +41,8 @@ def register_task(
       splits: the splits that `read` knows.
       vocabulary: a description of flix_jax.data.vocabularies, for inputs and targets.
       feature_ids: int32 [slots], the same for every example; None for a task without features.
-      metric_fns: (targets, predictions) -> {metric: value}, over strings.
+      metric_fn: (targets, predictions) -> {metric: value}, over strings; None for a task that is
+        not evaluated.
 
     Returns:
       `name`.
@@ -69,7 +70,7 @@ def register_task(
         source=seqio.FunctionDataSource(dataset, splits=tuple(splits)),
         preprocessors=[seqio.preprocessors.tokenize, finish(feature_ids)],
         output_features=features,
-        metric_fns=list(metric_fns),
+        metric_fns=[] if metric_fn is None else [metric_fn],
     )
     return name
 

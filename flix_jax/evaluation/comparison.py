@@ -1,7 +1,6 @@
 """Methods side by side over paired seeds: means, standard errors, paired differences, a picture."""
 
 import dataclasses
-import difflib
 import io
 import math
 import statistics
@@ -9,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from etils import epath
 
+from flix_jax.adapters.suggest import did_you_mean
 from flix_jax.evaluation import files
 from flix_jax.evaluation.scoreboard import GROUPS, MISSING, Scoreboard, csv_text, table
 
@@ -59,9 +59,9 @@ class Comparison:
         if not self.boards or empty:
             raise ValueError(f"a comparison needs scores of every method, got none of {empty}")
         if self.baseline and self.baseline not in self.boards:
-            nearest = difflib.get_close_matches(self.baseline, self.boards, n=1, cutoff=0.0)
             raise ValueError(
-                f"baseline {self.baseline!r} is none of the methods (nearest: {nearest[0]!r})"
+                f"baseline {self.baseline!r} is none of the methods; "
+                f"{did_you_mean(self.baseline, self.boards)}"
             )
 
     @property

@@ -1,4 +1,4 @@
-"""XTREME-UP's metrics as pure functions, and which of them each task is scored by.
+"""XTREME-UP's metrics as pure functions.
 
 Every metric takes `(targets, predictions)`, two sequences of equally many strings, and returns a
 dictionary of floats between 0 and 100 (an error rate may exceed 100): the signature that seqio and
@@ -9,13 +9,14 @@ its docstring says so.
 
 import collections
 import dataclasses
-import difflib
 import re
 import string
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
+
+from flix_jax.adapters.suggest import did_you_mean
 
 MetricFn = Callable[[Sequence[str], Sequence[str]], dict[str, float]]
 
@@ -173,59 +174,29 @@ METRICS: Mapping[str, Metric] = {
 def find_metric(name: str) -> Metric:
     """The metric of that name; a ValueError with the nearest name where there is none."""
     if name not in METRICS:
-        nearest = difflib.get_close_matches(name, METRICS, n=1, cutoff=0.0)
-        raise ValueError(
-            f"unknown metric {name!r}; expected one of {', '.join(METRICS)}"
-            f" (nearest: {nearest[0]!r})"
-        )
+        raise ValueError(f"unknown metric {name!r}; {did_you_mean(name, METRICS)}")
     return METRICS[name]
 
 
-@dataclasses.dataclass(frozen=True)
-class TaskMetrics:
-    """The metrics a task is scored by, as keys of `METRICS`; the first is its headline."""
+def metric_fn(names: Sequence[str]) -> MetricFn:
+    """One function that computes several metrics, the first of them a task's headline.
 
-    names: tuple[str, ...]
+    As the only `metric_fn` of a seqio task, for seqio decodes the predictions anew for each.
 
-    def __post_init__(self) -> None:
-        if not self.names:
-            raise ValueError("TaskMetrics needs at least one metric, got none")
-        for name in self.names:
-            find_metric(name)
+    Raises:
+      ValueError: no names, or a name that `METRICS` lacks.
+    """
+    if not names:
+        raise ValueError("metrics: expected at least one name, got none")
+    chosen = [find_metric(name) for name in names]
 
-    @property
-    def headline(self) -> Metric:
-        return METRICS[self.names[0]]
+    def compute(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
+        scores: dict[str, float] = {}
+        for metric in chosen:
+            scores |= metric.function(targets, predictions)
+        return scores
 
-    @property
-    def metric_fns(self) -> tuple[MetricFn, ...]:
-        """The `metric_fns` of a seqio task: one function, for seqio decodes anew for each."""
-
-        def all_metrics(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
-            scores: dict[str, float] = {}
-            for name in self.names:
-                scores |= METRICS[name].function(targets, predictions)
-            return scores
-
-        return (all_metrics,)
-
-
-TASK_METRICS: Mapping[str, TaskMetrics] = {
-    "ner": TaskMetrics(("span_f1", "exact_match")),
-    "semantic_parsing": TaskMetrics(("exact_match",)),
-    "qa_in_lang": TaskMetrics(("token_f1", "exact_match")),
-    "qa_cross_lang": TaskMetrics(("token_f1", "exact_match")),
-    "qa": TaskMetrics(("token_f1", "exact_match")),
-    "translation": TaskMetrics(("chrf", "exact_match")),
-    "transliteration": TaskMetrics(("cer", "exact_match")),
-    "topic": TaskMetrics(("exact_match",)),
-    "sentiment": TaskMetrics(("exact_match",)),
-}
-
-
-def task_metrics(task: str) -> TaskMetrics:
-    """The metrics of a task by name; a task that `TASK_METRICS` lacks is scored by exact match."""
-    return TASK_METRICS.get(task, TaskMetrics(("exact_match",)))
+    return compute
 
 
 def _check_pairs(metric: str, targets: Sequence[str], predictions: Sequence[str]) -> None:

@@ -5,7 +5,6 @@ A `Scoreboard` is one model's; `comparison.Comparison` sets several side by side
 
 import csv
 import dataclasses
-import difflib
 import io
 import json
 import statistics
@@ -14,8 +13,9 @@ from typing import Any
 
 from etils import epath
 
+from flix_jax.adapters.suggest import did_you_mean
 from flix_jax.evaluation import files
-from flix_jax.evaluation.metrics import METRICS, Metric, find_metric, task_metrics
+from flix_jax.evaluation.metrics import METRICS, Metric, find_metric
 
 GROUPS: Mapping[str, str] = {
     "seen": "seen cells",
@@ -81,18 +81,14 @@ class Scoreboard:
         return tuple(group for group in GROUPS if group in found)
 
     def headline(self, task: str) -> Metric:
-        """The metric a task is shown by: `metric`, else the task's own, else one that it has."""
+        """The metric a task is shown by: `metric`, else the first that its cells were scored by."""
         if self.metric:
             return METRICS[self.metric]
         cells = [cell for cell in self.scores if _task(cell) == task]
         if not cells:
-            nearest = difflib.get_close_matches(task, self.tasks, n=1, cutoff=0.0)
-            raise ValueError(f"no scores of a task {task!r} (nearest: {nearest[0]!r})")
-        measured = {name: None for cell in cells for name in self.scores[cell] if name in METRICS}
-        for name in (*task_metrics(task).names, *measured):
-            if name in measured:
-                return METRICS[name]
-        return task_metrics(task).headline
+            raise ValueError(f"no scores of a task {task!r}; {did_you_mean(task, self.tasks)}")
+        measured = (name for cell in cells for name in self.scores[cell] if name in METRICS)
+        return METRICS[next(measured, "exact_match")]
 
     def value(self, cell: str) -> float | None:
         """The headline metric of a cell; None where the cell was not evaluated."""

@@ -6,7 +6,6 @@ how trials are run is decided here alone. Every trial has a folder of its own in
 """
 
 import dataclasses
-import difflib
 import itertools
 import re
 import time
@@ -15,6 +14,7 @@ from typing import Any
 
 from etils import epath
 
+from flix_jax.adapters.suggest import did_you_mean
 from flix_jax.evaluation import files
 from flix_jax.evaluation.metrics import find_metric
 from flix_jax.evaluation.scoreboard import GROUPS, Scoreboard, number
@@ -170,9 +170,8 @@ class Sweep:
     def _check_known(self, what: str, name: str, known: Iterable[str]) -> None:
         known = list(known)
         if name not in known:
-            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-            hint = f" (nearest: {nearest[0]!r})" if nearest else ""
-            raise ValueError(f"sweep {self.name!r}: unknown {what} {name!r}{hint}")
+            hint = did_you_mean(name, known)
+            raise ValueError(f"sweep {self.name!r}: unknown {what} {name!r}; {hint}")
 
     def _check_bindings(self, bound: Mapping[str, Bindings]) -> None:
         owners: dict[str, str] = {}

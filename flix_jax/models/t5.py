@@ -8,7 +8,6 @@ attention kernels [embed, layers, heads, kv] are here [embed, layers, heads * kv
 """
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -18,6 +17,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
+from flix_jax.adapters.suggest import did_you_mean
 from flix_jax.models import layers
 
 REMAT_POLICIES = ("none", "minimal", "full")
@@ -123,9 +123,9 @@ class T5Config:
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.0)[0]
         raise ValueError(
-            f"T5Config.{name} = {value!r}: expected one of {', '.join(choices)}; nearest: {near!r}"
+            f"T5Config.{name} = {value!r}: expected one of {', '.join(choices)}; "
+            f"{did_you_mean(str(value), choices)}"
         )
 
 
