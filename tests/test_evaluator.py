@@ -114,6 +114,42 @@ def test_cells_share_batches_of_one_size(run):
     assert model.batches[1]["feature_ids"].tolist() == [[0, 1], [0, 1], [1, -1], [1, -1]]
 
 
+def test_short_inputs_are_padded_less_and_keep_their_places(tmp_path):
+    words = [1, 30, 6, 100, 60, 2, 29, 12, 3, 90, 31]  # of two bytes and a space
+
+    def dataset_fn(split, shuffle_files=False, seed=None):
+        inputs = [f"{i} " + "ab " * count for i, count in enumerate(words)]
+        targets = [str(i) for i in range(len(words))]
+        return tf.data.Dataset.from_tensor_slices({"inputs": inputs, "targets": targets})
+
+    seqio.TaskRegistry.remove("evaluator_test.lengths")
+    seqio.TaskRegistry.add(
+        "evaluator_test.lengths",
+        source=seqio.FunctionDataSource(dataset_fn, splits=["validation"]),
+        preprocessors=[seqio.preprocessors.tokenize, seqio.preprocessors.append_eos_after_trim],
+        output_features={name: seqio.Feature(VOCABULARY) for name in ("inputs", "targets")},
+        metric_fns=[metrics.exact_match],
+    )
+    shapes = []
+
+    def predict(batch):
+        inputs = batch["encoder_input_tokens"]
+        shapes.append(inputs.shape)
+        answers = [VOCABULARY.decode(row.tolist()).split()[0] for row in inputs]
+        return np.array([(VOCABULARY.encode(a) + [1, 0])[:3] for a in answers])
+
+    cells = evaluator.CellEvaluator(
+        {Cell("any", "sw"): "evaluator_test.lengths"},
+        "validation",
+        {"inputs": 320, "targets": 8},
+        FlixFeatureConverter(None),
+        batch_size=2,
+    )
+    assert cells.evaluate(predict, tmp_path, 0)["any/sw"]["exact_match"] == 100
+    # 320 is halved twice: of 11 inputs 5 fit into 80, 3 more into 160, 3 are longer.
+    assert sorted(shapes) == [(2, 80)] * 3 + [(2, 160)] * 2 + [(2, 320)] * 2
+
+
 def test_writes_the_predictions_of_each_cell(run):
     lines = (run[1] / "evaluations" / "40" / "ner.sw.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines][:2] == [

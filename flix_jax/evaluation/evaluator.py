@@ -1,8 +1,9 @@
 """Evaluation of cells through seqio: decode, score, write down, and never do a cell twice.
 
 Every cell is a seqio task with its own `seqio.Evaluator`, which holds the examples, decodes and
-postprocesses the model's tokens and calls the task's metrics. Prediction runs across cells: the
-rows of short cells share a batch, for the compiled batch size is fixed.
+postprocesses the model's tokens and calls the task's metrics. Prediction runs across cells: rows of
+one batch may be of several, for the compiled batch size is fixed. Rows of short inputs are batched
+apart from long ones and padded less: most inputs are much shorter than the longest.
 """
 
 import contextlib
@@ -27,6 +28,9 @@ _logger = logging.getLogger(__name__)
 
 Batch = dict[str, np.ndarray]
 PredictFn = Callable[[Batch], Int[np.ndarray, "batch length"]]
+
+INPUTS = "encoder_input_tokens"
+_SHORTEST = 64  # tokens; halving lengths further would cost more compilation than it saves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +120,9 @@ class CellEvaluator:
 
         Args:
           predict: maps a batch of model features, numpy arrays `[batch_size, ...]`, to token ids
-            `[batch_size, length]`. The last batch is filled up with copies of its first row.
+            `[batch_size, length]`. Rows whose inputs fit into half or a quarter of the length (not
+            below 64 tokens) come in batches of that length. The last batch of each length is filled
+            up with copies of its first row.
           run_dir: the run's folder, local or in a bucket.
           step: the training step of the parameters, for the folder's name.
           fingerprint: names what else the predictions depend on: the digest of the parameters.
@@ -182,35 +188,38 @@ class CellEvaluator:
 
         Calls `after_batch` with the cell of a batch's last row and the number of its rows.
         """
-        waiting: list[tuple[Cell, Batch]] = []
-        done: dict[str, list[np.ndarray]] = {cell.name: [] for cell in cells}
+        waiting: dict[int, list[tuple[Cell, int, Batch]]] = {}
+        done: dict[str, dict[int, np.ndarray]] = {cell.name: {} for cell in cells}
         unfinished = list(cells)
 
-        def flush() -> None:
-            filled = [row for _, row in waiting]
+        def flush(length: int) -> None:
+            rows = waiting.pop(length)
+            filled = [row for _, _, row in rows]
             filled += filled[:1] * (self.batch_size - len(filled))
             batch = {name: np.stack([row[name] for row in filled]) for name in filled[0]}
+            batch[INPUTS] = batch[INPUTS][:, :length]
             tokens = _checked_tokens(predict(batch), self.batch_size)
-            for (cell, _), row in zip(waiting, tokens, strict=False):
-                done[cell.name].append(row)
-            after_batch(waiting[-1][0], len(waiting))
-            waiting.clear()
+            for (cell, position, _), row in zip(rows, tokens, strict=False):
+                done[cell.name][position] = row
+            after_batch(rows[-1][0], len(rows))
 
         def finished() -> Iterator[tuple[Cell, np.ndarray]]:
             while unfinished and (loaded := self._loaded.get(unfinished[0].name)):
                 if len(done[unfinished[0].name]) < loaded.examples:
                     return
                 cell = unfinished.pop(0)
-                yield cell, np.array(done.pop(cell.name))
+                predicted = done.pop(cell.name)
+                yield cell, np.array([predicted[position] for position in range(loaded.examples)])
 
         for cell in cells:
-            for row in self._load(cell).rows():
-                waiting.append((cell, row))
-                if len(waiting) == self.batch_size:
-                    flush()
+            for position, row in enumerate(self._load(cell).rows()):
+                length = _padded_length(row[INPUTS])
+                waiting.setdefault(length, []).append((cell, position, row))
+                if len(waiting[length]) == self.batch_size:
+                    flush(length)
                     yield from finished()
-        if waiting:
-            flush()
+        for length in list(waiting):
+            flush(length)
         yield from finished()
 
     def _load(self, cell: Cell) -> "_LoadedCell":
@@ -356,6 +365,15 @@ def _checked_tokens(tokens: Any, batch_size: int) -> np.ndarray:
     if not np.issubdtype(tokens.dtype, np.integer):
         raise ValueError(f"predict returned {tokens.dtype}; expected integer token ids")
     return tokens
+
+
+def _padded_length(inputs: np.ndarray) -> int:
+    """The least of the full length, its half and its quarter that holds the tokens of a row."""
+    used = int(np.flatnonzero(inputs)[-1]) + 1 if inputs.any() else 1
+    length = len(inputs)
+    while length % 2 == 0 and length // 2 >= max(used, _SHORTEST) and length > len(inputs) // 4:
+        length //= 2
+    return length
 
 
 def _cut_padding(array: np.ndarray) -> np.ndarray:
