@@ -75,7 +75,10 @@ def test_methods_have_bindings_and_grids_of_their_own():
         ({"seeds": (1, 1)}, "expected distinct seeds"),
         ({"metric": "spanf1"}, "did you mean 'span_f1'"),
         ({"group": "unsen"}, "unknown group 'unsen'; did you mean 'unseen'"),
-        ({"axes": {"rank": RANK}, "choose": ("ranks",)}, "axis to choose 'ranks'; did you mean 'rank'"),
+        (
+            {"axes": {"rank": RANK}, "choose": ("ranks",)},
+            "axis to choose 'ranks'; did you mean 'rank'",
+        ),
         ({"axes": {"rank": RANK}, "baseline": "rank 3"}, "'rank 3'; did you mean 'rank"),
         ({"axes": {"a": RANK, "b": RANK}}, "rank is set by axis 'a' and by axis 'b'"),
         (
