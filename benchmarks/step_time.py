@@ -33,7 +33,8 @@ from flix_jax.adapters.activation import activate
 from flix_jax.adapters.features import FeatureSpace, FeatureType
 from flix_jax.adapters.injection import AdapterSpec, inject
 from flix_jax.adapters.tree import count_parameters, join, split_adapters
-from flix_jax.models.t5 import T5Config, Transformer
+from flix_jax.models.config import T5Config
+from flix_jax.models.t5 import Transformer
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 

@@ -31,7 +31,7 @@ from flix_jax.gin_reader import (
 )
 
 NAMES: dict[str, str] = {
-    "T5Config": "flix_jax.models.t5:T5Config",
+    "T5Config": "flix_jax.models.config:T5Config",
     "FeatureType": "flix_jax.adapters.features:FeatureType",
     "FeatureSpace": "flix_jax.adapters.features:FeatureSpace",
     "AdapterSpec": "flix_jax.adapters.injection:AdapterSpec",

@@ -12,8 +12,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from flix_jax.adapters.features import FeatureSpace, FeatureType
 from flix_jax.adapters.injection import AdapterSpec
 from flix_jax.models import losses
+from flix_jax.models.config import T5Config
 from flix_jax.models.encoder_decoder import EncoderDecoder
-from flix_jax.models.t5 import T5Config, Transformer
+from flix_jax.models.t5 import Transformer
 
 ROWS, INPUT_LENGTH, LENGTH = 5, 9, 7
 SPACE = FeatureSpace(

@@ -13,7 +13,8 @@ import pytest
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from flix_jax.models.t5 import T5Config, Transformer
+from flix_jax.models.config import T5Config
+from flix_jax.models.t5 import Transformer
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs" / "models"

@@ -15,7 +15,7 @@ from flix_jax.data.cells import Mixture
 from flix_jax.data.vocabularies import ByteVocabulary
 from flix_jax.experiments import inference, training
 from flix_jax.experiments.run import Evaluation, Run
-from flix_jax.models.t5 import T5Config
+from flix_jax.models.config import T5Config
 from flix_jax.tasks.xtreme_up import XtremeUp
 from flix_jax.training.optimizers import Optimizer, Schedule
 from flix_jax.training.reporting import read_metrics

@@ -19,7 +19,7 @@ from flix_jax.adapters.injection import AdapterSpec
 from flix_jax.data.cells import Mixture, Source
 from flix_jax.data.vocabularies import Vocabulary
 from flix_jax.evaluation import files
-from flix_jax.models.t5 import T5Config
+from flix_jax.models.config import T5Config
 from flix_jax.training.optimizers import Optimizer
 from flix_jax.training.partitioning import MeshSpec
 
