@@ -74,7 +74,7 @@ def restore(job: Job, step: int | None = None) -> tuple[Any, Any, int]:
         trained, step = checkpoints.restore_trained(template, step)
     frozen: Any = {}
     if not job.run.trains_everything:
-        _, frozen = job.initial_parameters(base)
+        frozen = job.frozen_parameters(base)
     return trained, frozen, step
 
 

@@ -231,6 +231,12 @@ class Job:
             return self.parameters.random(self.run.seed, self.run.frozen_dtype)
         return self.parameters.from_base(base, self.run.seed, self.run.frozen_dtype)
 
+    def frozen_parameters(self, base: Any | None) -> Any:
+        """The second half of ``initial_parameters``, for a run whose trained half is stored."""
+        if base is None:
+            return self.parameters.random(self.run.seed, self.run.frozen_dtype)[1]
+        return self.parameters.frozen_of(base, self.run.frozen_dtype)
+
     def checkpoints(self, base: Any | None, *, create: bool = True) -> Checkpoints:
         """This run's checkpoints, bound to all that their arrays depend on."""
         adapters = self.model.adapters

@@ -54,12 +54,14 @@ def train(
 
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(job.checkpoints(base))
-        trained, frozen = job.initial_parameters(base)
         if checkpoints.latest_step() is not None:
+            frozen = job.frozen_parameters(base)
             state, data_state = checkpoints.restore(template)
         else:
+            trained, frozen = job.initial_parameters(base)
             state, data_state = job.parameters.create_state(trained, optimizer), None
-        del trained, base
+            del trained
+        del base
         evaluate = _evaluation(job, frozen) if run.evaluation.every else None
         batches = stack.enter_context(job.batches(pipeline, int(state.step), data_state))
 

@@ -92,10 +92,14 @@ class Parameters:
             init = jax.jit(
                 lambda key: self.split(nn.unbox(self._init(key)))[0], out_shardings=shardings
             )
-            trained, frozen = init(jax.random.key(seed)), base
+            trained = init(jax.random.key(seed))
         else:
-            trained, frozen = self.split(base)
-        return trained, _cast(frozen, dtype)
+            trained, _ = self.split(base)
+        return trained, self.frozen_of(base, dtype)
+
+    def frozen_of(self, base: Any, dtype: str | None = None) -> Any:
+        """What of a base stays as it is; the second half of ``from_base``."""
+        return _cast(base if self.adapters else self.split(base)[1], dtype)
 
     def state_template(self, optimizer: optax.GradientTransformation) -> TrainState:
         """The train state as ``jax.ShapeDtypeStruct`` with shardings.
