@@ -1,0 +1,61 @@
+"""Confidence intervals of a cell's scores by resampling its examples."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from flix_jax.evaluation.metrics import find_metric
+
+
+def confidence_interval(
+    metric: str,
+    targets: Sequence[str],
+    predictions: Sequence[Any],
+    *,
+    seed: int = 0,
+    confidence: float = 0.95,
+    resamples: int = 1000,
+) -> tuple[float, float]:
+    """The percentile interval of a score (Efron & Tibshirani 1993, chapter 13).
+
+    The examples are drawn anew with replacement, as many as there are, and scored; the interval
+    runs from the (1 - confidence) / 2 quantile of those scores to the (1 + confidence) / 2
+    quantile. It tells how far the score depends on which examples the cell happens to hold, and
+    nothing of how it varies between trainings. Examples on which the score does not vary, such as
+    a single one, give an interval of no width.
+
+    A resample adds up the examples' counts (`Metric.statistics`) and scores the sums, so that no
+    text is read twice: this holds for every metric, corpus chrF and BLEU included.
+
+    Args:
+      metric: a name in `METRICS`.
+      targets: a string per example.
+      predictions: as the metric takes them.
+      seed: of NumPy's default generator; the same seed draws the same examples for every metric.
+      confidence: the share of the scores inside, between 0 and 1.
+      resamples: how many scores. 1000 place each end of a 95 % interval with a standard error of
+        about 2 % of the width.
+
+    Returns:
+      (low, high), as percentages.
+
+    Raises:
+      ValueError: as the metric does, or for an unknown metric, confidence or number of resamples.
+    """
+    if not 0.0 < confidence < 1.0:
+        raise ValueError(f"confidence {confidence}: expected more than 0 and less than 1")
+    if resamples < 1:
+        raise ValueError(f"resamples {resamples}: expected at least 1")
+    chosen = find_metric(metric)
+    statistics = chosen.statistics(targets, predictions)
+    generator, examples = np.random.default_rng(seed), len(statistics)
+    sums = np.stack(
+        [
+            statistics[generator.integers(examples, size=examples)].sum(axis=0)
+            for _ in range(resamples)
+        ]
+    )
+    tail = (1.0 - confidence) / 2
+    low, high = np.quantile(chosen.formula(sums), [tail, 1.0 - tail])
+    return float(low), float(high)
