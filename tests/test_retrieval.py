@@ -49,6 +49,10 @@ def test_all_ids_where_the_index_has_no_more_than_k():
     assert rank(np.ones((2, 1)), np.asarray([[1.0], [3.0], [2.0]]), "abc") == [list("bca")] * 2
 
 
+def test_a_range_of_ids_gives_places():
+    assert rank(np.ones((1, 1)), np.asarray([[1.0], [3.0], [2.0]]), range(3), 2) == [[1, 2]]
+
+
 def test_memory_does_not_grow_with_the_index():
     def peak(passages):
         p = np.ones((passages, 8), np.float32)

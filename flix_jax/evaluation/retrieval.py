@@ -1,19 +1,22 @@
 """Retrieval: the passages of an index whose embeddings have the largest products with a query's."""
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 from jaxtyping import Float
+
+Id = TypeVar("Id")
 
 
 def rank(
     queries: Float[np.ndarray, "queries embed"],
     passages: Float[np.ndarray, "passages embed"],
-    ids: Sequence[str],
+    ids: Sequence[Id],
     k: int = 10,
     *,
     block: int = 1024,
-) -> list[list[str]]:
+) -> list[list[Id]]:
     """The ids of the `k` passages with the largest inner product with each query, best first.
 
     Of passages whose products are equal, the one that stands first in `passages` comes first.
@@ -24,7 +27,7 @@ def rank(
     Args:
       queries: embeddings, [queries, embed].
       passages: embeddings, [passages, embed]; np.memmap will do.
-      ids: of the passages, in their order.
+      ids: of the passages, in their order; a range gives their places.
       k: how many passages for each query.
       block: so many queries are compared with so many passages at a time.
 
@@ -47,7 +50,7 @@ def rank(
         raise ValueError(f"rank: {len(ids)} ids but {len(passages)} passages; expected as many")
     if not len(passages):
         raise ValueError("rank: the index has no passages")
-    ranked: list[list[str]] = []
+    ranked: list[list[Id]] = []
     for start in range(0, len(queries), block):
         places = _rank_block(_finite("query", queries, start, block), passages, k, block)
         ranked.extend([ids[place] for place in row] for row in places.tolist())
