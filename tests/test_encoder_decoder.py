@@ -1,6 +1,7 @@
 """Loss and prediction with and without adapters; mixtures of features in one batch."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,15 +9,18 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
+from test_decoding import assert_hypotheses, beam_in_python
 
+from flix_jax.adapters.activation import activate
 from flix_jax.adapters.features import FeatureSpace, FeatureType
-from flix_jax.adapters.injection import AdapterSpec
+from flix_jax.adapters.injection import AdapterSpec, inject
 from flix_jax.models import losses
 from flix_jax.models.config import T5Config
 from flix_jax.models.encoder_decoder import EncoderDecoder
 from flix_jax.models.t5 import Transformer
 
 ROWS, INPUT_LENGTH, LENGTH = 5, 9, 7
+BEAMS, ALPHA, BEAM_EOS = 3, 0.6, 5
 SPACE = FeatureSpace(
     (
         FeatureType("task", ("ner", "qa"), rank=2),
@@ -74,6 +78,10 @@ class Case:
         self.batch = _batch()
         self.logits = jax.jit(self.model.logits)
         self.predict = jax.jit(lambda p, batch: self.model.predict(p, batch, max_length=LENGTH))
+        # a token that ends some hypotheses and not others
+        ending = dataclasses.replace(self.model, eos_id=BEAM_EOS)
+        options = {"max_length": LENGTH, "beams": BEAMS, "alpha": ALPHA}
+        self.predict_n = jax.jit(lambda p, batch: ending.predict_n(p, batch, **options))
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +131,94 @@ def test_rows_of_padding_decode_to_nothing(looped):
     np.testing.assert_array_equal(decoded[4], 0)
     expected = looped.predict(looped.params, looped.batch)
     np.testing.assert_array_equal(decoded[:4], expected[:4])
+
+
+@pytest.mark.parametrize("form", ["looped", "scanned"])
+def test_beams_with_a_cache_equal_lists_over_full_forwards_for_mixed_features(form, request):
+    case = request.getfixturevalue(form)
+    batch = dict(case.batch)
+    batch["encoder_input_tokens"] = batch["encoder_input_tokens"].at[3].set(0)
+    tokens, scores = case.predict_n(case.params, batch)
+
+    def log_probs(prefixes, row):
+        """Each prefix in a row of its own, beside the same inputs and features."""
+        decoded = np.zeros((ROWS, LENGTH), np.int32)
+        for place, prefix in enumerate(prefixes):
+            decoded[place, 1 : len(prefix) + 1] = prefix
+        real = np.broadcast_to(np.arange(LENGTH) <= len(prefixes[0]), (ROWS, LENGTH))
+        fed = {name: jnp.stack([array[row]] * ROWS) for name, array in batch.items()}
+        fed["decoder_input_tokens"] = jnp.asarray(decoded)
+        fed["decoder_target_tokens"] = jnp.asarray(real, jnp.int32)
+        logits = case.logits(case.params, fed)[: len(prefixes), len(prefixes[0])]
+        return np.asarray(jax.nn.log_softmax(logits), np.float64)
+
+    lengths = set()
+    for row in range(ROWS):
+        expected = []
+        if row != 3:  # padding alone
+            following = functools.partial(log_probs, row=row)
+            expected = beam_in_python(following, BEAMS, LENGTH, BEAM_EOS, ALPHA)
+        lengths |= {len(hypothesis) for hypothesis, _ in expected}
+        assert_hypotheses(tokens[row], scores[row], expected)
+    assert len(lengths) > 2, "the example is too easy"
+
+
+def test_one_beam_is_what_predict_gives():
+    config = dataclasses.replace(CONFIG, num_encoder_layers=1, num_decoder_layers=1)
+    model, batch = EncoderDecoder(Transformer(config)), _batch()
+    params = _random_params(model)
+    expected = jax.jit(lambda p, b: model.predict(p, b, max_length=LENGTH))(params, batch)
+    assert len(np.unique(expected)) > 5, "the example is too easy"
+    one = jax.jit(lambda p, b: model.predict_n(p, b, max_length=LENGTH, beams=1))
+    np.testing.assert_array_equal(one(params, batch)[0][:, 0], expected)
+
+
+def test_beam_search_refuses_a_cache_that_it_does_not_know():
+    class Recurrent(nn.Module):
+        def encode(self, tokens, enable_dropout):
+            return tokens
+
+        @nn.compact
+        def decode(self, encoded, *inputs, **options):
+            self.variable("cache", "carry", jnp.zeros, (2, 4))
+            return encoded
+
+    model, batch = EncoderDecoder(Recurrent()), {"encoder_input_tokens": jnp.ones((2, 3), int)}
+    with pytest.raises(ValueError, match=r"cache entry carry of shape \(2, 4\): beam search knows"):
+        model.predict_n({}, batch, max_length=3, beams=2)
+
+
+def test_embeddings_are_the_mean_over_real_tokens_under_each_rows_features(looped):
+    model = looped.model
+    tokens = looped.batch["encoder_input_tokens"].at[4].set(0)
+    batch = dict(looped.batch, encoder_input_tokens=tokens)
+
+    @jax.jit
+    def encode(params, batch):
+        with inject(model.adapters, activate(SPACE, batch["feature_ids"])):
+            return model.module.apply(
+                {"params": params},
+                batch["encoder_input_tokens"],
+                enable_dropout=False,
+                method="encode",
+            )
+
+    encoded = np.asarray(encode(looped.params, batch), np.float64)
+    expected = np.zeros((ROWS, CONFIG.emb_dim))
+    for row in range(4):
+        expected[row] = encoded[row, : np.count_nonzero(tokens[row])].mean(axis=0)
+    embed = jax.jit(model.embed, static_argnames="normalize")
+    embedded = embed(looped.params, batch)
+    assert embedded.dtype == jnp.float32
+    np.testing.assert_allclose(embedded, expected, rtol=1e-5, atol=1e-5)
+
+    normalized = embed(looped.params, batch, normalize=True)
+    expected[:4] /= np.linalg.norm(expected[:4], axis=1, keepdims=True)
+    np.testing.assert_allclose(normalized, expected, rtol=1e-5, atol=1e-5)
+
+    others = dict(batch, feature_ids=batch["feature_ids"][::-1])
+    changed = np.abs(embed(looped.params, others) - embedded).max(axis=1)
+    assert (changed[[0, 1, 3]] > 0.01).all(), "features do not matter"
 
 
 def test_a_decoding_step_reads_the_encoded_keys_from_the_cache(scanned):

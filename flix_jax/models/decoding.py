@@ -1,15 +1,20 @@
 """Decoding over any one-step function, with early stopping; jit-friendly.
 
 Every decoder has the same shape: it is given `tokens_to_logits`, the cache that this function
-threads through, the batch size, the length and the end-of-sequence id. A decoder that follows
-several hypotheses per example repeats the leaves of the cache and calls with as many rows.
+threads through, the batch size, the length and the end-of-sequence id. One that follows several
+hypotheses per row maps the step over them with `jax.vmap`: what the hypotheses of a row have in
+common (the encoded inputs, the features) is held once, and the network sees no more rows than
+there are.
 """
 
+import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 Cache = Any
@@ -41,8 +46,7 @@ def greedy(
     Returns:
       int32 [batch, max_length]: tokens up to and including `eos_id`, then 0.
     """
-    if max_length < 1:
-        raise ValueError(f"max_length = {max_length!r}: expected a positive integer")
+    _check_positive("max_length", max_length)
     if finished is None:
         finished = jnp.zeros((batch,), bool)
 
@@ -54,10 +58,182 @@ def greedy(
         step, tokens, done, decoded, cache = state
         logits, cache = tokens_to_logits(tokens, cache)
         tokens = jnp.where(done, 0, jnp.argmax(logits, axis=-1).astype(jnp.int32))
-        decoded = jax.lax.dynamic_update_slice(decoded, tokens[:, None], (0, step))
+        decoded = lax.dynamic_update_slice(decoded, tokens[:, None], (0, step))
         return step + 1, tokens, done | (tokens == eos_id), decoded, cache
 
     start = jnp.full((batch,), START_ID, jnp.int32)
     decoded = jnp.zeros((batch, max_length), jnp.int32)
     state = (jnp.int32(0), start, finished, decoded, cache)
-    return jax.lax.while_loop(unfinished, advance, state)[3]
+    return lax.while_loop(unfinished, advance, state)[3]
+
+
+class _Search(NamedTuple):
+    """Where a beam search stands; `beams` hypotheses of each kind per row.
+
+    Attributes:
+      step: tokens decoded so far.
+      tokens: int32 [batch, beams], the last one of every live hypothesis.
+      decoded: int32 [batch, beams, max_length], the live hypotheses, most probable first.
+      log_probs: float32 [batch, beams], theirs; -inf where there is none.
+      ended: int32 [batch, beams, max_length], the ended hypotheses, best first.
+      scores: float32 [batch, beams], theirs; -inf where there is none.
+      cache: of the live hypotheses.
+    """
+
+    step: Array
+    tokens: Array
+    decoded: Array
+    log_probs: Array
+    ended: Array
+    scores: Array
+    cache: Cache
+
+
+def beam(
+    tokens_to_logits: TokensToLogits,
+    cache: Cache,
+    batch: int,
+    beams: int,
+    max_length: int,
+    eos_id: int,
+    *,
+    alpha: float = 0.6,
+    cache_axes: Any = 0,
+    finished: Bool[Array, " batch"] | None = None,
+) -> tuple[Int[Array, "batch {beams} {max_length}"], Float[Array, "batch {beams}"]]:
+    """Beam search for the `beams` hypotheses of each row that score best.
+
+    The score of a hypothesis of n tokens, `eos_id` included, is its log probability divided by
+    ((5 + n) / 6) ** alpha: the length penalty of Wu et al. 2016 (arXiv 1609.08144, Eq. 14), as T5X
+    has it. In every step the `beams` most probable extensions of the live hypotheses are kept;
+    those that end leave the search for the best `beams` that have ended, the others live on. At
+    `max_length` tokens the live ones end as they are, without `eos_id`. A live hypothesis that
+    cannot come among the best any more, however it went on, is dropped, and a row's search is over
+    when none lives; neither changes the result.
+
+    One beam is greedy decoding, whatever `alpha`; with as many beams as there are hypotheses the
+    search is exhaustive. T5X keeps twice as many extensions in a step, so that one that ends takes
+    no live one's place: its result may differ, and that of one beam is not greedy decoding.
+
+    No two hypotheses of a row have the same tokens, though they may be the same text. Of extensions
+    that are equally probable, those of the better hypothesis come first, then those of the larger
+    logit, then those of the lower token id. Of ended hypotheses that score the same, the shorter
+    comes first, then one that `eos_id` ends, then one whose last extension came first.
+
+    Args:
+      tokens_to_logits: one step of one hypothesis per row, mapped over the hypotheses by
+        `jax.vmap`; the first token it is given is 0. A token with a logit of -inf is never taken.
+      cache: its state before the first step, of one hypothesis per row.
+      batch: number of rows.
+      beams: number of hypotheses per row.
+      max_length: tokens to decode at most, `eos_id` included.
+      eos_id: the token that ends a hypothesis.
+      alpha: strength of the length penalty, at least 0, T5X's by default. 0 is none, and the score
+        the log probability.
+      cache_axes: which axis of every leaf of `cache` is that of the rows; None for a leaf that is
+        the same for all hypotheses of a row: a count of steps, the keys of the encoded inputs. A
+        tree like `cache` or a prefix of it, as `in_axes` of `jax.vmap`.
+      finished: rows to leave without hypotheses (padding of a batch).
+
+    Returns:
+      Tokens int32 [batch, beams, max_length], best first: up to and including `eos_id`, then 0; and
+      their scores float32 [batch, beams]. Where a row has fewer hypotheses, the last are 0 and
+      score -inf. A row whose logits are not numbers has scores that are none either.
+
+    Raises:
+      ValueError: `beams` or `max_length` below 1, a negative or infinite `alpha`; from `jax.vmap`
+        when a leaf whose axis is None depends on the tokens.
+    """
+    _check_positive("max_length", max_length)
+    _check_positive("beams", beams)
+    if not (math.isfinite(alpha) and alpha >= 0.0):
+        raise ValueError(f"alpha = {alpha!r}: expected a finite number of at least 0")
+    # by the number of tokens; in one table, so that no rounding tells two equal penalties apart
+    penalties = jnp.asarray(((5 + np.arange(max_length + 1)) / 6) ** alpha, jnp.float32)
+
+    def extensions(tokens: Array, cache: Cache) -> tuple[Array, Array, Cache]:
+        """[batch] -> log probabilities and tokens [batch, width]: no more can be among the best."""
+        logits, cache = tokens_to_logits(tokens, cache)
+        logits = logits.astype(jnp.float32)
+        largest, tokens = lax.top_k(logits, min(beams, logits.shape[-1]))
+        return largest - jax.nn.logsumexp(logits, axis=-1, keepdims=True), tokens, cache
+
+    # the hypotheses are the first axis of what is not shared
+    mapped = _map_axes(lambda axis: 0, cache_axes)
+    extensions = jax.vmap(extensions, in_axes=(1, mapped), out_axes=(1, 1, mapped))
+
+    def alive(state: _Search) -> Array:
+        return (state.step < max_length) & jnp.any(state.log_probs != -jnp.inf)
+
+    def advance(state: _Search) -> _Search:
+        log_probs, tokens, cache = extensions(state.tokens, state.cache)
+        width = tokens.shape[-1]
+        log_probs = (state.log_probs[:, :, None] + log_probs).reshape(batch, -1)
+        log_probs, chosen = lax.top_k(log_probs, beams)
+        tokens = jnp.take_along_axis(tokens.reshape(batch, -1), chosen, axis=1)
+        parents = chosen // width
+        decoded = jnp.take_along_axis(state.decoded, parents[:, :, None], axis=1)
+        decoded = lax.dynamic_update_slice(decoded, tokens[:, :, None], (0, 0, state.step))
+
+        step = state.step + 1
+        ends = tokens == eos_id
+        just_ended = jnp.where(ends, log_probs, -jnp.inf) / penalties[step]
+        ended, scores = _best(state.ended, state.scores, decoded, just_ended)
+        # The most that a live hypothesis can still score is its log probability as it is, over the
+        # largest penalty. What is not a number stays, to be seen in the result.
+        hopeless = log_probs / penalties[max_length] <= scores[:, -1:]
+        log_probs = jnp.where(ends | hopeless, -jnp.inf, log_probs)
+        cache = _map_axes(lambda axis, part: _reorder(part, parents, axis), cache_axes, cache)
+        return _Search(step, tokens, decoded, log_probs, ended, scores, cache)
+
+    first = jnp.arange(beams) == 0
+    if finished is not None:
+        first = first & ~finished[:, None]
+    nothing = jnp.zeros((batch, beams, max_length), jnp.int32)
+    state = _Search(
+        step=jnp.int32(0),
+        tokens=jnp.full((batch, beams), START_ID, jnp.int32),
+        decoded=nothing,
+        log_probs=jnp.broadcast_to(jnp.where(first, 0.0, -jnp.inf), (batch, beams)),
+        ended=nothing,
+        scores=jnp.full((batch, beams), -jnp.inf),
+        cache=_map_axes(lambda axis, part: _repeat(part, beams), cache_axes, cache),
+    )
+    state = lax.while_loop(alive, advance, state)
+    cut = state.log_probs / penalties[max_length]
+    return _best(state.ended, state.scores, state.decoded, cut)
+
+
+def _best(
+    ended: Array, scores: Array, others: Array, other_scores: Array
+) -> tuple[Int[Array, "batch beams length"], Float[Array, "batch beams"]]:
+    """The best of two sets of hypotheses, as many as the first has; of equal ones, the earlier."""
+    best, chosen = lax.top_k(jnp.concatenate([scores, other_scores], axis=1), scores.shape[1])
+    hypotheses = jnp.concatenate([ended, others], axis=1)
+    return jnp.take_along_axis(hypotheses, chosen[:, :, None], axis=1), best
+
+
+def _map_axes(function: Callable[..., Any], axes: Any, *caches: Cache) -> Any:
+    """Maps over the axes that are not None, with the part of the cache that each stands for."""
+
+    def apply(axis: int | None, *parts: Cache) -> Any:
+        if axis is None:
+            return parts[0] if parts else None
+        return function(axis, *parts)
+
+    return jax.tree.map(apply, axes, *caches, is_leaf=lambda axis: axis is None)
+
+
+def _repeat(part: Cache, beams: int) -> Cache:
+    return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (beams, *leaf.shape)), part)
+
+
+def _reorder(part: Cache, parents: Int[Array, "batch beams"], axis: int) -> Cache:
+    """Leaves [beams, …, batch, …], the rows on `axis` of what follows the beams, by parent."""
+    take = jax.vmap(lambda row, parents: row[parents], (axis + 1, 0), axis + 1)
+    return jax.tree.map(lambda leaf: take(leaf, parents), part)
+
+
+def _check_positive(name: str, value: int) -> None:
+    if value < 1:
+        raise ValueError(f"{name} = {value!r}: expected a positive integer")

@@ -137,7 +137,7 @@ class EncoderDecoder:
         check_tokens(batch, ("encoder_input_tokens",))
         tokens = batch["encoder_input_tokens"]
         with self._injected(self._active(batch, None), deterministic=True):
-            encoded = self._apply({"params": params}, tokens, enable_dropout=False, method="encode")
+            encoded = self._encode(params, tokens)
             return decoding.greedy(
                 self._step_function(params, encoded, tokens, max_length),
                 self._empty_cache(params, encoded, tokens, max_length),
@@ -147,8 +147,68 @@ class EncoderDecoder:
                 finished=jnp.all(tokens == 0, axis=1),
             )
 
+    def predict_n(
+        self, params: Params, batch: Batch, *, max_length: int, beams: int, alpha: float = 0.6
+    ) -> tuple[Int[Array, "batch {beams} {max_length}"], Float[Array, "batch {beams}"]]:
+        """The `beams` best predictions of every row, by beam search with a key-value cache.
+
+        Args:
+          params, batch, max_length: as in `predict`.
+          beams: predictions per row; static under jit. One is what `predict` gives.
+          alpha: strength of the length penalty (see decoding.beam); static under jit.
+
+        Returns:
+          Tokens int32 [batch, beams, max_length], best first: up to and including `eos_id`, then 0;
+          and scores float32 [batch, beams]: log probability over length penalty. A row of padding
+          alone has tokens 0 and scores -inf, as have predictions that there are not.
+        """
+        check_tokens(batch, ("encoder_input_tokens",))
+        tokens = batch["encoder_input_tokens"]
+        with self._injected(self._active(batch, None), deterministic=True):
+            encoded = self._encode(params, tokens)
+            cache = self._empty_cache(params, encoded, tokens, max_length)
+            return decoding.beam(
+                self._step_function(params, encoded, tokens, max_length),
+                cache,
+                tokens.shape[0],
+                beams,
+                max_length,
+                self.eos_id,
+                alpha=alpha,
+                cache_axes=_cache_axes(cache),
+                finished=jnp.all(tokens == 0, axis=1),
+            )
+
+    def embed(
+        self, params: Params, batch: Batch, *, normalize: bool = False
+    ) -> Float[Array, "batch embed"]:
+        """Sentence embeddings: the encoded inputs, averaged over each row's tokens.
+
+        Args:
+          params: parameters of network and adapters, boxed or not.
+          batch: `encoder_input_tokens` and, with adapters, `feature_ids`; the rest is not used.
+            Every token that is not padding counts, that which ends the inputs too.
+          normalize: divide each row by its Euclidean norm, so that inner products are cosines.
+
+        Returns:
+          float32 [batch, embed]; zeros for a row of padding alone.
+        """
+        check_tokens(batch, ("encoder_input_tokens",))
+        tokens = batch["encoder_input_tokens"]
+        with self._injected(self._active(batch, None), deterministic=True):
+            encoded = self._encode(params, tokens).astype(jnp.float32)
+        real = (tokens > 0)[:, :, None]
+        total = jnp.sum(jnp.where(real, encoded, 0.0), axis=1)
+        if normalize:  # the sum is as good as the mean
+            norm = jnp.linalg.norm(total, axis=1, keepdims=True)
+            return total / jnp.where(norm == 0.0, 1.0, norm)
+        return total / jnp.maximum(jnp.sum(real, axis=1), 1)
+
     def _apply(self, variables: Params, *args: Any, **kwargs: Any) -> Any:
         return self.module.apply(variables, *args, **kwargs)
+
+    def _encode(self, params: Params, tokens: Array) -> Array:
+        return self._apply({"params": params}, tokens, enable_dropout=False, method="encode")
 
     def _empty_cache(
         self, params: Params, encoded: Array, tokens: Array, max_length: int
@@ -246,6 +306,27 @@ def check_tokens(batch: Batch, names: tuple[str, ...] = _TOKENS) -> None:
                 f"{name} has shape {batch[name].shape}: expected {expected}, "
                 "as decoder_target_tokens has"
             )
+
+
+def _cache_axes(cache: decoding.Cache) -> Any:
+    """Where the rows are in a cache of T5X's names, for `decoding.beam`.
+
+    Keys and values are [batch, heads, …, …], behind an axis of layers where those are scanned. The
+    hypotheses of a row share those of the encoded inputs, which no step changes, and `cache_index`.
+    """
+
+    def rows(path: tuple[Any, ...], leaf: Array) -> int | None:
+        names = [key.key for key in path]
+        if names[-1] == "cache_index" or "encoder_decoder_attention" in names:
+            return None
+        if names[-1] not in ("cached_key", "cached_value"):
+            raise ValueError(
+                f"cache entry {'/'.join(names)} of shape {leaf.shape}: beam search knows "
+                "cached_key, cached_value and cache_index only"
+            )
+        return leaf.ndim - 4
+
+    return jax.tree_util.tree_map_with_path(rows, cache)
 
 
 def _inputs(batch: Batch) -> dict[str, Any]:
