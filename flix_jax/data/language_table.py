@@ -42,7 +42,7 @@ class AnnotatedCell(Cell):
     __hash__ = Cell.__hash__
 
 
-def _identity(cell: Cell) -> tuple[str, ...]:
+def _identity(cell: Cell) -> tuple[str, str, str, str]:
     return cell.task, cell.language, cell.file, cell.variant
 
 
@@ -77,7 +77,7 @@ class LanguageTable:
 
     def annotate(self, cell: Cell) -> AnnotatedCell:
         """The cell with `annotations` beside its own."""
-        return AnnotatedCell(*_identity(cell), extra=tuple(self.annotations(cell).items()))
+        return AnnotatedCell(*_identity(cell), tuple(self.annotations(cell).items()))
 
 
 def read_language_table(path: str) -> LanguageTable:
