@@ -1,138 +1,131 @@
 """XTREME-UP as a source of cells: folders of jsonl files become seqio tasks.
 
 The layout is that of the XTREME-UP release (arXiv 2305.11938): `{task}/{split}/{file}.jsonl`, a
-record per line. Any further folder of files whose records have `input` and `target` is a task too.
+record per line. Any further folder of files is a task too: with records of `input` and `target` as
+it is, with others by a `TaskFormat`. Which files the release has was read in the repository
+published with it (github.com/google-research/xtreme-up): languages in evaluation/constants.py,
+names of files in evaluation/score_system.py, and of the retrieval index, `{task}/index.jsonl`, in
+baseline/jsonl_to_seqio_tsv.py.
 """
 
 from __future__ import annotations
 
 import functools
-import json
-import re
+import itertools
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
+from flix_jax.adapters.suggest import did_you_mean
 from flix_jax.data.cells import Cell
+from flix_jax.data.language_table import read_language_table
+from flix_jax.tasks.formats import (
+    FORMATS,
+    Pair,
+    TaskFormat,
+    ner,
+    passage,
+    passage_id,
+    plain,
+    template_fields,
+)
+from flix_jax.tasks.records import (
+    LINES_SHOWN,
+    Record,
+    Skipped,
+    Template,
+    read_records,
+    shorten,
+    text,
+)
+from flix_jax.tasks.xtreme_up_languages import CODE_SWITCHED, FILES
 
 if TYPE_CHECKING:
     from flix_jax.adapters.features import FeatureSpace
     from flix_jax.data.vocabularies import Vocabulary
 
+__all__ = [
+    "FORMATS",
+    "Pair",
+    "Record",
+    "TaskFormat",
+    "XtremeUp",
+    "ner",
+    "plain",
+    "read_records",
+    "shorten",
+    "text",
+]
+
 SPLITS = ("train", "validation", "test")
-Record = Mapping[str, Any]
-Pair = tuple[str, str]
+OnBadRecord = Literal["error", "skip"]
+Converted = TypeVar("Converted")
+_PEEKED = 20  # records whose fields a template is checked against before anything is read
 
-
-def plain(record: Record, cell: Cell) -> Pair:
-    """`input` -> `target`."""
-    return text(record, "input"), text(record, "target")
-
-
-def ner(record: Record, cell: Cell) -> Pair:
-    """`text` -> `PER: x $$ LOC: y`, the entities in the order of the text; empty without any.
-
-    `spans` gives each entity's `label` and its place by the byte offsets `start_byte` and
-    `limit_byte` in the UTF-8 of `text`. A record without `spans` gives its `target` as it is.
-    """
-    sentence = text(record, "text")
-    if "spans" not in record and "target" in record:
-        return sentence, text(record, "target")
-    spans = record.get("spans")
-    if not isinstance(spans, list):
-        raise ValueError(f"field 'spans': expected a list, got {shorten(spans)}")
-    content = sentence.encode()
-    entities = []
-    for span in spans:
-        if not isinstance(span, dict):
-            raise ValueError(f"field 'spans': expected objects, got {shorten(span)}")
-        start, limit = span.get("start_byte"), span.get("limit_byte")
-        if not (type(start) is int and type(limit) is int and 0 <= start < limit <= len(content)):
-            raise ValueError(
-                f"span start_byte={start} limit_byte={limit} lies outside the text of "
-                f"{len(content)} bytes, or is empty"
-            )
-        try:
-            entity = content[start:limit].decode()
-        except UnicodeDecodeError:
-            raise ValueError(
-                f"span start_byte={start} limit_byte={limit} splits a UTF-8 character"
-            ) from None
-        entities.append((start, limit, f"{text(span, 'label')}: {entity}"))
-    return sentence, " $$ ".join(entity for _, _, entity in sorted(entities))
-
-
-def question_answering(record: Record, cell: Cell) -> Pair:
-    """`question: Q title: T context: C` -> `target`, an answer or `No Answer`."""
-    question, title = text(record, "question"), text(record, "title")
-    inputs = f"question: {question} title: {title} context: {text(record, 'context')}"
-    return inputs, text(record, "target")
-
-
-def transliteration(record: Record, cell: Cell) -> Pair:
-    """`hi-Latn-Deva TEXT` -> `target`, for the file `Latn2Deva.hi`."""
-    source, target = _TRANSLITERATION.fullmatch(cell.file).group("source", "target")  # type: ignore[union-attr]
-    return f"{cell.language}-{source}-{target} {text(record, 'input')}", text(record, "target")
-
-
-_TRANSLATION = re.compile(r"[A-Za-z_]+2(?P<language>[A-Za-z_]+)")
-_TRANSLITERATION = re.compile(r"(?P<source>[A-Za-z]+)2(?P<target>[A-Za-z]+)\.(?P<language>\w+)")
-
-
-@dataclass(frozen=True)
-class TaskFormat:
-    """How a task's files are read.
-
-    Attributes:
-      pair: (record, cell) -> (input, target); ValueErrors get the file and line put before them.
-      metrics: names in flix_jax.evaluation.metrics.METRICS, the task's headline first.
-      file: what the names of the files look like, with the group `language`; None for files that
-        are named by the language.
-    """
-
-    pair: Callable[[Record, Cell], Pair] = plain
-    metrics: tuple[str, ...] = ("exact_match",)
-    file: re.Pattern[str] | None = None
-
-
-QA = TaskFormat(question_answering, ("token_f1", "exact_match"))
-FORMATS: Mapping[str, TaskFormat] = {
-    "ner": TaskFormat(ner, ("span_f1",)),
-    "semantic_parsing": TaskFormat(plain, ("exact_match",)),
-    "qa_in_lang": QA,
-    "qa_cross_lang": QA,
-    "translation": TaskFormat(plain, ("chrf",), _TRANSLATION),
-    "transliteration": TaskFormat(transliteration, ("cer", "exact_match"), _TRANSLITERATION),
-    "asr": TaskFormat(plain, ("cer",)),
-    "topic": TaskFormat(plain, ("exact_match",)),
-    "sentiment": TaskFormat(plain, ("exact_match",)),
-}
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class XtremeUp:
     """A folder in XTREME-UP's layout as a Source (flix_jax.data.cells).
 
-    The language of a cell is the name of its file, except that `en2sw` in `translation` is `sw` and
-    `Latn2Deva.hi` in `transliteration` is `hi`. Where a task has several files of one language,
-    their cells carry the file's name as a variant: `translation/sw:fr2sw`.
+    The language of a cell is the name of its file, but for the locales of `asr` and `pt_br`
+    (`af_za` is `af`), and `en2sw` in `translation` is `sw`, `Latn2Deva.hi` in `transliteration` is
+    `hi`. Where a task has several files of one language, their cells carry the file's name as a
+    variant: `translation/sw:fr2sw`.
 
     Attributes:
       data_dir: local or in a bucket; holds `{task}/{split}/{file}.jsonl`.
       name: prefix of the seqio task names.
       formats: by task, beside or instead of those of FORMATS; a task without one is read as `input`
         and `target` and measured by exact match.
+      prompts: by task, a template around the input that the format gives, which stands in it as
+        `{input}`, with `{task}`, `{language}`, the columns of the language table and the fields of
+        the record; none by default. Targets and the passages of an index have no prompt.
+      on_bad_record: 'error', or 'skip' to leave out what cannot be read; skipped records are logged
+        once per file and counted in `skipped`.
+      code_switched: whether `semantic_parsing` includes its code-switched files (bn_cs, hi_cs,
+        ta_cs), which the benchmark's score leaves out.
+      languages: a table of languages (flix_jax.data.language_table) whose columns become
+        annotations of the cells, and so feature types: 'configs/features/languages.tsv' is one.
 
     Raises:
-      ValueError: in `cells`, when the folder is missing or holds no such files.
+      ValueError: for a prompt without `{input}` and an unknown `on_bad_record`. In `cells`: when
+        the folder is missing or holds no such files, `formats` or `prompts` name an unknown task, a
+        template names a field that the records lack, or the table lacks a language.
     """
 
     data_dir: str
     name: str = "xtreme_up"
     formats: Mapping[str, TaskFormat] = field(default_factory=dict)
+    prompts: Mapping[str, str] = field(default_factory=dict)
+    on_bad_record: OnBadRecord = "error"
+    code_switched: bool = False
+    languages: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.on_bad_record not in get_args(OnBadRecord):
+            raise ValueError(
+                f"XtremeUp.on_bad_record={self.on_bad_record!r}: expected 'error' or 'skip'; "
+                f"{did_you_mean(self.on_bad_record, get_args(OnBadRecord))}"
+            )
+        for task, template in self._prompts.items():
+            if "input" not in template.fields:
+                hints = [(name, did_you_mean(name, ["input"])) for name in template.fields]
+                near = [f"; {name!r}: {hint}" for name, hint in hints if hint.startswith("did")]
+                raise ValueError(
+                    f"XtremeUp.prompts[{task!r}]={self.prompts[task]!r}: expected {{input}}, what "
+                    f"the format of the task gives, in it{''.join(near)}"
+                )
+
+    # Cells
 
     def cells(self) -> tuple[Cell, ...]:
-        """All cells that have a file in any split, sorted by name; reads no file."""
+        """All cells that have a file in any split, sorted by name.
+
+        Reads no file, but for a few records of each task whose templates name their fields.
+        """
         return tuple(self._files)
 
     def splits(self, cell: Cell) -> tuple[str, ...]:
@@ -143,26 +136,89 @@ class XtremeUp:
         """How the files of `task` are read."""
         return {**FORMATS, **self.formats}.get(task, TaskFormat())
 
+    def missing(self) -> dict[str, tuple[str, ...]]:
+        """What the benchmark lists and the folder lacks, in any split.
+
+        Returns:
+          By task of the benchmark, the languages; the names of the files where a task has several
+          of one language. Tasks that lack nothing are left out.
+        """
+        there: dict[str, set[str]] = {}
+        for cell in self._files:
+            there.setdefault(cell.task, set()).add(cell.file)
+        absent = {}
+        for task, files in FILES.items():
+            languages = list(files.values())
+            names = tuple(
+                language if languages.count(language) == 1 else file
+                for file, language in files.items()
+                if file not in there.get(task, ()) and not self._leaves_out(task, file)
+            )
+            if names:
+                absent[task] = names
+        return absent
+
+    def missing_text(self) -> str:
+        """`missing` for a log, a line for each task; '' where nothing is missing."""
+        held = {cell.task for cell in self._files}
+        lines = []
+        for task, names in self.missing().items():
+            of = sum(not self._leaves_out(task, file) for file in FILES[task])
+            all_of_them = f"{len(names)} of {of} files not there: {', '.join(names)}"
+            lines.append(f"{task}: {all_of_them if task in held else 'not there'}")
+        return "\n".join(lines)
+
+    # Records
+
     def pairs(self, cell: Cell, split: str) -> tuple[list[str], list[str]]:
         """Inputs and targets of a split of `cell`, in the order of the file.
 
         Raises:
-          ValueError: for a split that the cell lacks, and with file and line for a record that
-            cannot be read.
+          ValueError: for a split that the cell lacks, with file and line for a record that cannot
+            be read, and for a file of which `on_bad_record` would skip all.
         """
-        if split not in self._files[cell]:
-            held = ", ".join(self._files[cell])
-            raise ValueError(f"cell {cell.name} has no split {split!r} in {self.data_dir}: {held}")
-        path, pair = self._files[cell][split], self.format(cell.task).pair
-        inputs, targets = [], []
-        for line, record in read_records(path):
-            try:
-                source, target = pair(record, cell)
-            except ValueError as error:
-                raise ValueError(f"{path}:{line}: {error}") from None
-            inputs.append(source)
-            targets.append(target)
-        return inputs, targets
+        examples = [pair for _, pair in self._examples(cell, split)]
+        return [source for source, _ in examples], [target for _, target in examples]
+
+    def passage_ids(self, cell: Cell, split: str) -> list[str]:
+        """Of a retrieval cell: the id of each query's passage, in the order of `pairs`."""
+        self._check_retrieval(cell)
+        return [passage_id(record) for record, _ in self._examples(cell, split)]
+
+    def index_path(self, cell: Cell) -> str:
+        """The file of passages that the queries of a retrieval cell are looked up in.
+
+        `{task}/index/{file}.jsonl` where there is one, else the release's `{task}/index.jsonl`,
+        which all languages and splits of the task share.
+
+        Raises:
+          ValueError: for a cell of another task, or without either file.
+        """
+        from etils import epath
+
+        self._check_retrieval(cell)
+        folder = epath.Path(self.data_dir) / cell.task
+        paths = folder / "index" / f"{cell.file}.jsonl", folder / "index.jsonl"
+        for path in paths:
+            if path.exists():
+                return str(path)
+        raise ValueError(f"{cell.name}: no index of passages: neither {paths[1]} nor {paths[0]}")
+
+    def index(self, cell: Cell) -> tuple[list[str], list[str]]:
+        """The passages of `index_path`: their ids and their texts, `title context`."""
+        passages = list(
+            self._read(self.index_path(cell), lambda record: (passage_id(record), passage(record)))
+        )
+        return [name for _, (name, _) in passages], [content for _, (_, content) in passages]
+
+    @property
+    def skipped(self) -> Mapping[str, Skipped]:
+        """By path, what `on_bad_record='skip'` left out of the files that were read so far."""
+        return dict(self._skipped)
+
+    def skipped_text(self) -> str:
+        """`skipped` for a log, a line for each file; '' where nothing was skipped."""
+        return "\n".join(f"{path}: {entry}" for path, entry in self._skipped.items())
 
     def register(
         self, cells: Iterable[Cell], *, vocabulary: Vocabulary, space: FeatureSpace | None
@@ -192,6 +248,76 @@ class XtremeUp:
             for cell in cells
         }
 
+    def _examples(self, cell: Cell, split: str) -> Iterator[tuple[Record, Pair]]:
+        if split not in self._files[cell]:
+            held = ", ".join(self._files[cell])
+            raise ValueError(f"cell {cell.name} has no split {split!r} in {self.data_dir}: {held}")
+        read, prompt = self.format(cell.task).read, self._prompts.get(cell.task)
+        known = template_fields(cell)
+
+        def convert(record: Record) -> Pair:
+            source, target = read(record, cell)
+            if prompt is None:
+                return source, target
+            given = {"input": source, **known}
+
+            def value(name: str) -> str:
+                return given[name] if name in given else text(record, name, numbers=True)
+
+            return prompt.fill(value), target
+
+        return self._read(self._files[cell][split], convert)
+
+    def _read(
+        self, path: Any, convert: Callable[[Record], Converted]
+    ) -> Iterator[tuple[Record, Converted]]:
+        """The records of a file, each with what `convert` makes of it, under `on_bad_record`."""
+        bad: list[tuple[int, str]] = []
+        good = 0
+
+        def skip(line: int, error: ValueError) -> None:
+            if self.on_bad_record == "error":
+                raise ValueError(f"{path}:{line}: {error}") from None
+            bad.append((line, str(error)))
+
+        for line, record in read_records(path, skip):
+            try:
+                converted = convert(record)
+            except ValueError as error:
+                skip(line, error)
+                continue
+            good += 1
+            yield record, converted
+        if not bad:
+            return
+        lines = tuple(line for line, _ in bad[:LINES_SHOWN])
+        entry = Skipped(len(bad), good + len(bad), lines, bad[0][1])
+        if not good:
+            raise ValueError(f"{path}: none of the {len(bad)} records can be read: {entry.first}")
+        if self._skipped.get(str(path)) != entry:
+            self._skipped[str(path)] = entry
+            _logger.warning("%s: %s", path, entry)
+
+    def _check_retrieval(self, cell: Cell) -> None:
+        if self.format(cell.task).inference != "retrieve":
+            raise ValueError(f"{cell.name}: the task {cell.task} has no index of passages")
+
+    @functools.cached_property
+    def _skipped(self) -> dict[str, Skipped]:
+        return {}
+
+    @functools.cached_property
+    def _prompts(self) -> dict[str, Template]:
+        return {
+            task: Template.parse(template, f"XtremeUp.prompts[{task!r}]")
+            for task, template in self.prompts.items()
+        }
+
+    # Files
+
+    def _leaves_out(self, task: str, file: str) -> bool:
+        return task == "semantic_parsing" and file in CODE_SWITCHED and not self.code_switched
+
     @functools.cached_property
     def _files(self) -> dict[Cell, dict[str, Any]]:
         from etils import epath
@@ -206,80 +332,62 @@ class XtremeUp:
                 folder = task / split
                 for path in sorted(folder.glob("*.jsonl")) if folder.is_dir() else ():
                     stem = path.name.removesuffix(".jsonl")
-                    found.setdefault(task.name, {}).setdefault(stem, {})[split] = path
+                    if not self._leaves_out(task.name, stem):
+                        found.setdefault(task.name, {}).setdefault(stem, {})[split] = path
         if not found:
             raise ValueError(f"XtremeUp.data_dir={self.data_dir!r} holds no data: {layout}")
+        self._check_tasks(found)
+        table = None if self.languages is None else read_language_table(self.languages)
         files = {}
         for task_name, stems in found.items():
             languages = {stem: self._language(task_name, stem) for stem in stems}
             for stem, language in languages.items():
                 several = list(languages.values()).count(language) > 1
                 cell = Cell(task_name, language, stem, stem if several else "")
-                files[cell] = stems[stem]
-        return dict(sorted(files.items(), key=lambda item: item[0].name))
+                files[cell if table is None else table.annotate(cell)] = stems[stem]
+        files = dict(sorted(files.items(), key=lambda item: item[0].name))
+        firsts = {cell.task: cell for cell in reversed(files)}
+        for cell in firsts.values():
+            self._check_fields(cell, next(iter(files[cell].values())))
+        return files
 
     def _language(self, task: str, stem: str) -> str:
-        pattern = self.format(task).file
-        if pattern is None:
-            return stem
-        matched = pattern.fullmatch(stem)
-        if matched is None:
-            raise ValueError(
-                f"{self.data_dir}/{task}: the file name {stem}.jsonl is not of the form "
-                f"{pattern.pattern} and tells no language"
-            )
-        return matched["language"]
-
-
-def read_records(path: Any) -> Iterator[tuple[int, Record]]:
-    """The records of a jsonl file with their line numbers, from 1; blank lines are passed over.
-
-    Raises:
-      ValueError: with file and line, for text that is not UTF-8, malformed JSON or a line that is
-        no object; for a file without any record.
-    """
-    from etils import epath
-
-    empty = True
-    content = epath.Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")
-    # Lines end at \n alone: the texts hold characters that str.splitlines takes for ends of lines.
-    for number, line in enumerate(content.split(b"\n"), start=1):
-        if not line.strip():
-            continue
         try:
-            record = json.loads(line.decode())
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"{path}:{number}: not UTF-8: byte {line[error.start]:#04x} at column "
-                f"{error.start + 1}"
-            ) from None
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{path}:{number}: malformed JSON: {error.msg} at column {error.colno}"
-            ) from None
-        if not isinstance(record, dict):
-            raise ValueError(f"{path}:{number}: expected a JSON object, got {shorten(record)}")
-        empty = False
-        yield number, record
-    if empty:
-        raise ValueError(f"{path}: the file holds no records")
+            return self.format(task).language(stem)
+        except ValueError as error:
+            raise ValueError(f"{self.data_dir}/{task}: {error}") from None
 
+    def _check_tasks(self, found: Iterable[str]) -> None:
+        known = {"formats": {*found, *FORMATS}, "prompts": {*found, *FORMATS, *self.formats}}
+        for parameter, tasks in known.items():
+            for task in getattr(self, parameter):
+                if task not in tasks:
+                    raise ValueError(
+                        f"XtremeUp.{parameter}: no task {task!r} in {self.data_dir}; "
+                        f"{did_you_mean(task, sorted(tasks))}"
+                    )
 
-def text(record: Record, name: str) -> str:
-    """The string field `name`; ValueError when it is missing, no string, or no valid Unicode."""
-    if name not in record:
-        raise ValueError(f"field {name!r} is missing: the record has {', '.join(record) or 'none'}")
-    value = record[name]
-    if not isinstance(value, str):
-        raise ValueError(f"field {name!r}: expected a string, got {shorten(value)}")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"field {name!r}: holds half of a surrogate pair") from None
-    return value
-
-
-def shorten(value: Any) -> str:
-    """`value` as JSON, cut to fit an error message."""
-    shown = json.dumps(value, ensure_ascii=True)
-    return shown if len(shown) <= 40 else shown[:37] + "..."
+    def _check_fields(self, cell: Cell, path: Any) -> None:
+        """Holds the templates of a task against the fields of its first records."""
+        known = template_fields(cell)
+        named = [
+            (f"TaskFormat.{parameter} of XtremeUp.formats[{cell.task!r}]", fields, list(known))
+            for parameter, fields in self.format(cell.task).fields.items()
+            if cell.task in self.formats
+        ]
+        if cell.task in self._prompts:
+            place = f"XtremeUp.prompts[{cell.task!r}]"
+            named.append((place, self._prompts[cell.task].fields, ["input", *known]))
+        if all(name in given for _, fields, given in named for name in fields):
+            return
+        records = itertools.islice(read_records(path, lambda line, error: None), _PEEKED)
+        held = list(dict.fromkeys(name for _, record in records for name in record))
+        if not held:
+            return  # not a record among them: reading will say what is wrong
+        for place, fields, given in named:
+            for name in fields:
+                if name not in (*given, *held):
+                    raise ValueError(
+                        f"{place}: no field {name!r} in the records of {path}; "
+                        f"{did_you_mean(name, [*given, *held])}"
+                    )

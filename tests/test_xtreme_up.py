@@ -1,6 +1,9 @@
 import json
+import logging
 import os
+import re
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +11,7 @@ import seqio
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flix_jax import configuration
 from flix_jax.adapters.features import FeatureSpace, FeatureType
 from flix_jax.data.cells import Cell, Mixture, columns, find
 from flix_jax.data.seqio_tasks import load_cells
@@ -20,7 +24,9 @@ from flix_jax.tasks.xtreme_up import (
     read_records,
     text,
 )
+from flix_jax.tasks.xtreme_up_languages import FILES, languages, under_represented
 
+DOCS = Path(__file__).parent.parent / "docs" / "data.md"
 SW = Cell("ner", "sw", "sw")
 NAME, PLACE = "Wangarĩ", "Nyeri\u00a0mjini"
 SENTENCE = f"{NAME} alizaliwa\t{PLACE} 1940."
@@ -43,6 +49,7 @@ def write(root, files):
 PLAIN = {"input": "hello", "target": "habari"}
 NER = {"text": SENTENCE, "spans": [span(PLACE, "LOC"), span(NAME, "PER"), span("1940", "DATE")]}
 QA = {"question": "Nani?", "title": "", "context": "Ni mimi.", "target": "mimi", "other": 1}
+QUERY = {"id": "p1", "question": "NANI Ёж?", "title": "Mji", "context": "Ni Mimi."}
 
 
 # Records
@@ -59,9 +66,14 @@ QA = {"question": "Nani?", "title": "", "context": "Ni mimi.", "target": "mimi",
         ("translation", "en2sw", PLAIN, ("hello", "habari")),
         ("semantic_parsing", "de_localized", PLAIN, ("hello", "habari")),
         ("transliteration", "Latn2Deva.hi", PLAIN, ("hi-Latn-Deva hello", "habari")),
-        ("asr", "af_za", PLAIN, ("hello", "habari")),
+        ("asr", "af_za", {"input": "Hello, ", "target": "Habari."}, ("Hello, ", "Habari.")),
+        ("retrieval_in_lang", "sw", QUERY, ("nani ёж?", "Mji Ni Mimi.")),
+        ("retrieval_cross_lang", "as", QUERY | {"id": 7}, ("nani ёж?", "Mji Ni Mimi.")),
+        ("autocomplete", "be", {"context": "Я ў", "target": "ўжо"}, ("be-Я ў$", "ўжо")),
+        ("topic", "am", {"input": "ሰላም", "target": "travel"}, ("ሰላም", "travel")),
         ("sentiment", "jv", PLAIN, ("hello", "habari")),
         ("my_own_task", "sw", {"input": "", "target": ""}, ("", "")),
+        ("my_own_task", "sw", {"input": "a", "target": 2.5}, ("a", "2.5")),
     ],
 )
 def test_records_become_pairs(tmp_path, task, file, record, expected):
@@ -114,6 +126,7 @@ def test_bad_offsets_are_refused(start, limit, message):
         ('{"input": "a", "target": ["b"]}', 'expected a string, got \\["b"\\]'),
         ('{"input": "a", "target": "\\ud800"}', "surrogate"),
         ('["a", "b"]', "expected a JSON object"),
+        ("[" * 100_000, "nested too deeply"),
     ],
 )
 def test_bad_lines_name_file_and_line(tmp_path, line, message):
@@ -222,6 +235,228 @@ def test_a_file_name_that_tells_no_language_is_refused(tmp_path):
         source.cells()
 
 
+def test_locales_are_one_language_with_the_rest(tmp_path):
+    files = ["asr/train/af_za", "asr/train/cmn_hans_cn", "asr/test/sd_arab_in"]
+    files += ["semantic_parsing/train/pt_br", "semantic_parsing/train/de_localized"]
+    source = write(tmp_path, {name: [PLAIN] for name in files})
+    found = [(cell.name, cell.file) for cell in source.cells()]
+    assert found == [
+        ("asr/af", "af_za"),
+        ("asr/cmn_hans", "cmn_hans_cn"),
+        ("asr/sd", "sd_arab_in"),
+        ("semantic_parsing/de_localized", "de_localized"),
+        ("semantic_parsing/pt", "pt_br"),
+    ]
+
+
+def test_code_switched_files_come_on_request(tmp_path):
+    write(tmp_path, {f"{task}/train/bn_cs": [PLAIN] for task in ("semantic_parsing", "topic")})
+    write(tmp_path, {"semantic_parsing/train/bn": [PLAIN]})
+    names = [cell.name for cell in XtremeUp(str(tmp_path)).cells()]
+    assert names == ["semantic_parsing/bn", "topic/bn_cs"]
+    source = XtremeUp(str(tmp_path), code_switched=True)
+    assert find("semantic_parsing/bn_cs", source.cells()).language == "bn_cs"
+
+
+def test_what_the_benchmark_has_and_the_folder_lacks_is_named(tmp_path):
+    there = {f"ner/test/{name}": [NER] for name in languages("ner") if name not in ("bbj", "yo")}
+    there |= {"transliteration/train/Latn2Deva.hi": [PLAIN], "topic/train/sw": [PLAIN]}
+    there |= {f"qa_in_lang/train/{name}": [QA] for name in languages("qa_in_lang")}
+    source = write(tmp_path, there)
+    missing = source.missing()
+    assert missing["ner"] == ("bbj", "yo")
+    assert len(missing["transliteration"]) == 29
+    assert {"Deva2Latn.hi", "Latn2Guru.pa"} <= set(missing["transliteration"])
+    assert len(missing["translation"]) == 93 and "sw" in missing["translation"]
+    assert "bn_cs" not in missing["semantic_parsing"]
+    assert "qa_in_lang" not in missing and "topic" not in missing
+    lines = source.missing_text().split("\n")
+    assert "ner: 2 of 20 files not there: bbj, yo" in lines
+    assert "asr: not there" in lines and len(lines) == len(missing) == 9
+
+
+# The benchmark's languages
+
+
+@pytest.mark.parametrize(
+    ("task", "count", "counted", "others"),
+    [
+        ("ner", 20, 20, ""),
+        ("semantic_parsing", 24, 9, "pt ru tr de_localized de en bn_cs hi_cs ta_cs"),
+        ("qa_in_lang", 9, 4, "ar fi ko ru en"),
+        ("qa_cross_lang", 26, 21, "ar fi ko ru hi"),
+        ("retrieval_in_lang", 9, 4, "ar fi ko ru en"),
+        ("retrieval_cross_lang", 26, 21, "ar fi ko ru hi"),
+        ("translation", 93, 70, "ar zh fa vi"),
+        ("transliteration", 13, 12, "hi"),
+        ("autocomplete", 23, 22, "en"),
+        ("asr", 102, 77, "ar cmn_hans cmn_hant en vi"),
+    ],
+)
+def test_the_benchmark_counts_the_languages_that_the_paper_counts(task, count, counted, others):
+    assert len(languages(task)) == count
+    chosen = [name for name in languages(task) if under_represented(task, name)]
+    assert len(chosen) == counted
+    assert not {name for name in others.split() if under_represented(task, name) is not False}
+    if len(others.split()) == count - counted:
+        assert set(languages(task)) - set(chosen) == set(others.split())
+
+
+def test_under_representation_is_known_of_the_benchmarks_own_only():
+    assert under_represented("asr", "af_za") is under_represented("asr", "af") is True
+    assert under_represented("translation", "en2sw") is True
+    assert under_represented("translation", "en2de") is False
+    assert under_represented("transliteration", "Latn2Deva.hi") is False
+    assert under_represented("topic", "sw") is under_represented("ner", "de") is None
+
+
+def test_every_published_file_is_of_the_language_that_its_name_tells():
+    for task, files in FILES.items():
+        for file, language in files.items():
+            assert FORMATS[task].language(file) == language
+            assert (
+                language == language.lower()
+                and file.endswith(language)
+                or task
+                in (
+                    "asr",
+                    "semantic_parsing",
+                )
+            )
+
+
+# Retrieval
+
+
+def passages(*names):
+    return [{"id": name, "title": name.upper(), "context": "c"} for name in names]
+
+
+def test_a_retrieval_task_has_an_index_that_its_languages_share(tmp_path):
+    source = write(
+        tmp_path,
+        {
+            "retrieval_in_lang/test/sw": [QUERY, QUERY | {"id": 2}],
+            "retrieval_in_lang/test/te": [QUERY],
+            "retrieval_in_lang/index": passages("p1", "p2"),
+            "retrieval_in_lang/index/te": passages("p3"),
+            "ner/test/sw": [NER],
+        },
+    )
+    sw, te = (find(f"retrieval_in_lang/{name}", source.cells()) for name in ("sw", "te"))
+    assert source.index(sw) == (["p1", "p2"], ["P1 c", "P2 c"])
+    assert source.index(te) == (["p3"], ["P3 c"])
+    assert source.passage_ids(sw, "test") == ["p1", "2"]
+    with pytest.raises(ValueError, match="ner/sw: the task ner has no index"):
+        source.index(SW)
+    with pytest.raises(ValueError, match="ner/sw: the task ner has no index"):
+        source.passage_ids(SW, "test")
+
+
+def test_a_missing_or_broken_index_names_its_file(tmp_path):
+    source = write(tmp_path, {"retrieval_in_lang/test/sw": [QUERY]})
+    (cell,) = source.cells()
+    with pytest.raises(ValueError, match=f"neither {tmp_path}/retrieval_in_lang/index.jsonl nor"):
+        source.index(cell)
+    write(tmp_path, {"retrieval_in_lang/index": [*passages("a"), {"id": "b", "title": ""}]})
+    with pytest.raises(ValueError, match="index.jsonl:2: field 'context' is missing"):
+        source.index(cell)
+
+
+def test_formats_say_what_their_evaluation_asks_for():
+    asked = {task: form.inference for task, form in FORMATS.items() if form.inference != "generate"}
+    assert asked == {
+        "autocomplete": "complete",
+        "retrieval_in_lang": "retrieve",
+        "retrieval_cross_lang": "retrieve",
+    }
+
+
+# Prompts
+
+
+@pytest.mark.parametrize(
+    ("task", "file", "record", "prompt", "expected"),
+    [
+        ("ner", "sw", NER, "{task} in {language}: {input}", f"ner in sw: {SENTENCE}"),
+        ("transliteration", "Latn2Deva.hi", PLAIN, "{input}?", "hi-Latn-Deva hello?"),
+        ("qa_in_lang", "sw", QA, "{context} {{{input}}} {other}", None),
+        ("ner", "sw", NER | {"language": "swa"}, "{language} {input}", f"sw {SENTENCE}"),
+    ],
+)
+def test_prompts_are_filled_around_the_input(tmp_path, task, file, record, prompt, expected):
+    bare = write(tmp_path, {f"{task}/train/{file}": [record]})
+    (cell,) = bare.cells()
+    source = XtremeUp(str(tmp_path), prompts={task: prompt})
+    (given,), targets = source.pairs(cell, "train")
+    assert given == expected or expected is None
+    assert targets == bare.pairs(cell, "train")[1]
+    if expected is None:
+        assert given == "Ni mimi. {question: Nani? title:  context: Ni mimi.} 1"
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ({"ner": "Find {language}"}, r"prompts\['ner'\]='Find {language}': expected {input}"),
+        ({"ner": "Find {inptu}"}, "'inptu': did you mean 'input'"),
+        ({"ner": "Find {input"}, r"prompts\['ner'\]='Find {input': expected '}' before"),
+        ({"ner": "Find {}{input}"}, "expected plain fields such as {input}"),
+        ({"ner": "Find {input!r}"}, "expected plain fields such as {input}"),
+        ({"ner": 3}, r"prompts\['ner'\]=3: expected a text"),
+        ({"nre": "{input}"}, "no task 'nre' in .*; did you mean 'ner'"),
+        ({"ner": "{langauge} {input}"}, r"\['ner'\]: no field 'langauge' .*mean 'language'"),
+        ({"ner": "{txt} {input}"}, "no field 'txt' in the records of .*sw.jsonl.*mean 'text'"),
+    ],
+)
+def test_wrong_prompts_are_refused_before_anything_is_read(tmp_path, prompts, message):
+    write(tmp_path, {"ner/train/sw": [NER]})
+    with pytest.raises(ValueError, match=message) as error:
+        XtremeUp(str(tmp_path), prompts=prompts).cells()
+    assert "XtremeUp.prompts" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_wrong_prompt_in_a_gin_file_names_file_and_line(tmp_path):
+    gin_file = tmp_path / "run.gin"
+    gin_file.write_text("XtremeUp.data_dir = 'x'\nXtremeUp.prompts = {'ner': 'Find {inptu}'}\n")
+    with pytest.raises(configuration.ConfigurationError, match=r"run.gin:2: .*'inptu': did you"):
+        configuration.load([str(gin_file)]).build("XtremeUp")
+
+
+# Records that cannot be read
+
+
+def test_bad_records_are_skipped_on_request_counted_and_told(tmp_path, caplog):
+    bad = ['{"input": "a"', '{"input": "a"}', '["a"]', '{"input": 1, "target": "b"}']
+    write(tmp_path, {"topic/train/sw": [bad[0], PLAIN, *bad[1:], "", PLAIN, *bad[2:]]})
+    source = XtremeUp(str(tmp_path), on_bad_record="skip")
+    (cell,) = source.cells()
+    assert not source.skipped and not source.skipped_text()
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):  # told once, however often the file is read
+            assert source.pairs(cell, "train") == (["hello"] * 2, ["habari"] * 2)
+    ((path, entry),) = source.skipped.items()
+    assert path == f"{tmp_path}/topic/train/sw.jsonl"
+    assert (entry.records, entry.of, entry.lines) == (6, 8, (1, 3, 4, 5, 8))
+    assert source.skipped_text() == (
+        f"{path}: 6 of 8 records skipped (lines 1, 3, 4, 5, 8, ...): "
+        "malformed JSON: Expecting ',' delimiter at column 14"
+    )
+    assert [record.message for record in caplog.records] == [source.skipped_text()]
+
+
+def test_a_file_of_which_nothing_is_left_is_an_error_all_the_same(tmp_path):
+    write(tmp_path, {"topic/train/sw": ["{", '{"input": "a"}']})
+    source = XtremeUp(str(tmp_path), on_bad_record="skip")
+    with pytest.raises(ValueError, match="sw.jsonl: none of the 2 records can be read: malformed"):
+        source.pairs(source.cells()[0], "train")
+    with pytest.raises(ValueError, match="on_bad_record='skp': .* did you mean 'skip'"):
+        XtremeUp(str(tmp_path), on_bad_record="skp")
+
+
+# Tasks of one's own
+
+
 def test_a_task_of_ones_own_has_its_own_format(tmp_path):
     def shout(record, cell):
         return record["q"], f"{record['a']} ({cell.language})"
@@ -231,6 +466,80 @@ def test_a_task_of_ones_own_has_its_own_format(tmp_path):
     (cell,) = source.cells()
     assert source.pairs(cell, "train") == (["x"], ["Y (sw)"])
     assert source.format("ner") is FORMATS["ner"]
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"metrics": "cer"}, r"TaskFormat.metrics='cer': expected a list of names, \('cer',\)"),
+        ({"inference": "generat"}, "TaskFormat.inference='generat': .*did you mean 'generate'"),
+        ({"file": "(?P<language"}, "TaskFormat.file=.*: not a regular expression"),
+        ({"file": "x_(.*)"}, r"TaskFormat.file='x_\(.\*\)': expected a group"),
+        ({"input": "{a", "target": "{b}"}, "TaskFormat.input='{a': "),
+        ({"pair": ner, "input": "{a}"}, "TaskFormat.input='{a}' has no effect"),
+    ],
+)
+def test_wrong_formats_are_refused(parameters, message):
+    with pytest.raises(ValueError, match=message):
+        TaskFormat(**parameters)
+
+
+def test_a_format_that_names_an_unknown_field_or_task_is_refused(tmp_path):
+    write(tmp_path, {"quiz/train/sw": [{"question": "x", "answer": "y"}]})
+    wrong = TaskFormat(input="{qestion}", target="{answer}")
+    with pytest.raises(ValueError, match=r"TaskFormat.input of .*'qestion'.* mean 'question'"):
+        XtremeUp(str(tmp_path), formats={"quiz": wrong}).cells()
+    right = TaskFormat(input="{task} {question}", target="{answer}")
+    with pytest.raises(ValueError, match=r"XtremeUp.formats: no task 'quizz' .*did you mean 'quiz"):
+        XtremeUp(str(tmp_path), formats={"quizz": right}).cells()
+    source = XtremeUp(str(tmp_path), formats={"quiz": right})
+    assert source.pairs(source.cells()[0], "train") == (["quiz x"], ["y"])
+
+
+def test_the_examples_of_the_documentation_work(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```(\w+)\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
+    by_kind = {kind: [b for k, b in blocks if k == kind] for kind, _ in blocks}
+    file = tmp_path / "my_data/quiz/train/quiz_sw.jsonl"
+    file.parent.mkdir(parents=True)
+    file.write_text("".join(by_kind["jsonl"]), encoding="utf-8")
+    Path("quiz.gin").write_text("".join(by_kind["gin"]), encoding="utf-8")
+    source = configuration.load(["quiz.gin"]).build("XtremeUp")
+    (cell,) = source.cells()
+    assert cell.name == "quiz/sw"
+    expected = ["Mji mkuu wa Kenya ni upi? Si Mombasa."], ["Nairobi"]
+    assert source.pairs(cell, "train") == expected
+    assert source.format("quiz").metrics == ("token_f1", "exact_match")
+    names = source.register([cell], vocabulary=ByteVocabulary(), space=None)
+    assert names == {cell: "xtreme_up.quiz.sw"}
+    scope = {}
+    exec("\n".join(by_kind["python"]), scope)
+    assert (scope["inputs"], scope["targets"]) == expected
+    assert scope["source"].format("quiz") == source.format("quiz")
+
+
+# Feature types from a table of languages
+
+
+def test_columns_of_a_table_of_languages_are_feature_types(tmp_path):
+    table = tmp_path / "languages.tsv"
+    table.write_text("language\tfamily\nsw\tBantu\nzu\tBantu\nha\tChadic\nyo\tYoruboid\n")
+    write(tmp_path / "data", {f"ner/train/{name}": [NER] for name in ("sw", "zu", "ha", "yo")})
+    source = XtremeUp(
+        str(tmp_path / "data"), languages=str(table), prompts={"ner": "{family}: {input}"}
+    )
+    split = Mixture(held_out=("ner/{zu,yo}",)).select(source.cells())
+    space = FeatureSpace((FeatureType("language"), FeatureType("family")))
+    space = space.complete(columns(split.train))
+    ids = {cell.language: space.encode(cell.annotations()).tolist() for cell in split.cells}
+    assert space.type("family").values == ("Bantu", "Chadic")
+    assert ids == {"sw": [1, 0], "ha": [0, 1], "zu": [-1, 0], "yo": [-1, -1]}
+    (zu,) = (cell for cell in split.held_out if cell.language == "zu")
+    assert source.pairs(zu, "train")[0] == [f"Bantu: {SENTENCE}"]
+    assert zu == Cell("ner", "zu", "zu") and source.splits(Cell("ner", "zu", "zu")) == ("train",)
+    write(tmp_path / "data", {"ner/train/wo": [NER]})
+    with pytest.raises(ValueError, match="languages.tsv has no row for the language 'wo' of ner"):
+        XtremeUp(str(tmp_path / "data"), languages=str(table)).cells()
 
 
 # seqio
@@ -260,7 +569,7 @@ def test_registered_tasks_carry_features_and_metrics(tmp_path):
     by_name = {cell.name: metrics_of(name) for cell, name in names.items()}
     assert by_name == {
         "ner/sw": ["span_f1"],
-        "translation/sw": ["chrf"],
+        "translation/sw": ["chrf", "bleu"],
         "qa_in_lang/te": ["token_f1", "exact_match"],
         "transliteration/hi": ["cer", "exact_match"],
     }
@@ -294,9 +603,11 @@ def release():
 
 
 def test_every_real_file_reads_and_ner_targets_are_those_of_the_release(release):
-    examples, scripts, empty = 0, set(), 0
+    examples, scripts, empty, files = 0, set(), 0, 0
+    started = time.process_time()
     for cell in release.cells():
         for split in release.splits(cell):
+            files += 1
             inputs, targets = release.pairs(cell, split)
             path = f"{release.data_dir}/{cell.task}/{split}/{cell.file}.jsonl"
             with open(path, "rb") as file:
@@ -308,7 +619,9 @@ def test_every_real_file_reads_and_ner_targets_are_those_of_the_release(release)
             if cell.task == "ner":
                 given_targets = [record["target"] for _, record in read_records(path)]
                 assert targets == given_targets
-    assert examples > 100_000 and empty > 5_000
+    assert files == len(list(Path(release.data_dir).glob("*/*/*.jsonl"))) >= 330
+    assert examples > 100_000 and empty > 5_000 and not release.skipped
+    assert time.process_time() - started < 20
     assert {0x1200 >> 7, 0x0600 >> 7, 0x0900 >> 7, 0} <= scripts
 
 

@@ -1,0 +1,147 @@
+"""Records of jsonl files: reading them with their line numbers, their fields, and templates."""
+
+from __future__ import annotations
+
+import json
+import string
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Record = Mapping[str, Any]
+LINES_SHOWN = 5
+
+
+def read_records(
+    path: Any, on_error: Callable[[int, ValueError], None] | None = None
+) -> Iterator[tuple[int, Record]]:
+    """The records of a jsonl file with their line numbers, from 1; blank lines are passed over.
+
+    Args:
+      path: local or in a bucket.
+      on_error: called with line number and error for a line that is no record, instead of raising.
+
+    Raises:
+      ValueError: with file and line, for text that is not UTF-8, malformed JSON or a line that is
+        no object; for a file with blank lines only, or none.
+    """
+    from etils import epath
+
+    empty = True
+    content = epath.Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")
+    # Lines end at \n alone: the texts hold characters that str.splitlines takes for ends of lines.
+    for number, line in enumerate(content.split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        empty = False
+        try:
+            record = _parse(line)
+        except ValueError as error:
+            if on_error is None:
+                raise ValueError(f"{path}:{number}: {error}") from None
+            on_error(number, error)
+            continue
+        yield number, record
+    if empty:
+        raise ValueError(f"{path}: the file holds no records")
+
+
+def _parse(line: bytes) -> Record:
+    try:
+        record = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"not UTF-8: byte {line[error.start]:#04x} at column {error.start + 1}"
+        ) from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"malformed JSON: {error.msg} at column {error.colno}") from None
+    except RecursionError:
+        raise ValueError("malformed JSON: nested too deeply") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"expected a JSON object, got {shorten(record)}")
+    return record
+
+
+def text(record: Record, name: str, *, numbers: bool = False) -> str:
+    """The string field `name`; ValueError when it is missing, no string, or no valid Unicode.
+
+    Args:
+      numbers: take a number too, as JSON writes it.
+    """
+    if name not in record:
+        raise ValueError(f"field {name!r} is missing: the record has {', '.join(record) or 'none'}")
+    value = record[name]
+    if numbers and type(value) in (int, float):
+        return json.dumps(value)
+    if not isinstance(value, str):
+        raise ValueError(f"field {name!r}: expected a string, got {shorten(value)}")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"field {name!r}: holds half of a surrogate pair") from None
+    return value
+
+
+def shorten(value: Any) -> str:
+    """`value` as JSON, cut to fit an error message."""
+    shown = json.dumps(value, ensure_ascii=True)
+    return shown if len(shown) <= 40 else shown[:37] + "..."
+
+
+@dataclass(frozen=True)
+class Template:
+    """A text with fields in braces, `Find the names in {language}: {input}`; `{{` is a brace.
+
+    Attributes:
+      pieces: plain text, each with the field that follows it; None at the end.
+    """
+
+    pieces: tuple[tuple[str, str | None], ...]
+
+    @classmethod
+    def parse(cls, template: str, place: str) -> Template:
+        """Reads `template`; ValueError that opens with `place` for what is no such text."""
+        if not isinstance(template, str):
+            raise ValueError(f"{place}={template!r}: expected a text with fields such as {{input}}")
+        try:
+            parsed = list(string.Formatter().parse(template))
+        except ValueError as error:
+            raise ValueError(f"{place}={template!r}: {error}") from None
+        for _, name, form, conversion in parsed:
+            if name is not None and (not name or form or conversion):
+                raise ValueError(
+                    f"{place}={template!r}: expected plain fields such as {{input}}, and {{{{ or "
+                    "}} for a brace"
+                )
+        return cls(tuple((literal, name) for literal, name, _, _ in parsed))
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The names in braces, each once."""
+        return tuple(dict.fromkeys(name for _, name in self.pieces if name is not None))
+
+    def fill(self, value: Callable[[str], str]) -> str:
+        """The text with every field replaced by `value(field)`."""
+        return "".join(
+            literal if name is None else literal + value(name) for literal, name in self.pieces
+        )
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """The records of one file that could not be read.
+
+    Attributes:
+      records: how many; `of`: of how many lines that are not blank.
+      lines: the numbers of the first few.
+      first: what was wrong with the first.
+    """
+
+    records: int
+    of: int
+    lines: tuple[int, ...]
+    first: str
+
+    def __str__(self) -> str:
+        lines = ", ".join(map(str, self.lines)) + (", ..." if self.records > LINES_SHOWN else "")
+        return f"{self.records:,} of {self.of:,} records skipped (lines {lines}): {self.first}"
