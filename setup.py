@@ -55,7 +55,6 @@ setup(
     },
     package_data={
         "flix_jax": ["*.tsv", "**/*.tsv"],
-        "flix_jax.tasks": ["*.tsv", "**/*.tsv"],
         "flix_jax.configs": ["*.gin", "**/*.gin", "*.tsv", "**/*.tsv"],
     },
     entry_points={"console_scripts": ["flix = flix_jax.cli:main"]},

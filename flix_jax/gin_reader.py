@@ -6,14 +6,12 @@ holds a mistake. What may be configured is given by a table of names.
 
 import dataclasses
 import importlib
-import importlib.resources
 import inspect
 import io
 import os
 import re
 import tokenize
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, NoReturn
 
 import gin
@@ -22,6 +20,7 @@ from gin import config as gin_config
 from gin import config_parser
 
 from flix_jax.adapters.suggest import did_you_mean
+from flix_jax.configs import find_config
 
 MACRO = "gin.macro"
 MODULE = "flix"  # what gin files every name of ours under; never needs writing
@@ -182,21 +181,14 @@ def _statements(text: str, place: Callable[[int], str], flag: bool) -> Iterator[
 
 
 def find_file(name: str, place: str = "") -> epath.Path:
-    """The gin file `name` (or bucket path), in the working directory or the packaged configs.
+    """The gin file `name`, as `flix_jax.configs.find_config` finds it.
 
-    'configs/models/x.gin' and 'models/x.gin' both find a packaged file. Raises
-    ConfigurationError with the nearest packaged file when there is none.
+    Raises ConfigurationError, at `place`, with the nearest packaged file when there is none.
     """
-    configs = Path(str(importlib.resources.files("flix_jax.configs")))
-    for candidate in map(epath.Path, (name, configs.parent / name, configs / name)):
-        if candidate.is_file():
-            return candidate
-    known = [f"configs/{path.relative_to(configs)}" for path in configs.rglob("*.gin")]
-    fail(
-        place,
-        f"no gin file '{name}' in {os.getcwd()} or among the packaged configs"
-        f"; {did_you_mean(name, known)}",
-    )
+    try:
+        return find_config(name)
+    except ValueError as error:
+        fail(place, str(error))
 
 
 class Reader:

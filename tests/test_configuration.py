@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from flix_jax import configuration
+from flix_jax import configs, configuration
 from flix_jax.configuration import ConfigurationError, load, operative_config
 
 
@@ -103,7 +103,7 @@ def test_files_are_found_beside_the_user_and_among_the_packaged(monkeypatch, tmp
     (packaged / "models" / "train.gin").write_text(
         "include 'configs/models/engine.gin'\nTrain.engine = @Engine()\n"
     )
-    monkeypatch.setattr(importlib.resources, "files", lambda package: packaged)
+    monkeypatch.setattr(configs, "FOLDER", packaged)
     absolute = str(packaged / "models" / "train.gin")
     for name in ("configs/models/train.gin", "models/train.gin", absolute):
         assert load([name]).build("Train").engine.power == 5

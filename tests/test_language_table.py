@@ -5,7 +5,7 @@ import pytest
 
 from flix_jax import configuration
 from flix_jax.data.cells import Cell
-from flix_jax.data.language_table import AnnotatedCell, LanguageTable, read_language_table
+from flix_jax.data.language_table import LanguageTable, read_language_table
 from flix_jax.tasks.xtreme_up import XtremeUp
 from flix_jax.tasks.xtreme_up_languages import FILES
 
@@ -36,7 +36,7 @@ def test_columns_become_annotations_beside_those_of_the_cell(tmp_path):
 
 def test_an_annotated_cell_is_the_cell(tmp_path):
     cell, other = Cell("ner", "sw", "sw"), Cell("ner", "yo", "yo")
-    annotated = AnnotatedCell("ner", "sw", "sw", extra=(("family", "Bantu"),))
+    annotated = Cell("ner", "sw", "sw", extra=(("family", "Bantu"),))
     assert annotated == cell and cell == annotated and annotated != other and other != annotated
     assert {cell: 1}[annotated] == 1 and hash(annotated) == hash(cell)
     assert annotated.name == "ner/sw" and annotated != "ner/sw"

@@ -11,7 +11,7 @@ import difflib
 import fnmatch
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from flix_jax.adapters.suggest import did_you_mean
@@ -28,20 +28,22 @@ class Cell:
     """One data set: a task in a language, read from the files named `file`.
 
     `variant` is set only where a task has several files of one language (say `en2sw` and `fr2sw`);
-    it is then part of the name, so that every name is unique: `translation/sw:fr2sw`.
+    it is then part of the name, so that every name is unique: `translation/sw:fr2sw`. `extra` is
+    what a table of languages knows of it, (annotation, value) each; it does not tell cells apart.
     """
 
     task: str
     language: str
     file: str = ""
     variant: str = ""
+    extra: tuple[tuple[str, str], ...] = field(default=(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        for field in ("task", "language", "variant"):
-            value = getattr(self, field)
+        for name in ("task", "language", "variant"):
+            value = getattr(self, name)
             if any(character in "/{}*?[],:" or character.isspace() for character in value):
                 raise ValueError(
-                    f"Cell.{field}={value!r}: expected no spaces and none of / {{}} * ? [] , :"
+                    f"Cell.{name}={value!r}: expected no spaces and none of / {{}} * ? [] , :"
                 )
         if not self.task or not self.language:
             raise ValueError(
@@ -61,6 +63,7 @@ class Cell:
             "language": self.language,
             "cell": self.name,
             "shared": "shared",
+            **dict(self.extra),
         }
 
     def matches(self, pattern: str) -> bool:
@@ -212,14 +215,14 @@ class Mixture:
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        for field in ("include", "exclude", "held_out"):
-            value = getattr(self, field)
+        for name in ("include", "exclude", "held_out"):
+            value = getattr(self, name)
             if isinstance(value, str):
                 raise ValueError(
-                    f"Mixture.{field}={value!r}: expected a list of patterns, [{value!r}]"
+                    f"Mixture.{name}={value!r}: expected a list of patterns, [{value!r}]"
                 )
-            object.__setattr__(self, field, tuple(value))
-            for pattern in getattr(self, field):
+            object.__setattr__(self, name, tuple(value))
+            for pattern in getattr(self, name):
                 expand(pattern)
         if not self.include:
             raise ValueError("Mixture.include is empty: expected patterns such as 'ner/*'")

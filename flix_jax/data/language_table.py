@@ -9,41 +9,17 @@ training never saw is an absent feature.
 
 from __future__ import annotations
 
-import importlib.resources
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, replace
 
 from flix_jax.adapters.suggest import did_you_mean
+from flix_jax.configs import find_config
 from flix_jax.data.cells import Cell
 
 KEY = "language"
 _TAKEN = ("task", "cell", "shared")
 _COLUMN = re.compile(r"[A-Za-z_][A-Za-z0-9_\-]*")
-
-
-@dataclass(frozen=True, eq=False)
-class AnnotatedCell(Cell):
-    """A cell of whose language more is known; equal to the cell without it."""
-
-    extra: tuple[tuple[str, str], ...] = field(default=(), repr=False)
-
-    def annotations(self) -> dict[str, str]:
-        """What is known of every example of this cell, the columns of the table among it."""
-        return {**super().annotations(), **dict(self.extra)}
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Cell):
-            return NotImplemented
-        return _identity(self) == _identity(other)
-
-    __hash__ = Cell.__hash__
-
-
-def _identity(cell: Cell) -> tuple[str, str, str, str]:
-    return cell.task, cell.language, cell.file, cell.variant
 
 
 @dataclass(frozen=True)
@@ -75,9 +51,9 @@ class LanguageTable:
             f"{cell.name}; {did_you_mean(cell.language, self.rows)}"
         )
 
-    def annotate(self, cell: Cell) -> AnnotatedCell:
+    def annotate(self, cell: Cell) -> Cell:
         """The cell with `annotations` beside its own."""
-        return AnnotatedCell(*_identity(cell), tuple(self.annotations(cell).items()))
+        return replace(cell, extra=tuple(self.annotations(cell).items()))
 
 
 def read_language_table(path: str) -> LanguageTable:
@@ -88,7 +64,7 @@ def read_language_table(path: str) -> LanguageTable:
         that lacks `language` or names a column twice or as something else is called, a row of
         another length, an empty field, a language named twice.
     """
-    file = _find(path)
+    file = find_config(path)
     try:
         content = file.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -138,14 +114,3 @@ def _check_header(header: list[str], place: str) -> None:
         raise ValueError(f"{place}: no column {KEY!r}; {did_you_mean(KEY, header)}")
     if len(header) == 1:
         raise ValueError(f"{place}: no column beside {KEY!r}")
-
-
-def _find(path: str) -> Any:
-    from etils import epath
-
-    configs = Path(str(importlib.resources.files("flix_jax") / "configs"))
-    for candidate in map(epath.Path, (path, configs.parent / path, configs / path)):
-        if candidate.is_file():
-            return candidate
-    known = [f"configs/{table.relative_to(configs)}" for table in configs.rglob("*.tsv")]
-    raise ValueError(f"no table of languages {path!r}; {did_you_mean(path, known)}")

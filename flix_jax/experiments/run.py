@@ -147,16 +147,27 @@ class Run:
 
     def describe(self) -> dict[str, str]:
         """Every value of the run by its dotted name, as text."""
-        values = dict(_flatten(self, ""))
+        values = {name: text for name, text, _ in _flatten(self, "")}
         if not self.optimizer.schedule.depends_on_total_steps:
             del values["total_steps"]
         return values
 
     def fingerprint(self) -> str:
-        """A short digest of the description: equal for runs with equal results."""
-        values = {k: v for k, v in self.describe().items() if not _FREE.fullmatch(k)}
+        """A short digest of the description: equal for runs with equal results.
+
+        Values at their default do not count, so that an option that is added later does not tell
+        apart runs that do not use it.
+        """
+        plain = self._defaults()
+        values = {
+            k: v for k, v in self.describe().items() if not _FREE.fullmatch(k) and k not in plain
+        }
         values["total_steps"] = str(self.total_steps)
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
+
+    def _defaults(self) -> frozenset[str]:
+        """The names in `describe` whose values are what they are if nothing is said."""
+        return frozenset(name for name, _, is_default in _flatten(self, "") if is_default)
 
 
 def check_folder(run: Run, run_dir: epath.Path) -> None:
@@ -167,7 +178,7 @@ def check_folder(run: Run, run_dir: epath.Path) -> None:
     """
     there = files.read_json(run_dir / "run.json")
     if there is not None:
-        _compare(run.describe(), there, run_dir, _FREE)
+        _compare(run, there, run_dir, _FREE)
 
 
 def check_base_folder(run: Run, base_dir: epath.Path) -> None:
@@ -175,8 +186,8 @@ def check_base_folder(run: Run, base_dir: epath.Path) -> None:
     there = files.read_json(base_dir / "run.json") or {}
     network = {k: v for k, v in there.items() if k.startswith("model.")}
     if network:
-        here = {k: v for k, v in run.describe().items() if k.startswith("model.")}
-        _compare(here, network, base_dir, re.compile(r"model\.(dtype|remat|dropout_rate)"))
+        free = re.compile(r"(?!model\.).*|model\.(dtype|product_dtype|remat|dropout_rate)")
+        _compare(run, network, base_dir, free)
 
 
 def note_folder(run: Run, run_dir: epath.Path) -> None:
@@ -184,9 +195,10 @@ def note_folder(run: Run, run_dir: epath.Path) -> None:
     files.write_json(run_dir / "run.json", run.describe())
 
 
-def _compare(
-    here: Mapping[str, str], there: Mapping[str, str], folder: epath.Path, free: re.Pattern[str]
-) -> None:
+def _compare(run: Run, there: Mapping[str, str], folder: epath.Path, free: re.Pattern[str]) -> None:
+    # A folder may be older than an option: it was made with what is now the default.
+    unsaid = run._defaults() - there.keys()
+    here = {k: v for k, v in run.describe().items() if k not in unsaid}
     names = sorted(k for k in {*here, *there} if not free.fullmatch(k))
     changed = [k for k in names if here.get(k) != there.get(k)]
     if changed:
@@ -198,18 +210,28 @@ def _compare(
         raise ValueError(f"{folder} holds another run: {values}{more}; use another run_dir")
 
 
-def _flatten(value: Any, name: str) -> list[tuple[str, str]]:
+def _flatten(value: Any, name: str, is_default: bool = False) -> list[tuple[str, str, bool]]:
+    """(dotted name, text, whether at its default) of everything that a value consists of."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        head = [(f"{name}.kind".lstrip("."), type(value).__name__)]
-        fields = [
-            (f"{name}.{f.name}".lstrip("."), getattr(value, f.name))
-            for f in dataclasses.fields(value)
-        ]
-        return head + [pair for key, item in fields for pair in _flatten(item, key)]
+        found = [(f"{name}.kind".lstrip("."), type(value).__name__, is_default)]
+        for field in dataclasses.fields(value):
+            item = getattr(value, field.name)
+            inner = f"{name}.{field.name}".lstrip(".")
+            found += _flatten(item, inner, is_default or _is_default(field, item))
+        return found
     if isinstance(value, Mapping):
-        items = sorted(value.items())
-        return [pair for key, item in items for pair in _flatten(item, f"{name}.{key}")]
-    if isinstance(value, list | tuple) and any(map(dataclasses.is_dataclass, value)):
-        return [pair for i, item in enumerate(value) for pair in _flatten(item, f"{name}.{i}")]
-    # A function's repr would name its place in memory.
-    return [(name, getattr(value, "__qualname__", None) or repr(value))]
+        parts = [(f"{name}.{key}", item) for key, item in sorted(value.items())]
+    elif isinstance(value, list | tuple) and any(map(dataclasses.is_dataclass, value)):
+        parts = [(f"{name}.{i}", item) for i, item in enumerate(value)]
+    else:
+        # A function's repr would name its place in memory.
+        return [(name, getattr(value, "__qualname__", None) or repr(value), is_default)]
+    return [found for part, item in parts for found in _flatten(item, part, is_default)]
+
+
+def _is_default(field: dataclasses.Field[Any], value: Any) -> bool:
+    if field.default is not dataclasses.MISSING:
+        return bool(value == field.default)
+    if field.default_factory is not dataclasses.MISSING:
+        return bool(value == field.default_factory())
+    return False
