@@ -26,8 +26,8 @@ from flix_jax.evaluation import files
 #: (bytes that are here, bytes in all or None) of a transfer under way.
 Progress = Callable[[int, int | None], None]
 
-TRIES = 4  # attempts in a row that bring no further byte
-PAUSE = 1.0  # seconds before the second attempt, doubled before each further one
+TRIES = 4  # broken attempts in a row, counted anew from each that gets further
+PAUSE = 1.0  # seconds before the second of them, doubled before each further one
 TIMEOUT = 60.0  # seconds without any byte
 _CHUNK = 1 << 18
 _BUSY = (408, 425, 429, 500, 502, 503, 504)  # HTTP statuses that may pass
@@ -91,8 +91,9 @@ def fetch(
       path: a local file; missing parent folders are made.
       size, sha256: of the whole file, in bytes and in hexadecimal digits, where they are known.
       progress: called with (bytes here, bytes in all or None) as they arrive.
-      tries: attempts in a row that bring no further byte, before it is given up.
-      pause: seconds before the second attempt, doubled before each further one.
+      tries: broken attempts in a row before it is given up, counted anew from each that gets
+        further than those before it.
+      pause: seconds before the second of them, doubled before each further one.
 
     Raises:
       FetchError: in one line, without the address: no connection, a refusal, too many broken
