@@ -266,8 +266,8 @@ def _data_describe(arguments: argparse.Namespace) -> None:
     source: Any = run.source
     if not hasattr(source, "pairs"):
         raise UsageError(
-            f"Run.source={type(source).__name__} cannot be described; write its files to a folder "
-            "(flix data) and give that with --data_dir"
+            f"Run.source={type(source).__name__} cannot be described: it has no method pairs(cell, "
+            "split) that gives its texts, as XtremeUp has"
         )
     with config.placing_errors():
         mixture = run.mixture.select(source.cells(), lambda cell: "train" in source.splits(cell))
