@@ -171,6 +171,22 @@ def test_no_connection_is_one_line(site, get, tmp_path):
         fetch("file:///etc/passwd", tmp_path / "x")
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+def test_a_full_disk_is_one_line(site, tmp_path, monkeypatch):
+    monkeypatch.setattr("flix_jax.experiments.transfer.files.write_json", lambda *_: None)
+    (tmp_path / "file.part").symlink_to("/dev/full")
+    monkeypatch.setattr("pathlib.Path.write_bytes", lambda *_: None)
+    with pytest.raises(FetchError, match="file.part: No space left on device$"):
+        fetch(f"{site.url}/file", tmp_path / "file", pause=0)
+
+
+def test_no_room_is_known_beforehand(get, monkeypatch):
+    usage = type("Usage", (), {"free": 5})
+    monkeypatch.setattr("flix_jax.experiments.transfer.shutil.disk_usage", lambda path: usage)
+    with pytest.raises(FetchError, match="new has room for 5 bytes, 700,000 are to come"):
+        get()
+
+
 # Unpacking
 
 

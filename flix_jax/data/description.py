@@ -20,6 +20,7 @@ from flix_jax.data.cells import Cell, format_table
 from flix_jax.data.vocabularies import ByteVocabulary, Vocabulary
 
 FORMATS = ("text", "markdown", "json")
+ORDER = ("train", "validation", "test")  # of splits; others follow
 
 Hashes = UInt64[np.ndarray, " examples"]
 
@@ -230,8 +231,7 @@ def describe(
         )
 
     splits = dict.fromkeys(split for _, split in counted)
-    order = [s for s in ("train", "validation", "test") if s in splits]
-    order += [s for s in splits if s not in order]
+    order = sorted(splits, key=lambda s: ORDER.index(s) if s in ORDER else len(ORDER))
     return Description(
         cells=cells,
         parts=tuple(make(key[0].name, key[1], [key]) for key in counted),
@@ -290,8 +290,12 @@ class _Counted:
 
     @classmethod
     def join(cls, parts: Sequence[_Counted]) -> _Counted:
-        columns = [[getattr(p, field.name) for p in parts] for field in dataclasses.fields(cls)]
-        return cls(*(None if c[0] is None else np.concatenate(c) for c in columns))
+        columns = {f.name: [getattr(p, f.name) for p in parts] for f in dataclasses.fields(cls)}
+        joined: dict[str, Any] = {
+            name: None if arrays[0] is None else np.concatenate(arrays)
+            for name, arrays in columns.items()
+        }
+        return cls(**joined)
 
     def duplicates(self) -> int:
         both = np.stack([self.inputs, self.targets], axis=1)

@@ -168,14 +168,12 @@ def _join_ner(
         for pin in absent:
             path, address = downloads / pin.name, f"{url.rstrip('/')}/{pin.name}"
             if not path.exists():
+
+                def together(here: int, _: int | None, done: int = done) -> None:
+                    progress(done + here, total)
+
                 with _placed(address, by_hand):
-                    fetch(
-                        address,
-                        path,
-                        size=pin.size,
-                        sha256=pin.sha256,
-                        progress=lambda here, _, done=done: progress(done + here, total),
-                    )
+                    fetch(address, path, size=pin.size, sha256=pin.sha256, progress=together)
             elif (found := sha256_of(path)) != pin.sha256:
                 raise ValueError(
                     f"{path} has the sha256 {found}, expected {pin.sha256}: remove it and run the "

@@ -196,12 +196,11 @@ def _predictions(
 
 def _checked(task: str, record: Mapping[str, Any]) -> Any:
     """The prediction of a line; ValueError where the scorer would not take it."""
-    value = record.get("predictions")
+    value: Any = record.get("predictions")
     if task == "autocomplete" or task.startswith("retrieval_"):
         wanted = f"a list of {GUESSES} texts" if task == "autocomplete" else "a list of ids"
         fits = isinstance(value, list) and all(isinstance(item, str) for item in value)
-        if task == "autocomplete":
-            fits = fits and len(value) == GUESSES
+        fits = fits and (task != "autocomplete" or len(value) == GUESSES)
     else:
         wanted, fits = "a text", isinstance(value, str)
     if not fits:

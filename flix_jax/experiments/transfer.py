@@ -30,6 +30,7 @@ TRIES = 4  # broken attempts in a row, counted anew from each that gets further
 PAUSE = 1.0  # seconds before the second of them, doubled before each further one
 TIMEOUT = 60.0  # seconds without any byte
 _CHUNK = 1 << 18
+_TRANSIENT = (OSError, http.client.HTTPException)  # of a connection
 _BUSY = (408, 425, 429, 500, 502, 503, 504)  # HTTP statuses that may pass
 
 
@@ -169,21 +170,25 @@ def _transfer(url: str, part: Path, note: Path, size: int | None, progress: Prog
             # The old bytes go before the note says that they are of the new version.
             part.write_bytes(b"")
             files.write_json(note, dataclasses.asdict(version))
-        with part.open("ab") as file:
-            progress(here, total)
-            try:
-                while chunk := response.read(_CHUNK):
+        progress(here, total)
+        try:
+            with part.open("ab") as file:
+                while chunk := _read(response):
                     file.write(chunk)
                     here += len(chunk)
                     progress(here, total)
-            except _TRANSIENT as error:
-                raise _Broken(_reason(error)) from None
+        except OSError as error:
+            raise FetchError(f"{part}: {error.strerror}") from None
     if total is not None and here < total:  # http.client says nothing of it
         raise _Broken(f"the connection ended after {here:,} of {total:,} bytes")
     return version
 
 
-_TRANSIENT = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError)
+def _read(response: http.client.HTTPResponse) -> bytes:
+    try:
+        return response.read(_CHUNK)
+    except _TRANSIENT as error:
+        raise _Broken(_reason(error)) from None
 
 
 def _check(
