@@ -1,4 +1,4 @@
-"""The command line: `flix train | evaluate | infer | sweep | report | data`.
+"""The command line: `flix train | evaluate | infer | submission | sweep | report | data` and more.
 
 Nothing heavy is imported before a command runs, so that help and mistakes answer at once.
 """
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from etils import epath
 
     from flix_jax.configuration import Configuration
+    from flix_jax.data.cells import Cell
     from flix_jax.evaluation.scoreboard import Scoreboard
     from flix_jax.experiments.run import Run
     from flix_jax.experiments.sweep import Bindings, Sweep
@@ -142,6 +143,26 @@ def _infer(arguments: argparse.Namespace) -> None:
     print(f"{count} predictions in {arguments.output}")
 
 
+def _submission(arguments: argparse.Namespace) -> None:
+    run, config = _build(arguments, _saved_config(arguments))
+    from flix_jax.experiments.submission import write_submission
+
+    with config.placing_errors():
+        done = write_submission(
+            run,
+            arguments.run_dir,
+            out_dir=arguments.out,
+            split=arguments.split,
+            step=arguments.step,
+            partial=arguments.partial,
+        )
+    for cell, reason in done.missing.items():
+        print(f"warning: {cell} is missing: {reason}", file=sys.stderr)
+    if done.other_tasks:
+        print(f"left out, for they are not the benchmark's: {', '.join(done.other_tasks)}")
+    print(f"{len(done.files)} files of step {done.step} in {arguments.out}")
+
+
 def _sweep(arguments: argparse.Namespace) -> None:
     from flix_jax import configuration
     from flix_jax.experiments import inference, training
@@ -228,6 +249,52 @@ def _data_babel(arguments: argparse.Namespace) -> None:
     from flix_jax.tasks import babel
 
     print(babel.write(arguments.out, arguments.seed, tags=arguments.tags))
+
+
+def _data_describe(arguments: argparse.Namespace) -> None:
+    if bool(arguments.gin_file) == bool(arguments.data_dir):
+        raise UsageError("flix data describe takes either --gin_file or --data_dir")
+    if arguments.bindings and not arguments.gin_file:
+        raise UsageError(f"--gin.{arguments.bindings[0]} has no effect without --gin_file")
+    from flix_jax.tasks.xtreme_up import XtremeUp
+
+    if arguments.data_dir:
+        folder = XtremeUp(arguments.data_dir)
+        _describe_cells(arguments, folder, folder.cells())
+        return
+    run, config = _build(arguments, arguments.gin_file)
+    source: Any = run.source
+    if not hasattr(source, "pairs"):
+        raise UsageError(
+            f"Run.source={type(source).__name__} cannot be described: it has no method pairs(cell, "
+            "split) that gives its texts, as XtremeUp has"
+        )
+    with config.placing_errors():
+        mixture = run.mixture.select(source.cells(), lambda cell: "train" in source.splits(cell))
+        lengths = {"inputs": run.inputs_length, "targets": run.targets_length}
+        _describe_cells(
+            arguments, source, mixture.cells, vocabulary=run.vocabulary, lengths=lengths
+        )
+
+
+def _describe_cells(
+    arguments: argparse.Namespace, source: Any, cells: Sequence["Cell"], **options: Any
+) -> None:
+    from flix_jax.data.cells import match
+    from flix_jax.data.description import describe
+
+    chosen = match(arguments.cells, cells, "--cells") if arguments.cells else cells
+    print(describe(source, chosen, **options).format(arguments.format))
+
+
+def _download_xtreme_up(arguments: argparse.Namespace) -> None:
+    from flix_jax.experiments import download
+
+    download.xtreme_up(
+        arguments.out,
+        url=arguments.url or download.RELEASE_URL,
+        ner_url=arguments.ner_url or download.NER_URL,
+    )
 
 
 # --------------------------------------------------------------------------------------------
@@ -336,6 +403,29 @@ def make_parser() -> argparse.ArgumentParser:
     _add_step(infer)
     _add_gin(infer, required=False)
 
+    submission = _command(
+        commands,
+        "submission",
+        _submission,
+        "write a run's predictions as XTREME-UP's scorer reads them",
+        "Reads the predictions that flix evaluate left and writes {task}/{split}/{file}.jsonl, a\n"
+        "line for each record of the data. Cells of the split that lack predictions are refused.",
+        "  flix evaluate   --run_dir=runs/ner_tiny --split=test\n"
+        "  flix submission --run_dir=runs/ner_tiny --split=test --out=submissions/ner_tiny",
+    )
+    _add_run_dir(submission, "folder of an evaluated run")
+    submission.add_argument("--out", required=True, metavar="DIR", help="folder to write to")
+    submission.add_argument(
+        "--split", default="test", metavar="NAME", help="split of the data (default: test)"
+    )
+    submission.add_argument(
+        "--step", type=int, metavar="N", help="evaluated checkpoint (default: the latest)"
+    )
+    submission.add_argument(
+        "--partial", action="store_true", help="leave cells out that lack predictions, and say so"
+    )
+    _add_gin(submission, required=False)
+
     sweep = _command(
         commands,
         "sweep",
@@ -360,12 +450,13 @@ def make_parser() -> argparse.ArgumentParser:
 
     data = commands.add_parser(
         "data",
-        help="write the data of an embedded benchmark",
-        description="Writes generated data as jsonl files in XTREME-UP's folder layout.",
-        epilog="example:\n  flix data babel --out=data/babel --seed=1",
+        help="describe data, or write those of an embedded benchmark",
+        description="Describes data, or writes generated ones, in XTREME-UP's folder layout.",
+        epilog="example:\n  flix data describe --data_dir=data/xtreme_up_v1.1\n"
+        "  flix data babel --out=data/babel --seed=1",
     )
     data.set_defaults(parser=data)
-    benchmarks = data.add_subparsers(title="benchmarks", metavar="NAME", parser_class=_Parser)
+    benchmarks = data.add_subparsers(title="commands", metavar="NAME", parser_class=_Parser)
     babel = _command(
         benchmarks,
         "babel",
@@ -382,6 +473,67 @@ def make_parser() -> argparse.ArgumentParser:
         default="task",
         choices=("none", "task", "task_language"),
         help="what inputs open with (default: task, as in 'ner: ...')",
+    )
+    describe = _command(
+        benchmarks,
+        "describe",
+        _data_describe,
+        "sizes, lengths, cut and repeated examples of every cell",
+        "Reads every split of every cell and counts examples, lengths in bytes and tokens, what\n"
+        "the configured lengths cut, duplicates, empty targets, and inputs that stand elsewhere.",
+        "  flix data describe --data_dir=data/xtreme_up_v1.1 --cells='ner/*'\n"
+        "  flix data describe --gin_file=configs/experiments/ner_tiny.gin \\\n"
+        "      --gin.DATA_DIR=\"'data/xtreme_up_v1.1'\" --format=markdown",
+    )
+    describe.add_argument(
+        "--data_dir", metavar="DIR", help="folder of {task}/{split}/{file}.jsonl, all of it"
+    )
+    describe.add_argument(
+        "--cells",
+        action="append",
+        metavar="PATTERN",
+        help="cells to describe, for example 'ner/{sw,yo}'; repeatable (default: all)",
+    )
+    describe.add_argument(
+        "--format", default="text", choices=("text", "markdown", "json"), help="(default: text)"
+    )
+    group = describe.add_argument_group(
+        "configuration", f"The cells, vocabulary and lengths of a Run.\n{GIN_HELP}"
+    )
+    group.add_argument(
+        "--gin_file",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="gin file, in place of --data_dir (repeatable, later files win)",
+    )
+
+    download = commands.add_parser(
+        "download",
+        help="fetch a published benchmark",
+        description="Fetches published data into XTREME-UP's folder layout.",
+        epilog="example:\n  flix download xtreme_up --out=data",
+    )
+    download.set_defaults(parser=download)
+    published = download.add_subparsers(title="benchmarks", metavar="NAME", parser_class=_Parser)
+    xtreme_up = _command(
+        published,
+        "xtreme_up",
+        _download_xtreme_up,
+        "XTREME-UP v1.1 with MasakhaNER-X",
+        "Fetches the release and its named-entity data (MasakhaNER-X, CC BY-NC 4.0), checks,\n"
+        "unpacks and joins them in DIR/xtreme_up_v1.1. A broken download goes on when the command\n"
+        "is run again. Files fetched by hand are taken from DIR/downloads.",
+        "  flix download xtreme_up --out=data",
+    )
+    xtreme_up.add_argument("--out", required=True, metavar="DIR", help="local folder")
+    xtreme_up.add_argument(
+        "--url", metavar="URL", help="address of the archive, of a mirror (default: as published)"
+    )
+    xtreme_up.add_argument(
+        "--ner_url",
+        metavar="URL",
+        help="address above {split}/{language}.jsonl of MasakhaNER-X (default: as published)",
     )
     return parser
 
