@@ -32,6 +32,7 @@ from flix_jax.tasks.babel_languages import (
     make_languages,
 )
 from flix_jax.tasks.babel_tasks import TASKS, Record, dictionary, make_record, make_tag
+from flix_jax.tasks.formats import Inference
 from flix_jax.tasks.xtreme_up import TaskFormat, XtremeUp, ner, plain
 
 if TYPE_CHECKING:
@@ -304,6 +305,16 @@ class Babel:
     ) -> dict[Cell, str]:
         """Registers a seqio task per cell, replacing earlier ones; returns the task names."""
         return self._reader.register(cells, vocabulary=vocabulary, space=space)
+
+    def inference(self, cell: Cell) -> Inference:
+        """How predictions for a cell are made: as text, all of them."""
+        return self._reader.inference(cell)
+
+    def register_indexes(
+        self, cells: Iterable[Cell], *, vocabulary: "Vocabulary", space: "FeatureSpace | None"
+    ) -> dict[Cell, str]:
+        """None: no task here is retrieval."""
+        return {}
 
     @cached_property
     def _reader(self) -> XtremeUp:

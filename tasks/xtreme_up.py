@@ -22,6 +22,7 @@ from flix_jax.data.cells import Cell
 from flix_jax.data.language_table import read_language_table
 from flix_jax.tasks.formats import (
     FORMATS,
+    Inference,
     Pair,
     TaskFormat,
     ner,
@@ -244,9 +245,58 @@ class XtremeUp:
                 vocabulary=vocabulary,
                 feature_ids=None if space is None else space.encode(cell.annotations()),
                 metric_fn=metric_fn(self.format(cell.task).metrics),
+                answers=functools.partial(self.passage_ids, cell)
+                if self.inference(cell) == "retrieve"
+                else None,
             )
             for cell in cells
         }
+
+    def register_indexes(
+        self, cells: Iterable[Cell], *, vocabulary: Vocabulary, space: FeatureSpace | None
+    ) -> dict[Cell, str]:
+        """Registers the passages that retrieval cells are looked up in, in the split `index`.
+
+        Inputs are the passages, targets their ids. Passages have the features of the cell that asks
+        for them; cells of one index and the same features share a task.
+
+        Args:
+          cells: of this source; those of tasks without retrieval are passed over.
+          vocabulary, space: as of `register`.
+
+        Returns:
+          The name of each retrieval cell's index: `xtreme_up.retrieval_in_lang.index`, with the
+          cell's feature ids where it has some.
+
+        Raises:
+          ValueError: for a retrieval cell without an index of passages.
+        """
+        from flix_jax.data.seqio_tasks import register_task
+
+        registered: dict[tuple[str, tuple[int, ...]], str] = {}
+        names = {}
+        for cell in cells:
+            if self.inference(cell) != "retrieve":
+                continue
+            path = self.index_path(cell)
+            ids = None if space is None else space.encode(cell.annotations())
+            key = path, () if ids is None else tuple(int(i) for i in ids)
+            if key not in registered:
+                features = "".join(f"_{'x' if i < 0 else i}" for i in key[1])
+                own = "" if path.endswith(f"{cell.task}/index.jsonl") else f".{cell.language}"
+                registered[key] = register_task(
+                    f"{self.name}.{cell.task}.index{own}{features}",
+                    lambda split, cell=cell: tuple(reversed(self.index(cell))),
+                    ("index",),
+                    vocabulary=vocabulary,
+                    feature_ids=ids,
+                )
+            names[cell] = registered[key]
+        return names
+
+    def inference(self, cell: Cell) -> Inference:
+        """How predictions for a cell are made (see `TaskFormat.inference`)."""
+        return self.format(cell.task).inference
 
     def _examples(self, cell: Cell, split: str) -> Iterator[tuple[Record, Pair]]:
         if split not in self._files[cell]:

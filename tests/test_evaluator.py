@@ -10,6 +10,8 @@ import tensorflow as tf
 
 from flix_jax.data.cells import Cell
 from flix_jax.data.converter import FlixFeatureConverter
+from flix_jax.data.seqio_tasks import register_task
+from flix_jax.data.vocabularies import ByteVocabulary
 from flix_jax.evaluation import evaluator, metrics
 
 VOCABULARY = seqio.ByteVocabulary()
@@ -79,7 +81,8 @@ class Model:
 
 def make(tasks, **settings):
     settings = {"split": "validation", "lengths": LENGTHS, "batch_size": 4} | settings
-    return evaluator.CellEvaluator(tasks, converter=FlixFeatureConverter(num_slots=2), **settings)
+    settings = {"converter": FlixFeatureConverter(num_slots=2)} | settings
+    return evaluator.CellEvaluator(tasks, **settings)
 
 
 EXPECTED = {
@@ -96,7 +99,7 @@ def run(tasks, tmp_path_factory):
     """One evaluation of everything: (evaluator, run folder, model, scores, progress)."""
     folder, model, progress = tmp_path_factory.mktemp("run"), Model(), []
     cells = make(tasks)
-    scores = cells.evaluate(model, folder, 40, progress=progress.append)
+    scores = cells.evaluate({"generate": model}, folder, 40, progress=progress.append)
     return cells, folder, model, scores, progress
 
 
@@ -145,9 +148,107 @@ def test_short_inputs_are_padded_less_and_keep_their_places(tmp_path):
         FlixFeatureConverter(None),
         batch_size=2,
     )
-    assert cells.evaluate(predict, tmp_path, 0)["any/sw"]["exact_match"] == 100
+    assert cells.evaluate({"generate": predict}, tmp_path, 0)["any/sw"]["exact_match"] == 100
     # 320 is halved twice: of 11 inputs 5 fit into 80, 3 more into 160, 3 are longer.
     assert sorted(shapes) == [(2, 80)] * 3 + [(2, 160)] * 2 + [(2, 320)] * 2
+
+
+def register_texts(name, splits, metric_names=(), answers=None):
+    register_task(
+        name,
+        splits.__getitem__,
+        tuple(splits),
+        vocabulary=ByteVocabulary(),
+        metric_fn=metrics.metric_fn(metric_names) if metric_names else None,
+        answers=answers,
+    )
+    return name
+
+
+def test_guesses_are_scored_in_their_order(tmp_path):
+    words = ["alpha", "beta", "gamma"]
+    task = register_texts(
+        "evaluator_test.words",
+        {"validation": ([f"w{i}" for i in range(3)], words)},
+        ("top_3_accuracy",),
+    )
+    cell = Cell("autocomplete", "sw")
+
+    def complete(batch):
+        # The first two words are guessed, at the first and at the second place.
+        out = np.zeros((4, 3, 8), np.int32)
+        for row, ids in enumerate(batch["encoder_input_tokens"]):
+            number = int(VOCABULARY.decode(ids.tolist())[1:])
+            guesses = ["x", "y", "z"]
+            if number < 2:
+                guesses[number] = words[number]
+            for place, guess in enumerate(guesses):
+                answer = [*VOCABULARY.encode(guess), 1]
+                out[row, place, : len(answer)] = answer
+        return out
+
+    cells = make({cell: task}, kinds={cell: "complete"}, converter=FlixFeatureConverter(None))
+    scores = cells.evaluate({"complete": complete}, tmp_path, 5)
+    assert scores["autocomplete/sw"] == {"top_3_accuracy": pytest.approx(200 / 3), "examples": 3}
+    lines = (tmp_path / "evaluations" / "5" / "autocomplete.sw.jsonl").read_text().splitlines()
+    assert [json.loads(line)["predictions"] for line in lines] == [
+        ["alpha", "y", "z"],
+        ["x", "beta", "z"],
+        ["x", "y", "z"],
+    ]
+
+
+def test_retrieval_ranks_the_passages_of_an_index(tmp_path):
+    questions, gold = ["q0", "q1", "q2", "q3", "q4"], ["p0", "p3", "p1", "p6", "p2"]
+    passages = [f"p{i}" for i in range(7)]
+    task = register_texts(
+        "evaluator_test.questions",
+        {"validation": (questions, ["a passage"] * 5)},
+        ("mrr_at_10",),
+        answers=lambda split: gold,
+    )
+    index = register_texts("evaluator_test.index", {"index": (passages, passages)})
+    # On an arc, the passage of a number lies nearest to the question of that number.
+    angles = np.arange(7) * np.pi / 20
+    calls = []
+
+    def embed(batch):
+        calls.append(len(batch["encoder_input_tokens"]))
+        numbers = [int(VOCABULARY.decode(r.tolist())[1:]) for r in batch["encoder_input_tokens"]]
+        return np.stack([np.cos(angles[numbers]), np.sin(angles[numbers])], 1).astype(np.float32)
+
+    cell = Cell("retrieval_in_lang", "sw")
+    cells = make(
+        {cell: task},
+        kinds={cell: "retrieve"},
+        indexes={cell: index},
+        converter=FlixFeatureConverter(None),
+    )
+    scores = cells.evaluate({"retrieve": embed}, tmp_path, 5)
+    lines = (tmp_path / "evaluations" / "5" / "retrieval_in_lang.sw.jsonl").read_text().splitlines()
+    ranks = []
+    for number, line in enumerate(map(json.loads, lines)):
+        by_distance = sorted(range(7), key=lambda p: (abs(p - number), p))
+        distances = [abs(int(guess[1:]) - number) for guess in line["predictions"]]
+        assert distances == sorted(abs(p - number) for p in by_distance)
+        assert line["answer"] == gold[number] and line["targets"] == "a passage"
+        ranks.append(1 + line["predictions"].index(gold[number]))
+    assert scores["retrieval_in_lang/sw"]["mrr_at_10"] == pytest.approx(
+        100 * np.mean([1 / rank for rank in ranks])
+    )
+    assert calls == [4] * 4  # two batches of questions, two of passages
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"kinds": {Cell("topic", "sw"): "retreive"}}, "topic/sw.*did you mean 'retrieve'"),
+        ({"kinds": {Cell("topic", "sw"): "retrieve"}}, "topic/sw.*needs an index"),
+    ],
+)
+def test_a_kind_of_inference_is_checked_before_anything_is_read(tasks, settings, message):
+    with pytest.raises(ValueError, match=message):
+        make(tasks, **settings)
 
 
 def test_writes_the_predictions_of_each_cell(run):
@@ -180,7 +281,7 @@ def test_progress_counts_up_to_all_examples_and_cells(run):
 
 def test_a_missing_split_is_named(run, tasks, tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "flix_jax"):
-        scores = make(tasks, split="test").evaluate(Model(), tmp_path, 0)
+        scores = make(tasks, split="test").evaluate({"generate": Model()}, tmp_path, 0)
     assert scores == {name: {"examples": 0} for name in SIZES}
     assert "for want of a test split: ner/sw, ner/yo, topic/sw, topic/yo" in caplog.text
     assert make(tasks, split="test").missing == tuple(SIZES)
@@ -190,7 +291,7 @@ def test_a_finished_cell_is_not_predicted_again(run, tasks):
     def predict(batch):
         raise AssertionError("predicted again")
 
-    assert make(tasks).evaluate(predict, run[1], 40) == EXPECTED
+    assert make(tasks).evaluate({"generate": predict}, run[1], 40) == EXPECTED
 
 
 def test_an_interrupted_evaluation_goes_on_where_it_stood(run, tmp_path):
@@ -202,9 +303,9 @@ def test_an_interrupted_evaluation_goes_on_where_it_stood(run, tmp_path):
 
     cells = run[0]
     with pytest.raises(KeyboardInterrupt):
-        cells.evaluate(Killed(), tmp_path, 3)
+        cells.evaluate({"generate": Killed()}, tmp_path, 3)
     model = Model()
-    assert cells.evaluate(model, tmp_path, 3) == EXPECTED
+    assert cells.evaluate({"generate": model}, tmp_path, 3) == EXPECTED
     # ner/sw and ner/yo had been written; only the eight rows of topic/sw remain.
     assert len(model.batches) == 2
     assert {tuple(row) for batch in model.batches for row in batch["feature_ids"]} == {(1, -1)}
@@ -214,7 +315,7 @@ def test_an_interrupted_evaluation_goes_on_where_it_stood(run, tmp_path):
     "change", [{"fingerprint": "another checkpoint"}, {"examples_per_cell": 3}, "a cut file"]
 )
 def test_what_was_made_otherwise_is_made_again(run, tasks, tmp_path, change):
-    run[0].evaluate(Model(), tmp_path, 0)
+    run[0].evaluate({"generate": Model()}, tmp_path, 0)
     again, fingerprint = run[0], ""
     yoruba = {cell: task for cell, task in tasks.items() if cell.name == "ner/yo"}
     if change == "a cut file":
@@ -225,7 +326,7 @@ def test_what_was_made_otherwise_is_made_again(run, tasks, tmp_path, change):
     else:
         again = make(yoruba, **change)
     model = Model()
-    again.evaluate(model, tmp_path, 0, fingerprint=fingerprint)
+    again.evaluate({"generate": model}, tmp_path, 0, fingerprint=fingerprint)
     assert len(model.batches) == 1
 
 
@@ -236,7 +337,7 @@ def test_a_budget_takes_the_same_examples_each_time(tasks, tmp_path):
             {cell: task for cell, task in tasks.items() if cell.name == "topic/sw"},
             examples_per_cell=3,
         )
-        scores.append(cells.evaluate(Model(), tmp_path, step))
+        scores.append(cells.evaluate({"generate": Model()}, tmp_path, step))
         file = tmp_path / "evaluations" / str(step) / "topic.sw.jsonl"
         inputs.append([json.loads(line)["inputs"] for line in file.read_text().splitlines()])
     assert scores[0] == scores[1] == {"topic/sw": {"exact_match": 100, "examples": 3}}
@@ -249,7 +350,7 @@ def test_a_task_registered_anew_is_not_mistaken_for_the_old_one(tasks, tmp_path)
     seqio.TaskRegistry.remove("evaluator_test.ner.am")
     register(cell, 3)
     with pytest.raises(ValueError, match="'evaluator_test.ner.am' was registered anew"):
-        cells.evaluate(Model(), tmp_path, 0)
+        cells.evaluate({"generate": Model()}, tmp_path, 0)
 
 
 def test_splits_of_one_step_do_not_share_a_folder(tasks, tmp_path):
@@ -275,10 +376,10 @@ def test_bad_settings_are_refused(tasks, settings, message):
 @pytest.mark.parametrize(
     ("tokens", "message"),
     [
-        (np.zeros([3, 5], np.int32), r"shape \(3, 5\); expected \[4, length\]"),
-        (np.zeros([4, 5], np.float32), "float32; expected integer"),
+        (np.zeros([3, 5], np.int32), r"shape \(3, 5\); expected token ids \[batch, length\] with"),
+        (np.zeros([4, 5], np.float32), "float32; expected token ids"),
     ],
 )
 def test_predictions_of_a_wrong_shape_are_refused(run, tmp_path, tokens, message):
     with pytest.raises(ValueError, match=message):
-        run[0].evaluate(lambda batch: tokens, tmp_path, 0)
+        run[0].evaluate({"generate": lambda batch: tokens}, tmp_path, 0)

@@ -100,7 +100,7 @@ def test_the_evaluators_own_files_make_a_round_trip(run, tmp_path):
         lengths={"inputs": 32, "targets": 32},
         converter=FlixFeatureConverter(None),
         batch_size=4,
-    ).evaluate(answer, tmp_path / "run", 7, fingerprint="x")
+    ).evaluate({"generate": answer}, tmp_path / "run", 7, fingerprint="x")
     write(run, tmp_path)
     assert read(tmp_path / "out" / "ner" / "test" / "sw.jsonl") == texts
     hindi = read(tmp_path / "out" / "transliteration" / "test" / "Latn2Deva.hi.jsonl")

@@ -94,6 +94,16 @@ class Source(Protocol):
         """Registers a seqio task per cell, replacing earlier ones; returns the task names."""
         ...
 
+    def inference(self, cell: Cell) -> Literal["generate", "complete", "retrieve"]:
+        """How predictions for `cell` are made (see evaluation.evaluator)."""
+        ...
+
+    def register_indexes(
+        self, cells: Iterable[Cell], *, vocabulary: Any, space: FeatureSpace | None
+    ) -> dict[Cell, str]:
+        """Registers the passages that retrieval cells among `cells` are looked up in."""
+        ...
+
 
 def expand(pattern: str) -> tuple[str, ...]:
     """Expands braces: `semantic_parsing/{yo,ha}` -> two fnmatch patterns.

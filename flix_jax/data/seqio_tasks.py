@@ -14,6 +14,7 @@ from flix_jax.data.converter import FEATURE_IDS
 from flix_jax.data.examples import CellData, Ragged
 from flix_jax.data.pipeline import TOKENS, check_lengths
 
+ANSWER = "answer"
 Pairs = tuple[Sequence[str], Sequence[str]]
 
 
@@ -32,6 +33,7 @@ def register_task(
     vocabulary: Any,
     feature_ids: Int[np.ndarray, " slots"] | None = None,
     metric_fn: Callable[..., Mapping[str, float]] | None = None,
+    answers: Callable[[str], Sequence[str]] | None = None,
 ) -> str:
     """Registers a text-to-text task with seqio, in place of an earlier one of its name.
 
@@ -43,6 +45,8 @@ def register_task(
       feature_ids: int32 [slots], the same for every example; None for a task without features.
       metric_fn: (targets, predictions) -> {metric: value}, over strings; None for a task that is
         not evaluated.
+      answers: split -> a string per example, what rankings are scored against in place of the
+        target; None for tasks whose targets are the answers. Stands in the examples as `answer`.
 
     Returns:
       `name`.
@@ -56,12 +60,11 @@ def register_task(
 
     def dataset(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
         del shuffle_files, seed  # one file: there is nothing to shuffle
-        inputs, targets = read(split)
+        texts = dict(zip(TOKENS, read(split), strict=True))
+        if answers is not None:
+            texts[ANSWER] = list(answers(split))
         return tf.data.Dataset.from_tensor_slices(
-            {
-                "inputs": np.array([text.encode() for text in inputs], object),
-                "targets": np.array([text.encode() for text in targets], object),
-            }
+            {name: np.array([x.encode() for x in column], object) for name, column in texts.items()}
         )
 
     seqio.TaskRegistry.remove(name)

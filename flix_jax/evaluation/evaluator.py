@@ -4,6 +4,9 @@ Every cell is a seqio task with its own `seqio.Evaluator`, which holds the examp
 postprocesses the model's tokens and calls the task's metrics. Prediction runs across cells: rows of
 one batch may be of several, for the compiled batch size is fixed. Rows of short inputs are batched
 apart from long ones and padded less: most inputs are much shorter than the longest.
+
+A cell is evaluated by one of three kinds of inference: one text per example ('generate'), several
+guesses ('complete'), or passages of an index that come nearest to the input ('retrieve').
 """
 
 import contextlib
@@ -12,8 +15,8 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import absl.logging
 import numpy as np
@@ -21,13 +24,25 @@ import seqio
 from etils import epath
 from jaxtyping import Int
 
+from flix_jax.adapters.suggest import did_you_mean
 from flix_jax.data.cells import Cell
-from flix_jax.evaluation import files
+from flix_jax.data.seqio_tasks import ANSWER
+from flix_jax.evaluation import files, retrieval
 
 _logger = logging.getLogger(__name__)
 
+Key = TypeVar("Key")
 Batch = dict[str, np.ndarray]
-PredictFn = Callable[[Batch], Int[np.ndarray, "batch length"]]
+PredictFn = Callable[[Batch], np.ndarray]
+
+GENERATE, COMPLETE, RETRIEVE = "generate", "complete", "retrieve"
+INDEX_SPLIT = "index"
+RANKED = 10  # passages of a ranking
+_SHAPES = {
+    GENERATE: (2, np.integer, "token ids [batch, length]"),
+    COMPLETE: (3, np.integer, "token ids [batch, guesses, length]"),
+    RETRIEVE: (2, np.floating, "embeddings [batch, width]"),
+}
 
 INPUTS = "encoder_input_tokens"
 _SHORTEST = 64  # tokens; halving lengths further would cost more compilation than it saves
@@ -56,6 +71,10 @@ class CellEvaluator:
       batch_size: rows of every batch given to `predict`; never fewer, never more.
       examples_per_cell: at most so many examples of each cell, always the same ones, drawn from
         the whole cell; None takes all, in the order of the file.
+      kinds: how cells are inferred, where it is not by 'generate'.
+      indexes: of every cell that is inferred by 'retrieve', the registered seqio task whose split
+        'index' holds the passages as inputs and their ids as targets. The cell's own examples
+        have the id of the right passage as `answer`.
     """
 
     tasks: Mapping[Cell, str]
@@ -64,8 +83,13 @@ class CellEvaluator:
     converter: seqio.FeatureConverter
     batch_size: int
     examples_per_cell: int | None = None
+    kinds: Mapping[Cell, str] = dataclasses.field(default_factory=dict)
+    indexes: Mapping[Cell, str] = dataclasses.field(default_factory=dict)
     _loaded: dict[str, "_LoadedCell"] = dataclasses.field(default_factory=dict, init=False)
     _registered: dict[str, seqio.Task] = dataclasses.field(default_factory=dict, init=False)
+    _embedded: dict[str, tuple[list[str], np.ndarray]] = dataclasses.field(
+        default_factory=dict, init=False
+    )
 
     def __post_init__(self) -> None:
         if not self.tasks:
@@ -84,9 +108,21 @@ class CellEvaluator:
                     f"evaluation needs a length of at least 1 for {feature!r}, got"
                     f" {self.lengths.get(feature)}"
                 )
+        for cell in self.tasks:
+            if self.kind(cell) not in _SHAPES:
+                raise ValueError(
+                    f"{cell.name}: unknown kind of inference {self.kind(cell)!r}; "
+                    f"{did_you_mean(self.kind(cell), _SHAPES)}"
+                )
+            if self.kind(cell) == RETRIEVE and cell not in self.indexes:
+                raise ValueError(f"{cell.name}: to be evaluated by retrieval it needs an index")
         self._registered.update(
             {name: seqio.TaskRegistry.get(name) for name in self.tasks.values()}
         )
+
+    def kind(self, cell: Cell) -> str:
+        """How a cell is inferred."""
+        return self.kinds.get(cell, GENERATE)
 
     @property
     def missing(self) -> tuple[str, ...]:
@@ -104,7 +140,7 @@ class CellEvaluator:
 
     def evaluate(
         self,
-        predict: PredictFn,
+        predict: Mapping[str, PredictFn],
         run_dir: epath.PathLike,
         step: int,
         *,
@@ -119,10 +155,12 @@ class CellEvaluator:
         examples and fingerprint, is read and not predicted again.
 
         Args:
-          predict: maps a batch of model features, numpy arrays `[batch_size, ...]`, to token ids
-            `[batch_size, length]`. Rows whose inputs fit into half or a quarter of the length (not
-            below 64 tokens) come in batches of that length. The last batch of each length is filled
-            up with copies of its first row.
+          predict: by kind of inference, what maps a batch of model features, numpy arrays
+            `[batch_size, ...]`, to token ids `[batch_size, length]` ('generate') or
+            `[batch_size, guesses, length]`, the best first ('complete'), or to embeddings
+            `[batch_size, width]` whose inner products compare ('retrieve'). Rows whose inputs fit
+            into half or a quarter of the length (not below 64 tokens) come in batches of that
+            length. The last batch of each length is filled up with copies of its first row.
           run_dir: the run's folder, local or in a bucket.
           step: the training step of the parameters, for the folder's name.
           fingerprint: names what else the predictions depend on: the digest of the parameters.
@@ -133,7 +171,8 @@ class CellEvaluator:
           split, or with no example in it, has only `'examples': 0`; a warning names it.
 
         Raises:
-          ValueError: `predict` returned another shape or no integers; a task has no metrics.
+          ValueError: `predict` lacks a kind, returned another shape or no numbers of the kind; a
+            task has no metrics.
         """
         folder = self.folder(run_dir, step)
         results: dict[str, dict[str, float]] = {}
@@ -152,10 +191,15 @@ class CellEvaluator:
             if progress is not None:
                 progress(Progress(cell.name, len(results), len(self.tasks), examples_done))
 
-        for cell, tokens in self._predict(predict, pending, report):
-            if len(tokens):
+        for cell, predicted in self._predict(predict, pending, report):
+            if len(predicted):
                 loaded = self._load(cell)
-                results[cell.name] = loaded.score(tokens, step)
+                if self.kind(cell) == RETRIEVE:
+                    ids, passages = self._index(self.indexes[cell], predict[RETRIEVE])
+                    rankings = retrieval.rank(predicted, passages, ids, RANKED)
+                    results[cell.name] = loaded.score_rankings(rankings)
+                else:
+                    results[cell.name] = loaded.score(predicted, step)
                 self._write(folder, cell, loaded.lines(), results[cell.name], fingerprint)
             else:
                 missing.add(cell.name)
@@ -180,28 +224,21 @@ class CellEvaluator:
 
     def _predict(
         self,
-        predict: PredictFn,
+        predict: Mapping[str, PredictFn],
         cells: Sequence[Cell],
         after_batch: Callable[[Cell, int], None],
     ) -> Iterator[tuple[Cell, np.ndarray]]:
-        """Yields (cell, token ids [examples, length]) for every cell once its rows are predicted.
+        """Yields (cell, predictions [examples, ...]) for every cell once its rows are predicted.
 
         Calls `after_batch` with the cell of a batch's last row and the number of its rows.
         """
-        waiting: dict[int, list[tuple[Cell, int, Batch]]] = {}
         done: dict[str, dict[int, np.ndarray]] = {cell.name: {} for cell in cells}
         unfinished = list(cells)
 
-        def flush(length: int) -> None:
-            rows = waiting.pop(length)
-            filled = [row for _, _, row in rows]
-            filled += filled[:1] * (self.batch_size - len(filled))
-            batch = {name: np.stack([row[name] for row in filled]) for name in filled[0]}
-            batch[INPUTS] = batch[INPUTS][:, :length]
-            tokens = _checked_tokens(predict(batch), self.batch_size)
-            for (cell, position, _), row in zip(rows, tokens, strict=False):
-                done[cell.name][position] = row
-            after_batch(rows[-1][0], len(rows))
+        def rows() -> Iterator[tuple[tuple[Cell, int], str, Batch]]:
+            for cell in cells:
+                for position, row in enumerate(self._load(cell).rows()):
+                    yield (cell, position), self.kind(cell), row
 
         def finished() -> Iterator[tuple[Cell, np.ndarray]]:
             while unfinished and (loaded := self._loaded.get(unfinished[0].name)):
@@ -211,16 +248,59 @@ class CellEvaluator:
                 predicted = done.pop(cell.name)
                 yield cell, np.array([predicted[position] for position in range(loaded.examples)])
 
-        for cell in cells:
-            for position, row in enumerate(self._load(cell).rows()):
-                length = _padded_length(row[INPUTS])
-                waiting.setdefault(length, []).append((cell, position, row))
-                if len(waiting[length]) == self.batch_size:
-                    flush(length)
-                    yield from finished()
-        for length in list(waiting):
-            flush(length)
+        for batch in self._in_batches(predict, rows()):
+            for (cell, position), prediction in batch:
+                done[cell.name][position] = prediction
+            after_batch(batch[-1][0][0], len(batch))
+            yield from finished()
         yield from finished()
+
+    def _in_batches(
+        self, predict: Mapping[str, PredictFn], rows: Iterable[tuple[Key, str, Batch]]
+    ) -> Iterator[list[tuple[Key, np.ndarray]]]:
+        """Predicts (key, kind, row) in batches of one kind and one length; yields each batch."""
+        waiting: dict[tuple[str, int], list[tuple[Key, Batch]]] = {}
+
+        def flush(kind: str, length: int) -> list[tuple[Key, np.ndarray]]:
+            keyed = waiting.pop((kind, length))
+            filled = [row for _, row in keyed]
+            filled += filled[:1] * (self.batch_size - len(filled))
+            batch = {name: np.stack([row[name] for row in filled]) for name in filled[0]}
+            batch[INPUTS] = batch[INPUTS][:, :length]
+            if kind not in predict:
+                raise ValueError(f"no predict function for {kind!r}, only for {list(predict)}")
+            predicted = _checked(kind, predict[kind](batch), self.batch_size)
+            return [(key, row) for (key, _), row in zip(keyed, predicted, strict=False)]
+
+        for key, kind, row in rows:
+            group = kind, _padded_length(row[INPUTS])
+            waiting.setdefault(group, []).append((key, row))
+            if len(waiting[group]) == self.batch_size:
+                yield flush(*group)
+        for group in list(waiting):
+            yield flush(*group)
+
+    def _index(self, task: str, embed: PredictFn) -> tuple[list[str], np.ndarray]:
+        """The passages of an index, as their ids and embeddings [passages, width]."""
+        if task not in self._embedded:
+            registered = seqio.TaskRegistry.get(task)
+            dataset = registered.get_dataset(dict(self.lengths), INDEX_SPLIT, shuffle=False)
+            examples = list(dataset.as_numpy_iterator())
+            ids = [example["targets_pretokenized"].decode() for example in examples]
+            lengths = {
+                name: self.lengths.get(name) or max(len(example[name]) for example in examples)
+                for name in registered.output_features
+            }
+            converted = self.converter(dataset, lengths).as_numpy_iterator()
+            rows = ((position, RETRIEVE, row) for position, row in enumerate(converted))
+            found = {
+                position: embedding
+                for batch in self._in_batches({RETRIEVE: embed}, rows)
+                for position, embedding in batch
+            }
+            embeddings = np.array([found[position] for position in range(len(ids))])
+            self._embedded[task] = ids, embeddings
+        return self._embedded[task]
 
     def _load(self, cell: Cell) -> "_LoadedCell":
         if cell.name not in self._loaded:
@@ -239,6 +319,7 @@ class CellEvaluator:
             "cell": cell.name,
             "seqio_task": self.tasks[cell],
             "split": self.split,
+            "inference": self.kind(cell),
             "lengths": dict(self.lengths),
             "examples_per_cell": self.examples_per_cell,
             "fingerprint": fingerprint,
@@ -294,6 +375,7 @@ class _LoadedCell:
         )
         if not self._evaluator.eval_tasks:
             raise ValueError(f"seqio task {task.name!r} has no metrics to be evaluated by")
+        self.outputs: Sequence[Any] = ()
         self._widths: dict[str, tuple[int, ...]] = {}
         self._batches: list[Batch] = []
         dataset = self._evaluator.cached_model_datasets[task.name]
@@ -318,22 +400,37 @@ class _LoadedCell:
         future, _ = self._evaluator.evaluate(
             compute_metrics=True, step=step, predict_fn=lambda *_: list(enumerate(tokens))
         )
+        self.outputs = self._evaluator.loggers[0].outputs
         metrics = future.result()[self._task.name]
         scores = {name: float(getattr(value, "value", value)) for name, value in metrics.items()}
         return scores | {"examples": len(tokens)}
 
+    def score_rankings(self, rankings: Sequence[Sequence[str]]) -> dict[str, float]:
+        """The task's metrics of rankings, against the `answer` of each example, and their number.
+
+        Not by seqio's evaluator, which scores against the tokens of the targets.
+        """
+        dataset = self._evaluator.cached_task_datasets[self._task.name].as_numpy_iterator()
+        answers = [example[ANSWER].decode() for example in dataset]
+        self.outputs = rankings
+        scores: dict[str, float] = {}
+        for metric_fn in self._task.metric_fns:
+            scores |= metric_fn(answers, rankings)
+        return scores | {"examples": len(rankings)}
+
     def lines(self) -> list[str]:
         """The predictions last scored as lines of json."""
-        outputs = self._evaluator.loggers[0].outputs
         feature_ids = [row["feature_ids"] for row in self.rows() if "feature_ids" in row]
         dataset = self._evaluator.cached_task_datasets[self._task.name].as_numpy_iterator()
         lines = []
-        for position, (example, prediction) in enumerate(zip(dataset, outputs, strict=True)):
+        for position, (example, prediction) in enumerate(zip(dataset, self.outputs, strict=True)):
             record = {
                 "inputs": self._text(example, "inputs"),
                 "targets": self._text(example, "targets"),
                 "predictions": prediction,
             }
+            if ANSWER in example:
+                record["answer"] = example[ANSWER].decode()
             if feature_ids:
                 record["feature_ids"] = feature_ids[position].tolist()
             lines.append(json.dumps(record, ensure_ascii=False))
@@ -356,15 +453,17 @@ class _KeepOutputs(seqio.Logger):
         self.outputs = inferences["output"]
 
 
-def _checked_tokens(tokens: Any, batch_size: int) -> np.ndarray:
-    tokens = np.asarray(tokens)
-    if tokens.ndim != 2 or len(tokens) != batch_size:
+def _checked(kind: str, predicted: Any, batch_size: int) -> np.ndarray:
+    predicted = np.asarray(predicted)
+    ndim, dtype, expected = _SHAPES[kind]
+    if predicted.ndim != ndim or len(predicted) != batch_size:
         raise ValueError(
-            f"predict returned an array of shape {tokens.shape}; expected [{batch_size}, length]"
+            f"predict returned an array of shape {predicted.shape}; expected {expected} with "
+            f"batch {batch_size}"
         )
-    if not np.issubdtype(tokens.dtype, np.integer):
-        raise ValueError(f"predict returned {tokens.dtype}; expected integer token ids")
-    return tokens
+    if not np.issubdtype(predicted.dtype, dtype):
+        raise ValueError(f"predict returned {predicted.dtype}; expected {expected}")
+    return predicted
 
 
 def _padded_length(inputs: np.ndarray) -> int:

@@ -44,14 +44,17 @@ def evaluator(
 
     chosen = job.split.cells if cells is None else cells_lib.match(cells, job.split.cells)
     job.check_split(split, chosen)
-    tasks = job.run.source.register(chosen, vocabulary=job.run.vocabulary, space=job.space)
+    source, vocabulary = job.run.source, job.run.vocabulary
+    having = [cell for cell in chosen if split in source.splits(cell)]
     return CellEvaluator(
-        tasks=tasks,
+        tasks=source.register(chosen, vocabulary=vocabulary, space=job.space),
         split=split,
         lengths=job.lengths,
         converter=FlixFeatureConverter(None if job.space is None else job.space.num_slots),
         batch_size=job.run.evaluation.batch_size,
         examples_per_cell=examples_per_cell,
+        kinds={cell: source.inference(cell) for cell in chosen},
+        indexes=source.register_indexes(having, vocabulary=vocabulary, space=job.space),
     )
 
 
@@ -112,7 +115,7 @@ def evaluate(
     evaluation = evaluator(job, split, cells=cells)
     watch = _Watch(say)
     scores = evaluation.evaluate(
-        job.predictor(trained, frozen),
+        job.predictors(trained, frozen),
         job.run_dir,
         step,
         fingerprint=fingerprint(job, trained, frozen),
@@ -178,7 +181,7 @@ def infer(
     job = Job(run, run_dir, bases_dir=bases_dir)
     records = _read_records(epath.Path(input_path), job.space, features, say)
     trained, frozen, _ = restore(job, step)
-    predict = job.predictor(trained, frozen)
+    predict = job.predictors(trained, frozen)["generate"]
     vocabulary = run.vocabulary.build()
     size = run.evaluation.batch_size
     lines: list[str] = []

@@ -33,6 +33,8 @@ WHOLE = "every parameter"
 
 BASES_FILE = "bases.txt"  # in a run's folder: where its base was trained, relative to it
 
+GUESSES = 3  # of a completion
+Predictor = Callable[[dict[str, np.ndarray]], np.ndarray]
 _PREDICT_FROM = ("encoder_input_tokens", "feature_ids")
 
 
@@ -258,20 +260,39 @@ class Job:
             self.run_dir / "checkpoints", identity, keep=self.run.keep, create=create
         )
 
-    def predictor(self, trained: Any, frozen: Any) -> Callable[[dict[str, np.ndarray]], np.ndarray]:
-        """Batch of arrays -> predicted tokens int32 [batch, targets_length]."""
+    def predictors(self, trained: Any, frozen: Any) -> dict[str, Predictor]:
+        """By kind of inference: batch of arrays -> what `CellEvaluator.evaluate` asks for.
 
-        def predict(batch: dict[str, np.ndarray]) -> np.ndarray:
-            wanted = {k: v for k, v in batch.items() if k in _PREDICT_FROM}
-            placed = partitioning.put_batch(self.mesh, wanted)
-            return np.asarray(jax.device_get(self._predict(trained, frozen, placed)))
+        'generate' gives tokens int32 [batch, targets_length], 'complete' three guesses
+        [batch, 3, targets_length] by beam search, 'retrieve' embeddings float32 [batch, embed].
+        """
 
-        return predict
+        def predictor(program: Callable[[Any, Any, Any], jax.Array]) -> Predictor:
+            def predict(batch: dict[str, np.ndarray]) -> np.ndarray:
+                wanted = {k: v for k, v in batch.items() if k in _PREDICT_FROM}
+                placed = partitioning.put_batch(self.mesh, wanted)
+                return np.asarray(jax.device_get(program(trained, frozen, placed)))
+
+            return predict
+
+        return {kind: predictor(program) for kind, program in self._programs.items()}
 
     @functools.cached_property
-    def _predict(self) -> Callable[[Any, Any, Any], jax.Array]:
-        def predict(trained: Any, frozen: Any, batch: Any) -> jax.Array:
-            params = tree.join(frozen, trained)
-            return self.model.predict(params, batch, max_length=self.run.targets_length)
+    def _programs(self) -> dict[str, Callable[[Any, Any, Any], jax.Array]]:
+        """The jitted programs of `predictors`, each compiled when it is first called."""
+        length = self.run.targets_length
 
-        return jax.jit(predict, out_shardings=partitioning.replicated(self.mesh))
+        def program(of: Callable[[Any, Any], jax.Array]) -> Callable[[Any, Any, Any], jax.Array]:
+            return jax.jit(
+                lambda trained, frozen, batch: of(tree.join(frozen, trained), batch),
+                out_shardings=partitioning.replicated(self.mesh),
+            )
+
+        model = self.model
+        return {
+            "generate": program(lambda p, batch: model.predict(p, batch, max_length=length)),
+            "complete": program(
+                lambda p, batch: model.predict_n(p, batch, max_length=length, beams=GUESSES)[0]
+            ),
+            "retrieve": program(lambda p, batch: model.embed(p, batch, normalize=True)),
+        }

@@ -113,7 +113,7 @@ def _evaluation(job: Job, frozen: Any) -> Callable[[int, Any], Mapping[str, Mapp
 
     def evaluate(step: int, trained: Any) -> Mapping[str, Mapping[str, float]]:
         return evaluator.evaluate(
-            job.predictor(trained, frozen),
+            job.predictors(trained, frozen),
             job.run_dir,
             step,
             fingerprint=inference.fingerprint(job, trained, frozen),
