@@ -1,7 +1,7 @@
 """What a folder of cells holds: sizes, lengths, what would be cut, what occurs twice.
 
-Texts are read once, split by split, and reduced to lengths and to keys (flix_jax.data.overlap, which
-says when two texts are the same); everything is counted on those.
+Texts are read once, split by split, and reduced to lengths and to keys (flix_jax.data.overlap,
+which says when two texts are the same); everything is counted on those.
 """
 
 from __future__ import annotations

@@ -89,4 +89,4 @@ def _skipped(job: Job) -> list[str]:
     if not text:
         return []
     place, number = _note(job, "skipped.txt", text), len(text.splitlines())
-    return [f"records of {number} files cannot be read and are left out, {place}"]
+    return [f"files with records that cannot be read and are left out: {number}, {place}"]

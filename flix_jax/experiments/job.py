@@ -237,8 +237,8 @@ class Job:
             compared, read = examples[cell.name], len(held) + held.dropped
             if compared != read:
                 raise ValueError(
-                    f"{cell.name}: {type(self.run.source).__name__}.pairs gives {compared} training "
-                    f"examples but its seqio task {read}; expected the same ones"
+                    f"{cell.name}: {type(self.run.source).__name__}.pairs gives {compared} "
+                    f"training examples but its seqio task {read}; expected the same ones"
                 )
             if not held:
                 raise ValueError(
