@@ -162,8 +162,8 @@ def test_a_mixture_is_compared_reading_each_split_once():
         OverlapRow("ner/sw", "validation", "ner/sw", 1, 2),
     )
     assert reported.overlap.summary(["ner/yo"]) == (
-        "4 evaluation examples have their input in training data too, 3 of them in held-out cells; "
-        "most: 2 of 3 of ner/yo validation in ner/sw"
+        "evaluation examples whose input stands in training data too: 4, of them in held-out cells "
+        "3; most: 2 of 3 of ner/yo validation in ner/sw"
     )
     expected = [(c.name, s) for c in source.data for s in source.data[c] if (c, s) != (yo, "train")]
     assert sorted(source.read) == sorted(expected)

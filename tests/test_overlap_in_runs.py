@@ -97,9 +97,7 @@ def test_the_folder_and_the_log_tell_what_was_dropped(run, tmp_path, capsys, mon
     monkeypatch.setattr(training, "fit", lambda *_, **__: None)
     training.train(with_overlap(run, "drop"), tmp_path)
     log = " ".join(capsys.readouterr().err.split())
-    assert (
-        "4 training examples of 2 cells are dropped: their inputs stand in evaluation data" in log
-    )
+    assert "inputs stand in evaluation data of held-out cells: 4, of 2 of 2 cells, see" in log
     lines = (tmp_path / "cells.txt").read_text().split("\n\n")[1].splitlines()
     assert [(line.split()[0], line.split()[-1]) for line in lines[2:]] == [
         ("up/x", "3"),
@@ -115,8 +113,8 @@ def test_overlap_is_reported_and_nothing_dropped_by_default(run, tmp_path):
     pipeline = job.pipeline()
     lines = data_notes.write(job, pipeline.report())
     assert lines[-1] == (
-        "5 evaluation examples have their input in training data too, 4 of them in held-out cells; "
-        f"most: 2 of 3 of up/z validation in up/x, see {tmp_path / 'overlap.txt'}"
+        "evaluation examples whose input stands in training data too: 5, of them in held-out cells "
+        f"4; most: 2 of 3 of up/z validation in up/x, see {tmp_path / 'overlap.txt'}"
     )
     table = (tmp_path / "overlap.txt").read_text().splitlines()
     assert [line.split()[:-1] for line in table[2:]] == [
@@ -170,14 +168,19 @@ class Wrapped:
         if name == "pairs" and self.texts == "none":
             raise AttributeError(name)
         found = getattr(self.inner, name)
-        return (lambda *of: [x[1:] for x in found(*of)]) if name == "pairs" else found
+        if name != "pairs":
+            return found
+        if self.texts == "fewer":
+            return lambda *of: [x[1:] for x in found(*of)]
+        return lambda *of: [x + ["bb"] for x in found(*of)]
 
 
 @pytest.mark.parametrize(
     ("texts", "overlap", "message"),
     [
         ("none", "report", "Mixture.overlap='report' compares texts, but Run.source=Wrapped has"),
-        ("fewer", "drop", "up/x: Wrapped.pairs gives 6 training examples but its seqio task 7"),
+        ("fewer", "report", "up/x: Wrapped.pairs gives 6 training examples but its seqio task 7"),
+        ("more", "drop", "xtreme_up.up.x: no example 7 to drop, but 7 in the split"),
     ],
 )
 def test_a_source_that_cannot_be_compared_is_refused(run, tmp_path, texts, overlap, message):

@@ -105,8 +105,8 @@ class Overlap:
         total = sum(self.shared.values())
         held = sum(self.shared.get(cell, 0) for cell in held_out)
         return (
-            f"{total:,} evaluation examples have their input in training data too, {held:,} of "
-            f"them in held-out cells; most: {most.examples:,} of {most.of:,} of {most.cell} "
+            f"evaluation examples whose input stands in training data too: {total:,}, of them in "
+            f"held-out cells {held:,}; most: {most.examples:,} of {most.of:,} of {most.cell} "
             f"{most.split} in {most.trained}"
         )
 

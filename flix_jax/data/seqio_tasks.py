@@ -124,6 +124,9 @@ def load_cell(
     Any seqio task with `inputs` and `targets` will do; inputs and targets that were cut are counted
     where it tells `inputs_length` and `targets_length` (see `finish`). Examples at the places of
     `drop` are left out, and of all counts but their own.
+
+    Raises:
+      ValueError: the split has no examples, or none at a place to drop.
     """
     check_lengths(lengths)
     provider = seqio.TaskRegistry.get(task)
@@ -142,7 +145,15 @@ def load_cell(
     if not batches:
         raise ValueError(f"seqio task {task}: the split {split!r} has no examples")
 
+    inputs, targets = (
+        _ragged([batch[name] for batch in batches], sequence_length[name]) for name in TOKENS
+    )
     dropped = np.zeros(0, np.int64) if drop is None else drop
+    if len(dropped) and dropped.max() >= len(inputs):
+        raise ValueError(
+            f"seqio task {task}: no example {dropped.max()} to drop, but {len(inputs)} in the "
+            f"split {split!r}"
+        )
 
     def cut(name: str) -> int | None:
         if name not in measured:
@@ -150,17 +161,13 @@ def load_cell(
         found = np.concatenate([batch[f"{name}_length"].numpy() for batch in batches])
         return int((np.delete(found, dropped) > sequence_length[name]).sum())
 
-    def rows(name: str) -> Ragged:
-        found = _ragged([batch[name] for batch in batches], sequence_length[name])
-        return found.without(dropped) if len(dropped) else found
-
     feature_ids = None
     if has_features:
         feature_ids = np.concatenate([_dense(batch[FEATURE_IDS]) for batch in batches])
         feature_ids = np.delete(feature_ids, dropped, axis=0)
     return CellData(
-        inputs=rows("inputs"),
-        targets=rows("targets"),
+        inputs=inputs.without(dropped),
+        targets=targets.without(dropped),
         feature_ids=feature_ids,
         cut_inputs=cut("inputs"),
         cut_targets=cut("targets"),

@@ -31,9 +31,13 @@ def write(job: Job, report: DataReport) -> list[str]:
 
 
 def _note(job: Job, name: str, text: str) -> str:
-    """Writes a file of the folder; says where it is."""
-    files.write_text(job.run_dir / name, text + "\n")
-    return f"see {job.run_dir / name}"
+    """Writes a file of the folder, or removes one that is out of date; says where it is."""
+    path = job.run_dir / name
+    if text:
+        files.write_text(path, text + "\n")
+    else:
+        path.unlink(missing_ok=True)
+    return f"see {path}"
 
 
 def _cells(job: Job, report: DataReport) -> list[str]:
@@ -41,10 +45,10 @@ def _cells(job: Job, report: DataReport) -> list[str]:
     lines = [f"some examples are cut, {place}"] if report.cut else []
     if job.run.mixture.overlap == "drop":
         dropped = report.dropped
-        found = f"{sum(dropped.values()):,} training examples of {len(dropped)} cells are dropped"
-        reason = "their inputs stand in evaluation data of held-out cells"
         lines.append(
-            f"{found}: {reason}, {place}" if dropped else f"no training examples to drop: {reason}"
+            "training examples dropped, since their inputs stand in evaluation data of held-out "
+            f"cells: {sum(dropped.values()):,}, of {len(dropped)} of {len(report.cells)} cells"
+            + (f", {place}" if dropped else "")
         )
     return lines
 
@@ -63,30 +67,31 @@ def _overlap(job: Job) -> list[str]:
 def _missing(job: Job) -> list[str]:
     """Of a run on the benchmark: what the folder lacks, and, in the log, what the mixture misses.
 
-    A folder without any task of the benchmark is another one's data and lacks nothing.
+    A run without any task of the benchmark is on other data, which lack nothing.
     """
     source: Any = job.run.source
-    if not hasattr(source, "missing_text") or not any(c.task in FILES for c in job.split.cells):
-        return []
-    counts = {
-        task: sum(
-            job.run.mixture.asks_for(Cell(task, language, file, variant=file))
-            for file, language in FILES[task].items()
-            if file in names or language in names
-        )
-        for task, names in source.missing().items()
-    }
+    counts = {}
+    if hasattr(source, "missing") and any(cell.task in FILES for cell in job.split.cells):
+        counts = {
+            task: sum(
+                job.run.mixture.asks_for(Cell(task, language, file, variant=file))
+                for file, language in FILES[task].items()
+                if file in names or language in names
+            )
+            for task, names in source.missing().items()
+        }
     asked = [f"{task} {count}" for task, count in counts.items() if count]
+    place = _note(job, "missing.txt", source.missing_text() if asked else "")
     if not asked:
         return []
-    place = _note(job, "missing.txt", source.missing_text())
     return [f"files of the benchmark that the folder lacks: {', '.join(asked)}, {place}"]
 
 
 def _skipped(job: Job) -> list[str]:
     source: Any = job.run.source
     text = source.skipped_text() if hasattr(source, "skipped_text") else ""
+    place = _note(job, "skipped.txt", text)
     if not text:
         return []
-    place, number = _note(job, "skipped.txt", text), len(text.splitlines())
+    number = len(text.splitlines())
     return [f"files with records that cannot be read and are left out: {number}, {place}"]
