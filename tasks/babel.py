@@ -300,6 +300,10 @@ class Babel:
         """The splits of `cell`; denoising and the glossaries have training records only."""
         return self._reader.splits(cell)
 
+    def pairs(self, cell: Cell, split: str) -> tuple[list[str], list[str]]:
+        """Inputs and targets of a split of `cell`, in the order of the file."""
+        return self._reader.pairs(cell, split)
+
     def register(
         self, cells: Iterable[Cell], *, vocabulary: "Vocabulary", space: "FeatureSpace | None"
     ) -> dict[Cell, str]:

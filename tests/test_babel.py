@@ -212,6 +212,14 @@ def test_source_generates_once_and_keeps_settings_apart(tmp_path, monkeypatch):
     assert babel.Babel(str(tmp_path), seed=4, sizes=SMALL).data_dir != source.data_dir
 
 
+def test_the_texts_of_a_split_are_told(tmp_path):
+    source = babel.Babel(str(tmp_path), seed=0, sizes=SMALL)
+    cell = next(cell for cell in source.cells() if cell.name == "qa/qal")
+    records = read(source.data_dir, "qa", "validation", "qal")
+    inputs, targets = source.pairs(cell, "validation")
+    assert inputs == [r["input"] for r in records] and targets == [r["target"] for r in records]
+
+
 def test_seqio_reads_every_task_over_the_character_vocabulary(tmp_path):
     seqio = pytest.importorskip("seqio")
     source = babel.Babel(str(tmp_path), seed=0, sizes=SMALL)

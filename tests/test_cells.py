@@ -127,6 +127,7 @@ def test_a_cell_cannot_be_trained_on_and_held_out():
         ({"cap": 0}, "at least 1"),
         ({"temperature": 2.0}, "no effect"),
         ({"rates": "temperature", "temperature": 0.0}, "above zero"),
+        ({"overlap": "dorp"}, "Mixture.overlap='dorp'.*did you mean 'drop'"),
         ({"include": "ner/*"}, "list of patterns"),
         ({"include": ()}, "empty"),
     ],
@@ -134,6 +135,13 @@ def test_a_cell_cannot_be_trained_on_and_held_out():
 def test_settings_of_a_mixture_are_checked_when_it_is_made(settings, message):
     with pytest.raises(ValueError, match=message):
         Mixture(**settings)
+
+
+def test_a_mixture_asks_for_cells_that_need_not_be_there():
+    mixture = Mixture(include=("ner/*", "qa/sw"), exclude=("ner/zu",), held_out=("ner/yo",))
+    asked = [cell.name for cell in CELLS if mixture.asks_for(cell)]
+    assert asked == names(mixture.select(CELLS).cells) == ["ner/sw", "ner/yo", "qa/sw"]
+    assert mixture.asks_for(Cell("ner", "am", "am", "am_et"))
 
 
 SIZES = dict(zip(CELLS[:3], (100, 300, 1600), strict=True))

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -41,7 +42,8 @@ class Memory:
         return list(inputs), list(targets)
 
 
-TEXTS = st.text("aü ", max_size=3)
+# Few letters, so that texts coincide; a letter in two forms and two kinds of white space.
+TEXTS = st.text("aüu\u0308 \u00a0", max_size=3)
 ROWS = st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=6)
 SPLITS = st.dictionaries(st.sampled_from(["train", "validation", "test"]), ROWS, min_size=1)
 SOURCES = st.lists(SPLITS, min_size=1, max_size=3).map(
@@ -52,6 +54,11 @@ SOURCES = st.lists(SPLITS, min_size=1, max_size=3).map(
 def percentile(values, percent):
     """The least value that `percent` of the values do not exceed."""
     return min(v for v in values if sum(w <= v for w in values) * 100 >= percent * len(values))
+
+
+def same(text):
+    """What equal texts have in common: split at white space first, then composed."""
+    return tuple(unicodedata.normalize("NFC", word) for word in text.split())
 
 
 def lengths(values):
@@ -76,19 +83,20 @@ def test_every_number_is_that_of_counting_by_loops(source):
             assert part.target_tokens == lengths([n + 1 for n in out_bytes])
             assert part.cut_inputs == sum(n + 1 > 4 for n in in_bytes)
             assert part.cut_targets == sum(n + 1 > 2 for n in out_bytes)
-            assert part.duplicates == sum(row in rows[:i] for i, row in enumerate(rows))
+            both = [tuple(map(same, row)) for row in rows]
+            assert part.duplicates == sum(row in both[:i] for i, row in enumerate(both))
             assert part.empty_targets == sum(target == "" for _, target in rows)
             elsewhere = [
-                {text for s, others in splits.items() if s != split for text, _ in others},
+                {same(text) for s, others in splits.items() if s != split for text, _ in others},
                 {
-                    text
+                    same(text)
                     for c, others in source.data.items()
                     for rows_there in others.values()
                     for text, _ in rows_there
                     if c != cell
                 },
             ]
-            overlaps = [sum(text in texts for text, _ in rows) for texts in elsewhere]
+            overlaps = [sum(same(text) in texts for text, _ in rows) for texts in elsewhere]
             assert [part.in_other_splits, part.in_other_cells] == overlaps
 
 
@@ -233,6 +241,17 @@ def test_a_configuration_gives_cells_vocabulary_and_lengths(folder, capsys):
     assert value["lengths"] == {"inputs": 2, "targets": 1}
     assert [entry["cut_inputs"] for entry in value["cells"]] == [2, 2]
     assert [entry["cut_targets"] for entry in value["cells"]] == [0, 0]
+
+
+def test_a_run_on_babel_is_described(folder, capsys):
+    config = (folder / "run.gin").read_text()
+    config = config.replace("@XtremeUp()", "@Babel()").replace("'topic/*'", "'qa/qal'")
+    config = re.sub("XtremeUp.data_dir = .*", f"Babel.cache_dir = '{folder / 'babel'}'", config)
+    sizes = "Babel.sizes = @Sizes()\nSizes.train = 6\nSizes.validation = 3\nSizes.test = 2\n"
+    (folder / "babel.gin").write_text(config + sizes + "Sizes.pivot = 2\nSizes.text = 2\n")
+    status, out, err = run(capsys, f"--gin_file={folder / 'babel.gin'}")
+    assert (status, err) == (0, "")
+    assert out.splitlines()[2].split() == ["qal", "6/3/2"]
 
 
 def test_cells_may_be_chosen(folder, capsys):

@@ -12,7 +12,7 @@ import fnmatch
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 from flix_jax.adapters.suggest import did_you_mean
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from flix_jax.adapters.features import FeatureSpace
 
 Group = Literal["seen", "unseen", "unseen_language"]
+OnOverlap = Literal["report", "drop", "ignore"]
 RATES = ("proportional", "equal", "temperature")
 
 
@@ -86,6 +87,10 @@ class Source(Protocol):
 
     def splits(self, cell: Cell) -> tuple[str, ...]:
         """The splits of `cell`, in the order train, validation, test."""
+        ...
+
+    def pairs(self, cell: Cell, split: str) -> tuple[Sequence[str], Sequence[str]]:
+        """Inputs and targets of a split of `cell`, as many, in the order of its seqio task."""
         ...
 
     def register(
@@ -215,6 +220,10 @@ class Mixture:
         weight of each cell that it matches; the first pattern that matches a cell counts.
       cap: sizes above it count as it ('proportional' and 'temperature').
       temperature: only with rates='temperature'; 1 is proportional, infinity is equal.
+      overlap: what is done when training starts about inputs that stand in evaluation data
+        (splits other than `train`) too: 'report' counts them by pairs of cells, 'drop' besides
+        leaves out of training those that stand in evaluation data of held-out cells, 'ignore' does
+        not look.
     """
 
     include: tuple[str, ...] = ("*/*",)
@@ -223,6 +232,7 @@ class Mixture:
     rates: str | Mapping[str, float] = "proportional"
     cap: int | None = None
     temperature: float = 1.0
+    overlap: OnOverlap = "report"
 
     def __post_init__(self) -> None:
         for name in ("include", "exclude", "held_out"):
@@ -262,6 +272,11 @@ class Mixture:
                 f"Mixture.temperature={self.temperature} has no effect with rates={self.rates!r}: "
                 "expected rates='temperature'"
             )
+        if self.overlap not in get_args(OnOverlap):
+            raise ValueError(
+                f"Mixture.overlap={self.overlap!r}: expected one of {get_args(OnOverlap)}; "
+                f"{did_you_mean(str(self.overlap), get_args(OnOverlap))}"
+            )
 
     def select(
         self, cells: Iterable[Cell], has_train: Callable[[Cell], bool] | None = None
@@ -295,6 +310,10 @@ class Mixture:
                 f"{len(included)} included, {len(held_out)} held out or without training data"
             )
         return split
+
+    def asks_for(self, cell: Cell) -> bool:
+        """Whether the mixture takes `cell` where there is one."""
+        return any(map(cell.matches, self.include)) and not any(map(cell.matches, self.exclude))
 
     def rates_for(self, sizes: Mapping[Cell, int]) -> dict[Cell, float]:
         """The share of the training examples drawn from each cell; they sum to 1.

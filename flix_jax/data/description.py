@@ -1,28 +1,26 @@
 """What a folder of cells holds: sizes, lengths, what would be cut, what occurs twice.
 
-Texts are read once, split by split, and reduced to lengths and 64-bit hashes; everything is counted
-on arrays of those. Hashes of different texts collide with a probability of about n² / 2⁶⁵ among n
-texts: one in a million for six million.
+Texts are read once, split by split, and reduced to lengths and to keys (flix_jax.data.overlap,
+which says when two texts are the same); everything is counted on those.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
+import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
-from jaxtyping import Int, UInt64
+from jaxtyping import Int
 
 from flix_jax.data.cells import Cell, format_table
+from flix_jax.data.overlap import Keys, count_elsewhere, count_repeats, text_keys
 from flix_jax.data.vocabularies import ByteVocabulary, Vocabulary
 
 FORMATS = ("text", "markdown", "json")
 ORDER = ("train", "validation", "test")  # of splits; others follow
-
-Hashes = UInt64[np.ndarray, " examples"]
 
 
 class Readable(Protocol):
@@ -172,7 +170,8 @@ class Description:
                 f"{self.lengths['targets']} (targets)."
             )
         lines.append("Duplicates: input and target both occurred before in the split.")
-        lines.append("In other splits or cells: the very input stands there too.")
+        lines.append("In other splits or cells: the same input stands there too.")
+        lines.append("The same: after Unicode's NFC, and with white space collapsed.")
         return "\n".join(lines)
 
 
@@ -207,7 +206,7 @@ def describe(
         for cell in cells
         for split in source.splits(cell)
     }
-    overlaps = count_overlaps({key: part.inputs for key, part in counted.items()})
+    elsewhere = count_elsewhere({key: part.inputs for key, part in counted.items()})
     duplicates = {key: part.duplicates() for key, part in counted.items()}
 
     def make(name: str, split: str, keys: Sequence[tuple[Cell, str]]) -> Part:
@@ -226,8 +225,8 @@ def describe(
             cut_targets=_above(out_tokens, limit.get("targets")),
             duplicates=sum(duplicates[key] for key in keys),
             empty_targets=int((data.target_bytes == 0).sum()),
-            in_other_splits=sum(overlaps[key][0] for key in keys),
-            in_other_cells=sum(overlaps[key][1] for key in keys),
+            in_other_splits=sum(elsewhere[key][0] for key in keys),
+            in_other_cells=sum(elsewhere[key][1] for key in keys),
         )
 
     splits = dict.fromkeys(split for _, split in counted)
@@ -241,48 +240,15 @@ def describe(
 
 
 # --------------------------------------------------------------------------------------------
-# Overlap
-
-
-def count_overlaps(
-    inputs: Mapping[tuple[Cell, str], Hashes],
-) -> dict[tuple[Cell, str], tuple[int, int]]:
-    """How many examples of each split have an input that stands elsewhere too, byte for byte.
-
-    Args:
-      inputs: hashes of the inputs by cell and split.
-
-    Returns:
-      By cell and split: (in another split of the cell, in another cell).
-    """
-    per_cell: dict[Cell, dict[str, Hashes]] = {}
-    for (cell, split), hashes in inputs.items():
-        per_cell.setdefault(cell, {})[split] = hashes
-    distinct = [np.unique(np.concatenate(list(parts.values()))) for parts in per_cell.values()]
-    found, cells = np.unique(np.concatenate(distinct), return_counts=True)
-    in_cells = found[cells > 1]
-    counts = {}
-    for cell, parts in per_cell.items():
-        distinct = [np.unique(hashes) for hashes in parts.values()]
-        found, splits = np.unique(np.concatenate(distinct), return_counts=True)
-        in_splits = found[splits > 1]
-        for split, hashes in parts.items():
-            counts[cell, split] = tuple(
-                int(np.isin(hashes, elsewhere).sum()) for elsewhere in (in_splits, in_cells)
-            )
-    return counts  # type: ignore[return-value]
-
-
-# --------------------------------------------------------------------------------------------
 # Texts as numbers
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Counted:
-    """The texts of a split as arrays [examples]; `inputs` and `targets` are their hashes."""
+    """The texts of a split: their keys, and arrays [examples] of their lengths."""
 
-    inputs: Hashes
-    targets: Hashes
+    inputs: Keys
+    targets: Keys
     input_bytes: Int[np.ndarray, " examples"]
     target_bytes: Int[np.ndarray, " examples"]
     input_tokens: Int[np.ndarray, " examples"] | None
@@ -290,16 +256,16 @@ class _Counted:
 
     @classmethod
     def join(cls, parts: Sequence[_Counted]) -> _Counted:
-        columns = {f.name: [getattr(p, f.name) for p in parts] for f in dataclasses.fields(cls)}
-        joined: dict[str, Any] = {
-            name: None if arrays[0] is None else np.concatenate(arrays)
-            for name, arrays in columns.items()
-        }
-        return cls(**joined)
+        def joined(name: str) -> Any:
+            columns = [getattr(part, name) for part in parts]
+            if isinstance(columns[0], list):
+                return list(itertools.chain.from_iterable(columns))
+            return None if columns[0] is None else np.concatenate(columns)
+
+        return cls(*(joined(field.name) for field in dataclasses.fields(cls)))
 
     def duplicates(self) -> int:
-        both = np.stack([self.inputs, self.targets], axis=1)
-        return len(both) - len(np.unique(both, axis=0))
+        return count_repeats(list(zip(self.inputs, self.targets, strict=True)))
 
 
 class _Measure:
@@ -312,23 +278,25 @@ class _Measure:
             self._encode = vocabulary.build().encode
 
     def __call__(self, inputs: Sequence[str], targets: Sequence[str]) -> _Counted:
-        input_hashes, input_bytes, input_tokens = self._measure(inputs)
-        target_hashes, target_bytes, target_tokens = self._measure(targets)
+        input_bytes, input_tokens = self._lengths(inputs)
+        target_bytes, target_tokens = self._lengths(targets)
         return _Counted(
-            input_hashes, target_hashes, input_bytes, target_bytes, input_tokens, target_tokens
+            text_keys(inputs),
+            text_keys(targets),
+            input_bytes,
+            target_bytes,
+            input_tokens,
+            target_tokens,
         )
 
-    def _measure(self, texts: Sequence[str]) -> tuple[Hashes, np.ndarray, np.ndarray | None]:
-        encoded = [text.encode() for text in texts]
-        digests = [hashlib.blake2b(content, digest_size=8).digest() for content in encoded]
-        hashes = np.frombuffer(b"".join(digests), np.uint64)
-        num_bytes = np.fromiter(map(len, encoded), np.int64, len(encoded))
+    def _lengths(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray | None]:
+        num_bytes = np.fromiter((len(text.encode()) for text in texts), np.int64, len(texts))
         if self._bytes:
-            return hashes, num_bytes, num_bytes + 1
+            return num_bytes, num_bytes + 1
         if self._encode is None:
-            return hashes, num_bytes, None
+            return num_bytes, None
         tokens = (len(self._encode(text)) + 1 for text in texts)
-        return hashes, num_bytes, np.fromiter(tokens, np.int64, len(texts))
+        return num_bytes, np.fromiter(tokens, np.int64, len(texts))
 
 
 def _above(lengths: np.ndarray | None, limit: int | None) -> int | None:

@@ -35,6 +35,14 @@ class Ragged:
     def __getitem__(self, index: int) -> Int[np.ndarray, " length"]:
         return self.values[self.offsets[index] : self.offsets[index + 1]]
 
+    def without(self, rows: Int[np.ndarray, " left_out"]) -> "Ragged":
+        """The other rows, in their order."""
+        lengths = np.diff(self.offsets)
+        kept = np.ones(len(lengths), bool)
+        kept[rows] = False
+        offsets = np.concatenate([[0], np.cumsum(lengths[kept])]).astype(np.int64)
+        return Ragged(self.values[np.repeat(kept, lengths)], offsets)
+
 
 @dataclass(frozen=True, eq=False)
 class CellData:
@@ -45,6 +53,7 @@ class CellData:
       feature_ids: int32 [examples, slots], or None for data without features.
       cut_inputs, cut_targets: how many rows were longer than the configured length and lost
         their end; None where the source does not tell.
+      dropped: how many examples were left out of the data before.
     """
 
     inputs: Ragged
@@ -52,6 +61,7 @@ class CellData:
     feature_ids: Int[np.ndarray, "examples slots"] | None = None
     cut_inputs: int | None = 0
     cut_targets: int | None = 0
+    dropped: int = 0
 
     def __post_init__(self) -> None:
         if len(self.inputs) != len(self.targets):
@@ -83,7 +93,10 @@ class CellData:
 
 @dataclass(frozen=True)
 class CellReport:
-    """What training sees of one cell; lengths are means in tokens, EOS included."""
+    """What training sees of one cell; lengths are means in tokens, EOS included.
+
+    `dropped` examples are not among the others.
+    """
 
     examples: int
     rate: float
@@ -91,6 +104,7 @@ class CellReport:
     cut_targets: int | None
     mean_input_length: float
     mean_target_length: float
+    dropped: int = 0
 
 
 @dataclass(frozen=True)
@@ -104,14 +118,23 @@ class DataReport:
         """Whether any input or target lost its end."""
         return any(row.cut_inputs or row.cut_targets for row in self.cells.values())
 
+    @property
+    def dropped(self) -> dict[Cell, int]:
+        """How many examples were left out, of the cells that lost any."""
+        return {cell: row.dropped for cell, row in self.cells.items() if row.dropped}
+
     def table(self) -> str:
         """A line per cell, and one for the whole."""
         header = ["cell", "examples", "rate", "inputs cut", "targets cut"]
         rows = [[*header, "input tokens", "target tokens"]]
-        for cell, row in self.cells.items():
-            rows.append(_line(cell.name, row))
-        if len(self.cells) > 1:
-            rows.append(_line("all", _total(list(self.cells.values()))))
+        reports = {cell.name: row for cell, row in self.cells.items()}
+        if len(reports) > 1:
+            reports["all"] = _total(list(self.cells.values()))
+        rows += [_line(name, row) for name, row in reports.items()]
+        if self.dropped:
+            rows[0].append("dropped")
+            for line, row in zip(rows[1:], reports.values(), strict=True):
+                line.append(f"{row.dropped:,}")
         return format_table(rows)
 
 
@@ -126,6 +149,7 @@ def report_on(data: Mapping[Cell, CellData], rates: Mapping[Cell, float]) -> Dat
                 cut_targets=examples.cut_targets,
                 mean_input_length=len(examples.inputs.values) / len(examples),
                 mean_target_length=len(examples.targets.values) / len(examples),
+                dropped=examples.dropped,
             )
             for cell, examples in data.items()
         }
@@ -142,6 +166,7 @@ def _total(rows: Sequence[CellReport]) -> CellReport:
         cut_targets=None if unknown else sum(row.cut_targets or 0 for row in rows),
         mean_input_length=sum(r.mean_input_length * r.examples for r in rows) / examples,
         mean_target_length=sum(r.mean_target_length * r.examples for r in rows) / examples,
+        dropped=sum(row.dropped for row in rows),
     )
 
 

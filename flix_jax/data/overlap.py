@@ -1,9 +1,9 @@
-"""The same text in held-out data and in training data, and twice within a cell.
+"""The same text in evaluation data and in training data, and twice within a cell.
 
 Two texts are the same when they are equal after Unicode's NFC and with every run of white space
 as one space, none at the ends. Examples are the same when their inputs are, or, on request, their
-inputs and their targets. All functions are pure and take time linear in the texts: an example is
-compared by a hash of 16 bytes (BLAKE2b), so that the texts need not be kept.
+inputs and their targets. An example is compared by its key, a hash of 16 bytes (BLAKE2b), so that
+the texts need not be kept; everything takes time linear in them.
 """
 
 from __future__ import annotations
@@ -11,16 +11,21 @@ from __future__ import annotations
 import collections
 import hashlib
 import unicodedata
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 from jaxtyping import Int
 
-from flix_jax.data.cells import format_table
+from flix_jax.data.cells import CellSplit, Source, format_table
 
 Texts = tuple[Sequence[str], Sequence[str]]  # inputs, targets: as many
 Keys = list[bytes]
+Name = TypeVar("Name", bound=Hashable)
+
+#: The split that is trained on; the others are evaluated.
+TRAIN = "train"
 
 
 def normalize(text: str) -> str:
@@ -31,13 +36,13 @@ def normalize(text: str) -> str:
 
 
 def keys(texts: Texts, targets: bool = False) -> Keys:
-    """A hash of 16 bytes per example: of its input, or of its input and its target.
+    """The key of every example: a hash of its input, or of its input and its target.
 
     Raises:
       ValueError: not as many targets as inputs, where targets count.
     """
     if not targets:
-        return [_digest(normalize(source)) for source in texts[0]]
+        return text_keys(texts[0])
     if len(texts[0]) != len(texts[1]):
         raise ValueError(f"{len(texts[0])} inputs but {len(texts[1])} targets; expected as many")
     # A line break never stands in a normalised text.
@@ -45,6 +50,11 @@ def keys(texts: Texts, targets: bool = False) -> Keys:
         _digest(f"{normalize(source)}\n{normalize(target)}")
         for source, target in zip(*texts, strict=True)
     ]
+
+
+def text_keys(texts: Iterable[str]) -> Keys:
+    """The key of every text."""
+    return [_digest(normalize(text)) for text in texts]
 
 
 def _digest(text: str) -> bytes:
@@ -69,94 +79,148 @@ class OverlapRow:
 
 @dataclass(frozen=True)
 class Overlap:
-    """What evaluated cells share with training cells; only pairs that share something."""
+    """What evaluated cells share with training cells.
+
+    Attributes:
+      rows: pairs of an evaluated split and a training cell; only those that share something.
+      shared: by evaluated cell, how many examples of its splits any training cell holds.
+    """
 
     rows: tuple[OverlapRow, ...] = ()
+    shared: Mapping[str, int] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
         return bool(self.rows)
 
-    def table(self, at_most: int | None = None) -> str:
+    def summary(self, held_out: Collection[str] = ()) -> str:
+        """How many examples are shared, and the pair that shares most, in a line; '' if none are.
+
+        Args:
+          held_out: of these cells, the number is told apart, and the pair if any shares something.
+        """
+        if not self.rows:
+            return ""
+        rows = [row for row in self.rows if row.cell in held_out] or self.rows
+        most = max(rows, key=lambda row: row.examples)
+        total = sum(self.shared.values())
+        held = sum(self.shared.get(cell, 0) for cell in held_out)
+        return (
+            f"evaluation examples whose input stands in training data too: {total:,}, of them in "
+            f"held-out cells {held:,}; most: {most.examples:,} of {most.of:,} of {most.cell} "
+            f"{most.split} in {most.trained}"
+        )
+
+    def table(self, at_most: int | None = None, groups: Mapping[str, str] | None = None) -> str:
         """A line for each pair of cells that share an example; '' where none do.
 
         Args:
           at_most: of many pairs, show so many of those that share most, and count the rest.
+          groups: by evaluated cell, what it is (`CellSplit.group`): another column.
         """
         if not self.rows:
             return ""
         shown = self.rows
         if at_most is not None and len(shown) > at_most:
             shown = tuple(sorted(shown, key=lambda row: -row.examples)[:at_most])
-        lines = [["evaluated", "split", "trained on", "shared", "of", "%"]]
+        group = ["group"] if groups else []
+        lines = [["evaluated", *group, "split", "trained on", "shared", "of", "%"]]
         for row in shown:
+            group = [groups[row.cell]] if groups else []
             share = f"{100 * row.examples / row.of:.1f}"
             counts = [f"{row.examples:,}", f"{row.of:,}", share]
-            lines.append([row.cell, row.split, row.trained, *counts])
+            lines.append([row.cell, *group, row.split, row.trained, *counts])
         more = len(self.rows) - len(shown)
         return format_table(lines) + (f"\nand {more:,} more pairs that share less" if more else "")
 
 
 def find_overlap(
-    training: Mapping[str, Texts],
-    evaluation: Mapping[str, Mapping[str, Texts]],
-    *,
-    targets: bool = False,
+    training: Mapping[str, Keys], evaluation: Mapping[str, Mapping[str, Keys]]
 ) -> Overlap:
     """Counts the examples of every evaluated cell and split that each training cell holds too.
 
     Args:
-      training: by cell, its training inputs and targets.
-      evaluation: by cell and split, inputs and targets; a cell may be a training cell too.
-      targets: whether the targets have to be the same as well.
+      training: by cell, the `keys` of its training examples.
+      evaluation: by cell and split, `keys`; a cell may be a training cell too.
 
     Returns:
       Rows in the order of `evaluation`, its splits and `training`.
     """
     holders: dict[bytes, list[int]] = collections.defaultdict(list)
-    for number, texts in enumerate(training.values()):
-        for key in set(keys(texts, targets)):
+    for number, found in enumerate(training.values()):
+        for key in set(found):
             holders[key].append(number)
     names = tuple(training)
-    rows = []
+    rows, total = [], {}
     for cell, splits in evaluation.items():
-        for split, texts in splits.items():
-            shared = collections.Counter(
-                number for key in keys(texts, targets) for number in holders.get(key, ())
-            )
+        total[cell] = sum(key in holders for found in splits.values() for key in found)
+        for split, found in splits.items():
+            shared = collections.Counter(number for key in found for number in holders.get(key, ()))
             rows += [
-                OverlapRow(cell, split, names[number], shared[number], len(texts[0]))
+                OverlapRow(cell, split, names[number], shared[number], len(found))
                 for number in sorted(shared)
             ]
-    return Overlap(tuple(rows))
+    return Overlap(tuple(rows), total)
 
 
 def examples_to_drop(
-    training: Mapping[str, Texts],
-    evaluation: Mapping[str, Mapping[str, Texts]],
-    *,
-    targets: bool = False,
+    training: Mapping[str, Keys], evaluation: Mapping[str, Mapping[str, Keys]]
 ) -> dict[str, Int[np.ndarray, " dropped"]]:
     """Which training examples also stand in the evaluation data of any cell.
 
     Args:
-      training, evaluation, targets: as of `find_overlap`.
+      training, evaluation: as of `find_overlap`.
 
     Returns:
       By training cell, the places of its examples to drop: int64, ascending. Cells that keep all
       of theirs are left out.
     """
     evaluated = {
-        key
-        for splits in evaluation.values()
-        for texts in splits.values()
-        for key in keys(texts, targets)
+        key for splits in evaluation.values() for found in splits.values() for key in found
     }
     dropped = {}
-    for cell, texts in training.items():
-        places = [i for i, key in enumerate(keys(texts, targets)) if key in evaluated]
+    for cell, found in training.items():
+        places = [i for i, key in enumerate(found) if key in evaluated]
         if places:
             dropped[cell] = np.asarray(places, np.int64)
     return dropped
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The training data of a mixture beside its evaluation data.
+
+    Attributes:
+      overlap: of what is left to train on with all evaluation data, those of held-out cells first.
+      examples: by training cell, how many there were.
+      dropped: by training cell, the places of the examples that are not trained on.
+    """
+
+    overlap: Overlap
+    examples: Mapping[str, int]
+    dropped: Mapping[str, Int[np.ndarray, " dropped"]]
+
+
+def compare(source: Source, split: CellSplit, *, drop: bool = False) -> Comparison:
+    """Reads the data of a mixture and compares the inputs.
+
+    Args:
+      source: where the cells of `split` are. All their splits are read once.
+      drop: leave out the training examples that also stand in evaluation data of held-out cells.
+    """
+    training = {cell.name: keys(source.pairs(cell, TRAIN)) for cell in split.train}
+    examples = {name: len(found) for name, found in training.items()}
+    evaluation = {
+        cell.name: {s: keys(source.pairs(cell, s)) for s in source.splits(cell) if s != TRAIN}
+        for cell in split.held_out + split.train
+    }
+    dropped = {}
+    if drop:
+        held_out = {cell.name: evaluation[cell.name] for cell in split.held_out}
+        dropped = examples_to_drop(training, held_out)
+        for name, places in dropped.items():
+            gone = set(places.tolist())
+            training[name] = [key for i, key in enumerate(training[name]) if i not in gone]
+    return Comparison(find_overlap(training, evaluation), examples, dropped)
 
 
 @dataclass(frozen=True)
@@ -194,29 +258,56 @@ class Repeats:
         return format_table(lines)
 
 
-def find_repeats(cells: Mapping[str, Mapping[str, Texts]], *, targets: bool = False) -> Repeats:
+def find_repeats(cells: Mapping[str, Mapping[str, Keys]]) -> Repeats:
     """Counts, per cell, examples that repeat within a split and from one split to another.
 
     Args:
-      cells: by cell and split, inputs and targets.
-      targets: whether the targets have to be the same as well.
+      cells: by cell and split, the `keys` of the examples.
     """
     rows = []
     for cell, splits in cells.items():
-        hashed = {split: keys(texts, targets) for split, texts in splits.items()}
-        distinct = {split: set(found) for split, found in hashed.items()}
-        names = list(hashed)
+        distinct = {split: set(found) for split, found in splits.items()}
+        names = list(splits)
         between = {
-            (first, second): sum(key in distinct[first] for key in hashed[second])
+            (first, second): sum(key in distinct[first] for key in splits[second])
             for i, first in enumerate(names)
             for second in names[i + 1 :]
         }
         rows.append(
             CellRepeats(
                 cell,
-                {split: len(found) for split, found in hashed.items()},
-                {split: len(found) - len(distinct[split]) for split, found in hashed.items()},
+                {split: len(found) for split, found in splits.items()},
+                {split: count_repeats(found) for split, found in splits.items()},
                 between,
             )
         )
     return Repeats(tuple(rows))
+
+
+def count_repeats(found: Sequence[Hashable]) -> int:
+    """How many of the keys have an equal one before them."""
+    return len(found) - len(set(found))
+
+
+def count_elsewhere(
+    cells: Mapping[tuple[Name, str], Keys],
+) -> dict[tuple[Name, str], tuple[int, int]]:
+    """How many examples of each split stand elsewhere too.
+
+    Args:
+      cells: by (cell, split), the `keys` of the examples.
+
+    Returns:
+      By (cell, split): (in another split of the cell, in another cell).
+    """
+    splits: dict[Name, collections.Counter[bytes]] = {}
+    for (cell, _), found in cells.items():
+        splits.setdefault(cell, collections.Counter()).update(set(found))
+    holders = collections.Counter(key for counted in splits.values() for key in counted)
+    return {
+        (cell, split): (
+            sum(splits[cell][key] > 1 for key in found),
+            sum(holders[key] > 1 for key in found),
+        )
+        for (cell, split), found in cells.items()
+    }

@@ -116,11 +116,20 @@ def finish(
     return finish_examples
 
 
-def load_cell(task: str, lengths: Mapping[str, int], split: str = "train") -> CellData:
+def load_cell(
+    task: str,
+    lengths: Mapping[str, int],
+    split: str = "train",
+    drop: Int[np.ndarray, " dropped"] | None = None,
+) -> CellData:
     """All examples of a registered task in order, tokenised, ended by EOS and cut to `lengths`.
 
     Any seqio task with `inputs` and `targets` will do; inputs and targets that were cut are counted
-    where it tells `inputs_length` and `targets_length` (see `finish`).
+    where it tells `inputs_length` and `targets_length` (see `finish`). Examples at the places of
+    `drop` are left out, and of all counts but their own.
+
+    Raises:
+      ValueError: the split has no examples, or none at a place to drop.
     """
     check_lengths(lengths)
     provider = seqio.TaskRegistry.get(task)
@@ -139,27 +148,52 @@ def load_cell(task: str, lengths: Mapping[str, int], split: str = "train") -> Ce
     if not batches:
         raise ValueError(f"seqio task {task}: the split {split!r} has no examples")
 
+    inputs, targets = (
+        _ragged([batch[name] for batch in batches], sequence_length[name]) for name in TOKENS
+    )
+    dropped = np.zeros(0, np.int64) if drop is None else drop
+    if len(dropped) and dropped.max() >= len(inputs):
+        raise ValueError(
+            f"seqio task {task}: no example {dropped.max()} to drop, but {len(inputs)} in the "
+            f"split {split!r}"
+        )
+
     def cut(name: str) -> int | None:
         if name not in measured:
             return None
-        limit = sequence_length[name]
-        return sum(int((batch[f"{name}_length"].numpy() > limit).sum()) for batch in batches)
+        found = np.concatenate([batch[f"{name}_length"].numpy() for batch in batches])
+        return int((np.delete(found, dropped) > sequence_length[name]).sum())
 
     feature_ids = None
     if has_features:
         feature_ids = np.concatenate([_dense(batch[FEATURE_IDS]) for batch in batches])
+        feature_ids = np.delete(feature_ids, dropped, axis=0)
     return CellData(
-        inputs=_ragged([batch["inputs"] for batch in batches], sequence_length["inputs"]),
-        targets=_ragged([batch["targets"] for batch in batches], sequence_length["targets"]),
+        inputs=inputs.without(dropped),
+        targets=targets.without(dropped),
         feature_ids=feature_ids,
         cut_inputs=cut("inputs"),
         cut_targets=cut("targets"),
+        dropped=len(dropped),
     )
 
 
-def load_cells(tasks: Mapping[Cell, str], lengths: Mapping[str, int]) -> dict[Cell, CellData]:
-    """The training data of every cell, by the names that `Source.register` returned."""
-    return {cell: load_cell(task, lengths) for cell, task in tasks.items()}
+def load_cells(
+    tasks: Mapping[Cell, str],
+    lengths: Mapping[str, int],
+    drop: Mapping[str, Int[np.ndarray, " dropped"]] | None = None,
+) -> dict[Cell, CellData]:
+    """The training data of every cell, by the names that `Source.register` returned.
+
+    Args:
+      tasks: the seqio task of each cell.
+      lengths: as of `load_cell`.
+      drop: by the name of a cell, the places of its examples to leave out.
+    """
+    return {
+        cell: load_cell(task, lengths, drop=(drop or {}).get(cell.name))
+        for cell, task in tasks.items()
+    }
 
 
 def _ragged(batches: Sequence[Any], limit: int) -> Ragged:

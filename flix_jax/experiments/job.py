@@ -15,6 +15,7 @@ from etils import epath
 from flix_jax.adapters import injection, tree
 from flix_jax.adapters.suggest import did_you_mean
 from flix_jax.data import cells as cells_lib
+from flix_jax.data import overlap
 from flix_jax.data.cells import Cell
 from flix_jax.data.examples import CellData, DataReport
 from flix_jax.data.pipeline import PrefetchIterator, TrainPipeline, check_state
@@ -175,8 +176,30 @@ class Job:
             base, _ = checkpoints.restore_trained(self.parameters.base_template, step)
         return base
 
+    @functools.cached_property
+    def comparison(self) -> overlap.Comparison | None:
+        """Training beside evaluation data, which are read for it; None where the run ignores it.
+
+        Raises:
+          ValueError: the source does not give its texts.
+        """
+        run, setting = self.run, self.run.mixture.overlap
+        if setting == "ignore":
+            return None
+        if not hasattr(run.source, "pairs"):
+            raise ValueError(
+                f"Mixture.overlap={setting!r} compares texts, but Run.source="
+                f"{type(run.source).__name__} has no method pairs(cell, split); "
+                "Mixture.overlap='ignore' does without"
+            )
+        return overlap.compare(run.source, self.split, drop=setting == "drop")
+
     def pipeline(self) -> TrainPipeline:
-        """The training examples, read and tokenised."""
+        """The training examples, read and tokenised; without those that overlap='drop' drops.
+
+        Raises:
+          ValueError: nothing is left of a cell, or the source tells other texts than it trains on.
+        """
         from flix_jax.data.seqio_tasks import load_cells, register_mixture
 
         run = self.run
@@ -184,10 +207,13 @@ class Job:
         read = self.lengths
         if run.read_lengths is not None:
             read = dict(zip(read, run.read_lengths, strict=True))
-        data = load_cells(tasks, read)
+        compared = self.comparison
+        data = load_cells(tasks, read, None if compared is None else compared.dropped)
         self._check_features(data)
+        if compared is not None:
+            self._check_compared(data, compared.examples)
         rates = run.mixture.rates_for({cell: len(examples) for cell, examples in data.items()})
-        # For users of seqio, who find the very mixture there that is trained on.
+        # For users of seqio, who find the mixture there that is trained on, nothing dropped.
         register_mixture(f"{run.source.name}.train", {tasks[c]: r for c, r in rates.items()})
         return TrainPipeline(
             data,
@@ -207,6 +233,20 @@ class Job:
                     self.space.validate_ids(examples.feature_ids)
                 except ValueError as error:
                     raise ValueError(f"{cell.name}: {error}") from None
+
+    def _check_compared(self, data: Mapping[Cell, CellData], examples: Mapping[str, int]) -> None:
+        for cell, held in data.items():
+            compared, read = examples[cell.name], len(held) + held.dropped
+            if compared != read:
+                raise ValueError(
+                    f"{cell.name}: {type(self.run.source).__name__}.pairs gives {compared} "
+                    f"training examples but its seqio task {read}; expected the same ones"
+                )
+            if not held:
+                raise ValueError(
+                    f"{cell.name}: Mixture.overlap='drop' leaves nothing to train on: all of its "
+                    f"{read} inputs stand in evaluation data of held-out cells; exclude the cell"
+                )
 
     def batches(
         self, pipeline: TrainPipeline, step: int, saved: Mapping[str, Any] | None

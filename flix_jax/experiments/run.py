@@ -28,11 +28,12 @@ FROZEN_DTYPES = ("float32", "bfloat16", "float16")
 #: ``Run.base`` of a run that starts from random parameters.
 RANDOM = "random"
 
-# What may change between two starts of a run: it decides what is seen of the result, or where the
-# same data lie, but not what the result is.
+# What may change between two starts of a run, as name=value: it decides what is seen of the result,
+# or where the same data lie, but not what the result is.
 _FREE = re.compile(
-    r"(base\.)*(log_every|save_every|keep|evaluation\..*|mesh\..*|source\.(data|cache)_dir"
-    r"|vocabulary\.path)"
+    r"(base\.)*((log_every|save_every|keep|evaluation\..*|mesh\..*|source\.(data|cache)_dir"
+    r"|vocabulary\.path)=.*|mixture\.overlap='(report|ignore)')",
+    re.DOTALL,
 )
 
 
@@ -160,7 +161,9 @@ class Run:
         """
         plain = self._defaults()
         values = {
-            k: v for k, v in self.describe().items() if not _FREE.fullmatch(k) and k not in plain
+            k: v
+            for k, v in self.describe().items()
+            if not _FREE.fullmatch(f"{k}={v}") and k not in plain
         }
         values["total_steps"] = str(self.total_steps)
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
@@ -186,7 +189,9 @@ def check_base_folder(run: Run, base_dir: epath.Path) -> None:
     there = files.read_json(base_dir / "run.json") or {}
     network = {k: v for k, v in there.items() if k.startswith("model.")}
     if network:
-        free = re.compile(r"(?!model\.).*|model\.(dtype|product_dtype|remat|dropout_rate)")
+        free = re.compile(
+            r"(?!model\.).*|model\.(dtype|product_dtype|remat|dropout_rate)=.*", re.DOTALL
+        )
         _compare(run, network, base_dir, free)
 
 
@@ -199,8 +204,12 @@ def _compare(run: Run, there: Mapping[str, str], folder: epath.Path, free: re.Pa
     # A folder may be older than an option: it was made with what is now the default.
     unsaid = run._defaults() - there.keys()
     here = {k: v for k, v in run.describe().items() if k not in unsaid}
-    names = sorted(k for k in {*here, *there} if not free.fullmatch(k))
-    changed = [k for k in names if here.get(k) != there.get(k)]
+
+    def is_free(name: str) -> bool:
+        values = [values[name] for values in (here, there) if name in values]
+        return all(free.fullmatch(f"{name}={value}") for value in values)
+
+    changed = sorted(k for k in {*here, *there} if here.get(k) != there.get(k) and not is_free(k))
     if changed:
         values = "; ".join(
             f"{k} is {there.get(k, 'absent')} there and {here.get(k, 'absent')} here"

@@ -11,7 +11,7 @@ from etils import epath
 
 from flix_jax.adapters import tree
 from flix_jax.evaluation import files
-from flix_jax.experiments import inference
+from flix_jax.experiments import data_notes, inference
 from flix_jax.experiments.job import Job
 from flix_jax.experiments.run import Run
 from flix_jax.training import partitioning
@@ -65,9 +65,8 @@ def train(
         evaluate = _evaluation(job, frozen) if run.evaluation.every else None
         batches = stack.enter_context(job.batches(pipeline, int(state.step), data_state))
 
-        report = pipeline.report()
         job.note_folder()
-        files.write_text(job.run_dir / "cells.txt", job.cells_table(report) + "\n")
+        notes = data_notes.write(job, pipeline.report())
         if config is not None:
             files.write_text(job.run_dir / "config.gin", config)
         reporter = stack.enter_context(
@@ -81,8 +80,8 @@ def train(
             )
         )
         reporter.say(f"{title}: {_summary(job, state, frozen)}, in {job.run_dir}")
-        if report.cut:
-            reporter.say(f"{title}: some examples are cut, see {job.run_dir / 'cells.txt'}")
+        for note in notes:
+            reporter.say(f"{title}: {note}")
         fit(
             state,
             frozen,

@@ -1,0 +1,97 @@
+"""What a run's folder and its log tell of its data.
+
+cells.txt     examples per cell: how many there are, are cut, and are dropped
+overlap.txt   inputs that stand in training and in evaluation data
+missing.txt   files that the benchmark lists and the data folder lacks
+skipped.txt   records that cannot be read and were left out
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flix_jax.data.cells import Cell
+from flix_jax.data.examples import DataReport
+from flix_jax.evaluation import files
+from flix_jax.experiments.job import Job
+from flix_jax.tasks.xtreme_up_languages import FILES
+
+
+def write(job: Job, report: DataReport) -> list[str]:
+    """Writes the files of a run whose training data are loaded.
+
+    Args:
+      job: the run in its folder.
+      report: of its pipeline.
+
+    Returns:
+      A line for the log for each thing that a user should know of.
+    """
+    return [*_cells(job, report), *_overlap(job), *_missing(job), *_skipped(job)]
+
+
+def _note(job: Job, name: str, text: str) -> str:
+    """Writes a file of the folder, or removes one that is out of date; says where it is."""
+    path = job.run_dir / name
+    if text:
+        files.write_text(path, text + "\n")
+    else:
+        path.unlink(missing_ok=True)
+    return f"see {path}"
+
+
+def _cells(job: Job, report: DataReport) -> list[str]:
+    place = _note(job, "cells.txt", job.cells_table(report))
+    lines = [f"some examples are cut, {place}"] if report.cut else []
+    if job.run.mixture.overlap == "drop":
+        dropped = report.dropped
+        lines.append(
+            "training examples dropped, since their inputs stand in evaluation data of held-out "
+            f"cells: {sum(dropped.values()):,}, of {len(dropped)} of {len(report.cells)} cells"
+            + (f", {place}" if dropped else "")
+        )
+    return lines
+
+
+def _overlap(job: Job) -> list[str]:
+    if job.comparison is None:
+        return []
+    overlap = job.comparison.overlap
+    groups = {cell.name: job.split.group(cell) for cell in job.split.cells}
+    table = overlap.table(groups=groups) or "no input of evaluation data stands in training data"
+    place = _note(job, "overlap.txt", table)
+    held_out = [cell.name for cell in job.split.held_out]
+    return [f"{overlap.summary(held_out)}, {place}"] if overlap else []
+
+
+def _missing(job: Job) -> list[str]:
+    """Of a run on the benchmark: what the folder lacks, and, in the log, what the mixture misses.
+
+    A run without any task of the benchmark is on other data, which lack nothing.
+    """
+    source: Any = job.run.source
+    counts = {}
+    if hasattr(source, "missing") and any(cell.task in FILES for cell in job.split.cells):
+        counts = {
+            task: sum(
+                job.run.mixture.asks_for(Cell(task, language, file, variant=file))
+                for file, language in FILES[task].items()
+                if file in names or language in names
+            )
+            for task, names in source.missing().items()
+        }
+    asked = [f"{task} {count}" for task, count in counts.items() if count]
+    place = _note(job, "missing.txt", source.missing_text() if asked else "")
+    if not asked:
+        return []
+    return [f"files of the benchmark that the folder lacks: {', '.join(asked)}, {place}"]
+
+
+def _skipped(job: Job) -> list[str]:
+    source: Any = job.run.source
+    text = source.skipped_text() if hasattr(source, "skipped_text") else ""
+    place = _note(job, "skipped.txt", text)
+    if not text:
+        return []
+    number = len(text.splitlines())
+    return [f"files with records that cannot be read and are left out: {number}, {place}"]
