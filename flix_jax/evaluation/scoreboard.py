@@ -228,9 +228,7 @@ class Scoreboard:
             },
             "means": {
                 name: {ALL_TASKS: self.mean(name)}
-                | {
-                    task: mean for task in self.tasks if (mean := self.mean(name, task)) is not None
-                }
+                | {task: mean for task in self.tasks if (mean := self.mean(name, task)) is not None}
                 for name in self.present_means
             },
         }

@@ -143,9 +143,7 @@ class Checkpoints:
             self.wait()
             self._note_best()
 
-    def restore(
-        self, template: TrainState, step: Step = None
-    ) -> tuple[TrainState, dict[str, Any]]:
+    def restore(self, template: TrainState, step: Step = None) -> tuple[TrainState, dict[str, Any]]:
         """The state and the data position of ``step`` (the newest by default).
 
         Args:

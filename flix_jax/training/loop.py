@@ -9,7 +9,6 @@ from flix_jax.training.checkpoints import Checkpoints
 from flix_jax.training.reporting import Reporter
 from flix_jax.training.step import Batch, Metrics, TrainState
 
-
 Scores = Mapping[str, Mapping[str, float]]
 """{cell: {metric: value}}."""
 
