@@ -309,6 +309,7 @@ class Scoreboard:
         header += ["under_represented", "languages", "of"] if self.benchmark_sizes else []
         header += ["low", "high"] if self.intervals is not None else []
         rows: list[dict[str, Any]] = []
+        row: dict[str, Any]
         for cell, scores in self.scores.items():
             row = {"cell": cell, "task": _task(cell), "language": _language(cell)}
             row |= {"group": self.groups[cell], "examples": scores["examples"]}
@@ -320,12 +321,12 @@ class Scoreboard:
                     rows.append(row | {"metric": metric, "value": value} | bounds)
         for name in self.present_means:
             for task in (None, *self.tasks):
-                if (value := self.mean(name, task)) is None:
+                if (mean := self.mean(name, task)) is None:
                     continue
-                row = {"task": task or ALL_TASKS, "group": name, "value": value}
+                row = {"task": task or ALL_TASKS, "group": name, "value": mean}
                 row |= {"metric": self.headline(task).name} if task else {}
                 if name == UNDER_REPRESENTED and task and (covered := self.coverage(task)):
-                    row |= dict(zip(("languages", "of"), covered, strict=True))
+                    row |= {"languages": covered[0], "of": covered[1]}
                 rows.append(row | self._bounds(name, task or ALL_TASKS))
         return csv_text(header, ([row.get(name) for name in header] for row in rows))
 

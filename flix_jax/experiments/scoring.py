@@ -101,11 +101,12 @@ def check_evaluation(run: Run, split: CellSplit) -> None:
 
 def examples_per_cell(run: Run, cells: Iterable[Cell]) -> int | None:
     """The examples of each cell in an evaluation while training; None for the whole split."""
-    evaluation, source = run.evaluation, run.source
+    evaluation = run.evaluation
+    source: Any = run.source
     if evaluation.examples is None:
         return evaluation.examples_per_cell
     with_split = [cell for cell in cells if evaluation.split in source.splits(cell)]
-    sizes = [len(source.pairs(cell, evaluation.split)[0]) for cell in with_split]  # type: ignore[attr-defined]
+    sizes = [len(source.pairs(cell, evaluation.split)[0]) for cell in with_split]
     return even_share(sizes, evaluation.examples)
 
 
