@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from flix_jax.evaluation.scoreboard import Scoreboard
     from flix_jax.experiments.run import Run
     from flix_jax.experiments.sweep import Bindings, Sweep
+    from flix_jax.training.checkpoints import Step
 
 DIVERGED = 1
 USER_ERROR = 2
@@ -123,6 +124,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
             split=arguments.split,
             cells=arguments.cells,
             step=arguments.step,
+            confidence=arguments.confidence,
         )
     print(board.to_markdown())
 
@@ -336,8 +338,19 @@ def _add_run_dir(parser: _Parser, text: str) -> None:
 
 def _add_step(parser: _Parser) -> None:
     parser.add_argument(
-        "--step", type=int, metavar="N", help="checkpoint to read (default: the latest)"
+        "--step",
+        type=_step,
+        metavar="N|best",
+        help="checkpoint to read; 'best' is that of Evaluation.keep_best (default: the latest)",
     )
+
+
+def _step(text: str) -> "Step":
+    if text == "best":
+        return "best"
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a number or 'best', got {text!r}")
+    return int(text)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -376,6 +389,14 @@ def make_parser() -> argparse.ArgumentParser:
         action="append",
         metavar="PATTERN",
         help="cells to score, for example 'ner/{sw,yo}'; repeatable (default: all)",
+    )
+    evaluate.add_argument(
+        "--confidence",
+        nargs="?",
+        type=float,
+        const=0.95,
+        metavar="SHARE",
+        help="add bootstrap intervals, of 0.95 unless another share is given",
     )
     _add_step(evaluate)
     _add_gin(evaluate, required=False)

@@ -40,7 +40,7 @@ from flix_jax.tasks.records import (
     shorten,
     text,
 )
-from flix_jax.tasks.xtreme_up_languages import CODE_SWITCHED, FILES
+from flix_jax.tasks.xtreme_up_languages import CODE_SWITCHED, FILES, under_represented
 
 if TYPE_CHECKING:
     from flix_jax.adapters.features import FeatureSpace
@@ -136,6 +136,17 @@ class XtremeUp:
     def format(self, task: str) -> TaskFormat:
         """How the files of `task` are read."""
         return {**FORMATS, **self.formats}.get(task, TaskFormat())
+
+    def under_represented(self, cell: Cell) -> bool | None:
+        """Whether the benchmark's score of the task averages over the file of `cell`.
+
+        None for what the benchmark does not have, as `translation/sw:fr2sw`.
+        """
+        return under_represented(cell.task, cell.file)
+
+    def benchmark_size(self, task: str) -> int:
+        """Over how many files the benchmark's score of `task` averages: the under-represented."""
+        return sum(bool(under_represented(task, file)) for file in FILES.get(task, {}))
 
     def missing(self) -> dict[str, tuple[str, ...]]:
         """What the benchmark lists and the folder lacks, in any split.

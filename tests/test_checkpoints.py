@@ -1,11 +1,14 @@
 """Checkpoints: what comes back is what was saved, and nothing else is accepted."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
+from flix_jax.evaluation import files
 from flix_jax.training.checkpoints import Checkpoints, digest
 from flix_jax.training.step import TrainState
 
@@ -83,6 +86,83 @@ def test_an_empty_folder_has_no_checkpoint(tmp_path):
     assert checkpoints.latest_step() is None
     with pytest.raises(ValueError, match="no checkpoint in"):
         checkpoints.restore(a_state(0))
+
+
+BY_SEEN = {"keep_best": "mean_seen", "split": "validation"}
+# Step -> value. The best comes early, and its equal does not take its place.
+VALUES = {1: 10.0, 2: 70.25, 3: None, 4: 70.25, 5: 60.0, 6: None}
+
+
+def keep_best(directory, steps, best=BY_SEEN, values=VALUES):
+    with Checkpoints(directory, IDENTITY, keep=2, best=best) as checkpoints:
+        for step in steps:
+            checkpoints.save(a_state(step), {"position": step}, values[step])
+        return checkpoints.best, checkpoints.all_steps()
+
+
+def noted(directory):
+    return files.read_json(directory.parent / "best.json")
+
+
+@pytest.mark.parametrize("ends", [[], [1], [2], [3, 5], [1, 2, 3, 4, 5]])
+def test_the_best_is_kept_beside_the_newest_through_any_restarts(tmp_path, ends):
+    directory = tmp_path / "checkpoints"
+    edges = [0, *ends, 6]
+    for start, stop in itertools.pairwise(edges):
+        best, steps = keep_best(directory, range(start + 1, stop + 1))
+    assert best == (2, 70.25) and steps == (2, 5, 6)
+    assert sorted(int(path.name) for path in directory.iterdir()) == [2, 5, 6]
+    assert noted(directory) == {"step": 2, "value": 70.25, "of": BY_SEEN}
+    template = a_state(0).trained
+    trained, step = Checkpoints(directory, IDENTITY, create=False).restore_trained(template, "best")
+    assert step == 2
+    equal(trained, a_state(2).trained)
+
+
+def test_a_better_one_takes_the_place_of_the_best(tmp_path):
+    directory = tmp_path / "checkpoints"
+    keep_best(directory, (1, 2, 3, 4, 5))
+    best, steps = keep_best(directory, (6, 7, 8), values={6: 71.0, 7: None, 8: None})
+    assert best == (6, 71.0) and steps == (6, 7, 8)
+    best, steps = keep_best(directory, (9,), values={9: 0.0})
+    assert best == (6, 71.0) and steps == (6, 8, 9)
+
+
+def test_a_run_that_ended_before_its_note_finds_the_best_again(tmp_path):
+    directory = tmp_path / "checkpoints"
+    keep_best(directory, (1,))
+    before = noted(directory)
+    keep_best(directory, (2, 3, 4))
+    files.write_json(tmp_path / "best.json", before)  # of a step that is gone
+    reader = Checkpoints(directory, IDENTITY, create=False)
+    assert reader.restore_trained(a_state(0).trained, "best")[1] == 2
+    assert noted(directory) == before  # reading changes nothing
+    best, _ = keep_best(directory, ())
+    assert best == (2, 70.25) and noted(directory)["step"] == 2
+
+
+def test_values_of_another_number_are_not_compared(tmp_path):
+    directory = tmp_path / "checkpoints"
+    keep_best(directory, (1, 2))
+    other = {**BY_SEEN, "keep_best": "mean_unseen"}
+    best, steps = keep_best(directory, (3, 4, 5), best=other, values={3: 1.0, 4: None, 5: 0.5})
+    assert best == (3, 1.0) and steps == (3, 4, 5)
+    assert noted(directory) == {"step": 3, "value": 1.0, "of": other}
+    # Without any, the newest alone are kept, and the folder no longer tells of a best one.
+    assert keep_best(directory, (6, 7), best=None, values=dict.fromkeys((6, 7)))[1] == (6, 7)
+    assert noted(directory) is None
+    reader = Checkpoints(directory, IDENTITY, create=False)
+    with pytest.raises(ValueError, match="holds no best checkpoint: train it with Evaluation.keep"):
+        reader.restore_trained(a_state(0).trained, "best")
+
+
+def test_what_improves(tmp_path):
+    with Checkpoints(tmp_path / "checkpoints", IDENTITY, best=BY_SEEN) as checkpoints:
+        assert checkpoints.improves(0.0) and not checkpoints.improves(None)
+        checkpoints.save(a_state(1), {}, 5.0)
+        assert checkpoints.improves(5.5) and not checkpoints.improves(5.0)
+    with Checkpoints(tmp_path / "others", IDENTITY) as checkpoints:
+        assert not checkpoints.improves(99.0)
 
 
 def test_the_digest_sees_names_shapes_dtypes_and_bits():

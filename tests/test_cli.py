@@ -59,7 +59,8 @@ MISTAKES = {
     "train --run_dir=x --gin_file=x.gin --gin.DATA_DIR=x": "--gin.DATA_DIR=\"'x'\"",
     "train --run_dir=x --gin_file=x.gin": "required and not given: DATA_DIR (where it is, x.gin:1)",
     "evaluate --run_dir=no_run": "no_run holds no run: there is no no_run/config.gin",
-    "evaluate --run_dir=x --step=last": "argument --step: invalid int value: 'last'",
+    "evaluate --run_dir=x --step=last": "argument --step: expected a number or 'best', got 'last'",
+    "evaluate --run_dir=x --confidence=x": "argument --confidence: invalid float value: 'x'",
     "report --run_dir=x --gin.X=1": "flix report takes no --gin. flags, got --gin.X=1",
     "train more": "unrecognized arguments: more",
 }
@@ -118,6 +119,15 @@ def test_gin_flags_and_files_are_kept_in_order():
     arguments = cli.parse(line.split())
     assert arguments.gin_file == ["a.gin", "b.gin"]
     assert arguments.bindings == ["A=1", "x/B.c='d=e'"]
+
+
+def test_a_step_is_a_number_or_the_best_and_intervals_are_of_95_per_cent():
+    assert cli.parse(["infer", "--run_dir=x", "--input=a", "--output=b"]).step is None
+    assert cli.parse("infer --run_dir=x --input=a --output=b --step=20".split()).step == 20
+    arguments = cli.parse("evaluate --confidence --run_dir=x --step=best".split())
+    assert (arguments.step, arguments.confidence) == ("best", 0.95)
+    assert cli.parse(["evaluate", "--run_dir=x", "--confidence=0.9"]).confidence == 0.9
+    assert cli.parse(["evaluate", "--run_dir=x"]).confidence is None
 
 
 def test_babel_is_written_by_a_command(tmp_path, capsys, monkeypatch):

@@ -139,6 +139,15 @@ def test_completion_gives_the_three_best_guesses(evaluated, by_hand):
     assert set(board.scores["autocomplete/be"]) == {"top_3_accuracy", "examples"}
 
 
+def test_intervals_are_made_of_the_predictions(run, evaluated):
+    run_dir, board = evaluated
+    again = inference.evaluate(run, run_dir, confidence=0.9, say=lambda text: None)
+    for cell, scores in board.scores.items():
+        assert again.scores[cell] == scores
+        low, high = again.intervals.cells[cell]
+        assert low <= board.value(cell) <= high
+
+
 def test_the_table_shows_every_task_by_its_own_metric(evaluated):
     text = (evaluated[0] / "scores.md").read_text()
     assert "MRR@10" in text and "top-3 accuracy" in text

@@ -1,6 +1,7 @@
 """Score tables against values by hand, and comparisons over seeds against scipy."""
 
 import csv
+import dataclasses
 import io
 import json
 
@@ -95,17 +96,134 @@ def test_files_hold_the_same_scores(board, tmp_path):
     assert scoreboard.read_scores(tmp_path) == board
     assert (tmp_path / "scores.md").read_text() == board.to_markdown()
     rows = list(csv.DictReader(io.StringIO((tmp_path / "scores.csv").read_text())))
-    assert {(row["cell"], row["metric"]): float(row["value"]) for row in rows} == {
+    assert {(r["cell"], r["metric"]): float(r["value"]) for r in rows if r["cell"]} == {
         (cell, name): value
         for cell, scores in SCORES.items()
         for name, value in scores.items()
         if name != "examples"
+    }
+    assert {(r["task"], r["group"]): float(r["value"]) for r in rows if not r["cell"]} == {
+        ("all tasks", "seen"): 60.0,
+        ("ner", "seen"): 50.0,
+        ("transliteration", "seen"): 30.0,
+        ("all tasks", "unseen"): 15.0,
+        ("ner", "unseen"): 15.0,
     }
     assert json.loads((tmp_path / "scores.json").read_text())["means"]["seen"] == {
         "all tasks": 60.0,
         "ner": 50.0,
         "transliteration": 30.0,
     }
+
+
+# Of the benchmark's: all but Hindi; a task of one's own, `mine`, is not among them.
+REPRESENTED = dict.fromkeys(SCORES, True) | {"transliteration/hi": False}
+SIZES = {"ner": 20, "transliteration": 29}
+
+
+@pytest.fixture
+def benchmark():
+    mine = {"mine/sw": {"exact_match": 90.0, "examples": 4}}
+    groups = {**GROUPS, "mine/sw": "seen"}
+    return Scoreboard({**SCORES, **mine}, groups, "", REPRESENTED, SIZES)
+
+
+def test_the_score_of_a_benchmark_is_over_its_languages_and_says_how_many_there_are(benchmark):
+    # Trained on or not; Zulu has no examples.
+    assert benchmark.mean("under_represented", "ner") == pytest.approx((60 + 40 + 15) / 3)
+    assert benchmark.coverage("ner") == (3, 20)
+    # By file: two of Punjabi count twice, Hindi is well represented.
+    assert benchmark.mean("under_represented", "transliteration") == 20.0
+    assert benchmark.coverage("transliteration") == (2, 29)
+    # A task of one's own has none, and CER is inverted before it meets F1.
+    assert benchmark.mean("under_represented", "mine") is None
+    assert benchmark.coverage("mine") is None
+    expected = (115 / 3 + (100 - 20)) / 2
+    assert benchmark.mean("under_represented") == pytest.approx(expected)
+    assert benchmark.mean("seen") == (50.0 + 70.0 + 90.0) / 3  # as without
+
+
+def test_the_score_of_a_benchmark_in_the_files(benchmark, tmp_path):
+    benchmark.write(tmp_path)
+    assert scoreboard.read_scores(tmp_path) == benchmark
+    means, _, legend = benchmark.to_markdown().split("\n\n")[:3]
+    rows = [[entry.strip() for entry in line.split("|")[1:-1]] for line in means.splitlines()]
+    assert rows[2:] == [
+        ["seen cells", "70.0", "50.0", "30.0", "90.0"],
+        ["unseen cells", "15.0", "15.0", "–", "–"],
+        ["under-represented", "59.2 (2 tasks)", "38.3 (3 of 20)", "20.0 (2 of 29)", "–"],
+    ]
+    assert "; n of m: of the m languages (files, where one has several) that" in legend
+    record = json.loads((tmp_path / "scores.json").read_text())
+    assert record["means"]["under_represented"]["transliteration"] == 20.0
+    assert record["under_represented"]["evaluated"] == {"ner": 3, "transliteration": 2}
+    assert record["under_represented"]["of"] == SIZES
+    rows = list(csv.DictReader(io.StringIO(benchmark.to_csv())))
+    row = next(r for r in rows if r["group"] == "under_represented" and r["task"] == "ner")
+    assert (row["metric"], row["languages"], row["of"]) == ("span_f1", "3", "20")
+    assert [r["under_represented"] for r in rows if r["cell"] == "transliteration/hi"] == [
+        "False"
+    ] * 2
+    assert [r["under_represented"] for r in rows if r["cell"] == "mine/sw"] == [""]
+
+
+def test_every_number_has_a_name_under_which_higher_is_better(benchmark):
+    named = benchmark.named()
+    assert named["mean_seen"] == 70.0 and named["ner/mean_seen"] == 50.0
+    assert named["transliteration/mean_seen"] == 70.0  # of an error rate of 30
+    assert named["transliteration/mean_under_represented"] == 80.0
+    assert (
+        named["transliteration/pa:Arab2Guru"] == named["transliteration/pa:Arab2Guru:cer"] == 70.0
+    )
+    assert named["ner/sw:exact_match"] == 10.0 and named["ner/sw"] == 60.0
+    assert not {"mean_unseen_language", "mine/mean_unseen", "ner/zu"} & named.keys()
+
+
+def test_intervals_of_means_are_those_of_the_means_of_resamples(benchmark, tmp_path):
+    rng = np.random.default_rng(0)
+    cells = [cell for cell in benchmark.scores if benchmark.value(cell) is not None]
+    resampled = {cell: rng.uniform(0, 100, 50) for cell in cells}
+    found = benchmark.with_intervals(resampled, 0.8)
+    by_hand = {name: [] for name in found.intervals.means}
+    for i in range(50):  # a scoreboard of every resample
+        drawn = {
+            cell: {**scores, benchmark.headline(cell.partition("/")[0]).name: resampled[cell][i]}
+            if cell in resampled
+            else scores
+            for cell, scores in benchmark.scores.items()
+        }
+        board = dataclasses.replace(benchmark, scores=drawn)
+        for name, values in by_hand.items():
+            values.append([board.mean(name, task) for task in (None, "ner")])
+    for name, values in by_hand.items():
+        for task, column in zip(("all tasks", "ner"), np.array(values).T, strict=True):
+            expected = np.percentile(column, [10, 90])
+            assert found.intervals.means[name][task] == pytest.approx(expected, abs=1e-9)
+    for cell in cells:
+        expected = np.percentile(resampled[cell], [10, 90])
+        assert found.intervals.cells[cell] == pytest.approx(expected, abs=1e-9)
+
+    found.write(tmp_path)
+    assert scoreboard.read_scores(tmp_path) == found
+    low, high = found.intervals.cells["ner/sw"]
+    rows = list(csv.DictReader(io.StringIO(found.to_csv())))
+    bounds = {r["metric"]: (r["low"], r["high"]) for r in rows if r["cell"] == "ner/sw"}
+    assert bounds == {"span_f1": (str(low), str(high)), "exact_match": ("", "")}
+    text = found.to_markdown()
+    assert "| mean              |      all tasks |         80 % |  ner (span F1) |" in text
+    assert f" 60.0 | {f'[{low:.1f}, {high:.1f}]':>12} |" in text
+    assert "80 %: bootstrap interval over each cell's examples." in text
+
+
+def test_intervals_need_every_cell_and_a_share():
+    board = Scoreboard(SCORES, GROUPS)
+    with pytest.raises(ValueError, match="no resampled scores of ner/sw, ner/yo, trans"):
+        board.with_intervals({})
+    resampled = {cell: np.ones(3) for cell in SCORES}
+    with pytest.raises(ValueError, match="confidence 95: expected more than 0 and less than 1"):
+        board.with_intervals(resampled, 95)
+    with pytest.raises(ValueError, match="'ner' has 4 under-represented cells, more than the 3"):
+        Scoreboard(SCORES, GROUPS, "", REPRESENTED, {**SIZES, "ner": 3})
 
 
 @pytest.mark.parametrize(

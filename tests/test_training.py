@@ -16,7 +16,7 @@ from flix_jax.data.vocabularies import ByteVocabulary
 from flix_jax.experiments import inference, training
 from flix_jax.experiments.run import Evaluation, Run
 from flix_jax.models.config import T5Config
-from flix_jax.tasks.xtreme_up import XtremeUp
+from flix_jax.tasks.xtreme_up import TaskFormat, XtremeUp
 from flix_jax.training.optimizers import Optimizer, Schedule
 from flix_jax.training.reporting import read_metrics
 
@@ -253,6 +253,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(run, bases_d
         ({"transforms": {"upp/*": len}}, "Run.transforms: .*'upp/\\*' matches none"),
         ({"mixture": Mixture(rates={"up/*": 1.0})}, "no pattern gives a weight to .* back/"),
         ({"evaluation": Evaluation(split="tset", every=1)}, "no cell has the split 'tset'"),
+        ({"evaluation": Evaluation(keep_best="mean_sen", every=1)}, "did you mean 'mean_seen'"),
+        ({"evaluation": Evaluation(examples=5, every=1)}, "examples=5 are fewer than the 6 cells"),
         ({"model": dataclasses.replace(MODEL, emb_dim=24)}, "Run.base has another model"),
     ],
 )
@@ -261,6 +263,42 @@ def test_a_run_that_cannot_work_is_refused_in_one_line(run, bases_dir, tmp_path,
         training.train(dataclasses.replace(run, **change), tmp_path, bases_dir=bases_dir)
     assert "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_the_best_checkpoint_is_kept_through_a_restart_and_read(run, data_dir, bases_dir, tmp_path):
+    chrf = TaskFormat(metrics=("chrf", "cer"))  # varies more than the exact match of a tiny model
+    run = dataclasses.replace(
+        run,
+        source=XtremeUp(str(data_dir), formats={"up": chrf, "back": chrf}),
+        evaluation=Evaluation(batch_size=8, every=3, examples=20, keep_best="mean_seen"),
+        total_steps=12,
+        save_every=4,
+        keep=1,
+    )
+    for stop in (5, 12):
+        training.train(dataclasses.replace(run, total_steps=stop), tmp_path, bases_dir=bases_dir)
+
+    values = {}  # by hand, of what was logged: back/x, back/y and up/y are trained on
+    for line in read_metrics(tmp_path / "metrics.jsonl"):
+        if "up/x/chrf" in line:
+            assert {line[f"{cell}/examples"] for cell in ("up/x", "up/z", "back/y")} == {3}
+            back = (line["back/x/chrf"] + line["back/y/chrf"]) / 2
+            values[line["step"]] = (back + line["up/y/chrf"]) / 2
+    assert list(values) == [3, 5, 6, 9, 12]
+    best = max(values, key=values.get)
+    record = json.loads((tmp_path / "best.json").read_text())
+    assert record["step"] == best and record["value"] == pytest.approx(values[best], abs=1e-9)
+    assert record["of"] == run.evaluation.best_by
+    assert {int(path.name) for path in (tmp_path / "checkpoints").iterdir()} == {best, 12}
+
+    board = inference.evaluate(
+        run, tmp_path, step="best", confidence=0.95, bases_dir=bases_dir, say=lambda text: None
+    )
+    assert (tmp_path / "evaluations" / str(best) / "scores.json").exists()
+    assert board.scores["up/x"]["examples"] == 5  # the whole split
+    low, high = board.intervals.cells["up/x"]
+    assert low <= board.value("up/x") <= high
 
 
 def test_a_folder_that_holds_another_run_is_refused(run, whole, bases_dir):

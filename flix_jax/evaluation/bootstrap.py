@@ -4,8 +4,59 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float64
 
-from flix_jax.evaluation.metrics import find_metric
+from flix_jax.evaluation.metrics import Metric, find_metric
+
+
+def resample(
+    metric: Metric,
+    statistics: Float64[np.ndarray, "examples counts"],
+    *,
+    seed: int | Sequence[int] = 0,
+    resamples: int = 1000,
+) -> Float64[np.ndarray, " resamples"]:
+    """Scores of examples drawn anew with replacement, as many as there are.
+
+    Args:
+      metric: whose formula makes a score of the sums of `statistics`.
+      statistics: `Metric.statistics` of the examples.
+      seed: of NumPy's default generator; the same seed draws the same examples for every metric.
+      resamples: how many scores.
+
+    Raises:
+      ValueError: for less than one resample.
+    """
+    if resamples < 1:
+        raise ValueError(f"resamples {resamples}: expected at least 1")
+    generator, examples = np.random.default_rng(seed), len(statistics)
+    sums = np.stack(
+        [
+            statistics[generator.integers(examples, size=examples)].sum(axis=0)
+            for _ in range(resamples)
+        ]
+    )
+    return np.asarray(metric.formula(sums), np.float64)
+
+
+def percentile_interval(
+    scores: Float64[np.ndarray, " resamples"], confidence: float = 0.95
+) -> tuple[float, float]:
+    """From the (1 - confidence) / 2 quantile of resampled scores to the (1 + confidence) / 2 one.
+
+    Raises:
+      ValueError: for a confidence that is not between 0 and 1.
+    """
+    check_confidence(confidence)
+    tail = (1.0 - confidence) / 2
+    low, high = np.quantile(scores, [tail, 1.0 - tail])
+    return float(low), float(high)
+
+
+def check_confidence(confidence: float) -> None:
+    """Refuses, by a ValueError, what is no share between 0 and 1."""
+    if not 0.0 < confidence < 1.0:
+        raise ValueError(f"confidence {confidence}: expected more than 0 and less than 1")
 
 
 def confidence_interval(
@@ -43,19 +94,9 @@ def confidence_interval(
     Raises:
       ValueError: as the metric does, or for an unknown metric, confidence or number of resamples.
     """
-    if not 0.0 < confidence < 1.0:
-        raise ValueError(f"confidence {confidence}: expected more than 0 and less than 1")
-    if resamples < 1:
-        raise ValueError(f"resamples {resamples}: expected at least 1")
+    check_confidence(confidence)
     chosen = find_metric(metric)
     statistics = chosen.statistics(targets, predictions)
-    generator, examples = np.random.default_rng(seed), len(statistics)
-    sums = np.stack(
-        [
-            statistics[generator.integers(examples, size=examples)].sum(axis=0)
-            for _ in range(resamples)
-        ]
+    return percentile_interval(
+        resample(chosen, statistics, seed=seed, resamples=resamples), confidence
     )
-    tail = (1.0 - confidence) / 2
-    low, high = np.quantile(chosen.formula(sums), [tail, 1.0 - tail])
-    return float(low), float(high)

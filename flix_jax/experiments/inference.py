@@ -15,11 +15,13 @@ from flix_jax.adapters.features import ABSENT, FeatureSpace
 from flix_jax.adapters.suggest import did_you_mean
 from flix_jax.data import cells as cells_lib
 from flix_jax.evaluation import files
+from flix_jax.evaluation.bootstrap import check_confidence
 from flix_jax.evaluation.scoreboard import Scoreboard
+from flix_jax.experiments import scoring
 from flix_jax.experiments.job import Job
 from flix_jax.experiments.run import Run
 from flix_jax.tasks.xtreme_up import read_records
-from flix_jax.training.checkpoints import digest
+from flix_jax.training.checkpoints import Step, digest
 
 if TYPE_CHECKING:
     from flix_jax.evaluation.evaluator import CellEvaluator, Progress
@@ -63,22 +65,22 @@ def fingerprint(job: Job, trained: Any, frozen: Any) -> str:
     return f"{digest([trained, frozen])} {job.run.model} {job.run.source}"
 
 
-def restore(job: Job, step: int | None = None) -> tuple[Any, Any, int]:
+def restore(job: Job, step: Step = None) -> tuple[Any, Any, int]:
     """(trained, frozen, step) of a run that has been trained.
 
     Raises:
-      ValueError: the run has no checkpoint, or not of that step.
+      ValueError: the run has no checkpoint, or not of that step, or keeps no best one.
     """
     base = None
     if not job.run.trains_everything:
         base = job.load_base()
     template, _ = job.parameters.templates
     with job.checkpoints(base, create=False) as checkpoints:
-        trained, step = checkpoints.restore_trained(template, step)
+        trained, found = checkpoints.restore_trained(template, step)
     frozen: Any = {}
     if not job.run.trains_everything:
         frozen = job.frozen_parameters(base)
-    return trained, frozen, step
+    return trained, frozen, found
 
 
 def evaluate(
@@ -87,7 +89,8 @@ def evaluate(
     *,
     split: str | None = None,
     cells: Sequence[str] | None = None,
-    step: int | None = None,
+    step: Step = None,
+    confidence: float | None = None,
     bases_dir: epath.PathLike | None = None,
     say: Callable[[str], None] = print,
 ) -> Scoreboard:
@@ -98,7 +101,8 @@ def evaluate(
       run_dir: its folder.
       split: the split; None takes the run's own.
       cells: patterns of the cells; None takes all, trained on and held out.
-      step: the checkpoint; None takes the newest.
+      step: the checkpoint; None takes the newest, 'best' the one that `Evaluation.keep_best` kept.
+      confidence: of bootstrap intervals of the scores (0.95); None makes none.
       bases_dir: as in training.
       say: takes lines of progress.
 
@@ -109,21 +113,25 @@ def evaluate(
     Raises:
       ValueError: nothing was trained here, or there is no such step, split or cell.
     """
+    if confidence is not None:
+        check_confidence(confidence)
     job = Job(run, run_dir, bases_dir=bases_dir)
     split = split or run.evaluation.split
-    trained, frozen, step = restore(job, step)
+    trained, frozen, found = restore(job, step)
     evaluation = evaluator(job, split, cells=cells)
     watch = _Watch(say)
     scores = evaluation.evaluate(
         job.predictors(trained, frozen),
         job.run_dir,
-        step,
+        found,
         fingerprint=fingerprint(job, trained, frozen),
         progress=watch,
     )
-    groups = {cell.name: job.split.group(cell) for cell in evaluation.tasks}
-    board = Scoreboard(scores, groups)
-    board.write(evaluation.folder(job.run_dir, step))
+    board = scoring.scoreboard(run, job.split, scores)
+    folder = evaluation.folder(job.run_dir, found)
+    if confidence is not None:
+        board = scoring.with_intervals(board, folder, confidence)
+    board.write(folder)
     if split == run.evaluation.split and cells is None:
         board.write(job.run_dir)
     return board
@@ -155,7 +163,7 @@ def infer(
     input_path: epath.PathLike,
     output_path: epath.PathLike,
     features: str = "",
-    step: int | None = None,
+    step: Step = None,
     bases_dir: epath.PathLike | None = None,
     say: Callable[[str], None] = print,
 ) -> int:

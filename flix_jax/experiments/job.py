@@ -21,6 +21,7 @@ from flix_jax.data.examples import CellData, DataReport
 from flix_jax.data.pipeline import PrefetchIterator, TrainPipeline, check_state
 from flix_jax.evaluation import files
 from flix_jax.experiments.run import RANDOM, Run, check_base_folder, check_folder, note_folder
+from flix_jax.experiments.scoring import check_evaluation
 from flix_jax.models.encoder_decoder import EncoderDecoder
 from flix_jax.models.t5 import Transformer
 from flix_jax.training import partitioning
@@ -85,6 +86,7 @@ class Job:
         cells_lib.match(tuple(run.transforms), self.split.train, "Run.transforms")
         if run.evaluation.every:
             self.check_split(run.evaluation.split)
+            check_evaluation(run, self.split)
         adapters, self.space = run.adapters, None
         if adapters is not None:
             self.space = adapters.space.complete(cells_lib.columns(self.split.train))
@@ -296,8 +298,9 @@ class Job:
             "features": NONE if self.space is None else self.space.to_json(),
             "vocabulary": self.run.vocabulary.digest,
         }
+        best = self.run.evaluation.best_by
         return Checkpoints(
-            self.run_dir / "checkpoints", identity, keep=self.run.keep, create=create
+            self.run_dir / "checkpoints", identity, keep=self.run.keep, create=create, best=best
         )
 
     def predictors(self, trained: Any, frozen: Any) -> dict[str, Predictor]:

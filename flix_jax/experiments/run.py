@@ -47,18 +47,42 @@ class Evaluation:
       every: steps between evaluations while training, the last step always among them; None
         leaves evaluation to `flix evaluate`.
       examples_per_cell: a budget for evaluations while training; None takes the whole split.
+      examples: such a budget for all cells together, instead: they give in turns, so that each
+        counts alike until it has no more (`scoring.even_share`).
+      keep_best: the number by which the best checkpoint is kept, beside the newest, as it is found
+        in evaluations while training: `'mean_seen'`, `'mean_unseen'`, `'mean_unseen_language'` or
+        `'mean_under_represented'` over tasks, `'ner/mean_seen'` of one, `'ner/sw'` of a cell, or
+        `'ner/sw:exact_match'`. Error rates count as 100 - rate. None keeps the newest alone.
     """
 
     split: str = "validation"
     batch_size: int = 64
     every: int | None = None
     examples_per_cell: int | None = None
+    examples: int | None = None
+    keep_best: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "every", "examples_per_cell"):
+        for name in ("batch_size", "every", "examples_per_cell", "examples"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"Evaluation.{name} must be at least 1, got {value}")
+        if self.examples is not None and self.examples_per_cell is not None:
+            raise ValueError(
+                "Evaluation.examples and Evaluation.examples_per_cell exclude each other"
+            )
+        if self.keep_best is not None and self.every is None:
+            raise ValueError(
+                f"Evaluation.keep_best={self.keep_best!r} has no effect without Evaluation.every"
+            )
+
+    @property
+    def best_by(self) -> dict[str, Any] | None:
+        """What the values of `keep_best` are of: values compare where it is equal."""
+        if self.keep_best is None:
+            return None
+        names = ("keep_best", "split", "examples_per_cell", "examples")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +113,7 @@ class Run:
       mesh: how the devices are arranged.
       seed: of initialisation, dropout and the order of the data.
       save_every, log_every: in steps.
-      keep: how many checkpoints are kept.
+      keep: how many of the newest checkpoints are kept.
       evaluation: how the run is evaluated.
     """
 

@@ -11,7 +11,7 @@ from etils import epath
 
 from flix_jax.adapters import tree
 from flix_jax.evaluation import files
-from flix_jax.experiments import data_notes, inference
+from flix_jax.experiments import data_notes, inference, scoring
 from flix_jax.experiments.job import Job
 from flix_jax.experiments.run import Run
 from flix_jax.training import partitioning
@@ -82,6 +82,11 @@ def train(
         reporter.say(f"{title}: {_summary(job, state, frozen)}, in {job.run_dir}")
         for note in notes:
             reporter.say(f"{title}: {note}")
+        if checkpoints.best is not None:
+            step, value = checkpoints.best
+            reporter.say(
+                f"{title}: best so far step {step}, {run.evaluation.keep_best} {value:.2f}"
+            )
         fit(
             state,
             frozen,
@@ -101,13 +106,16 @@ def train(
             save_every=run.save_every,
             eval_every=run.evaluation.every,
             evaluate=evaluate,
+            judge=scoring.judge(run, job.split),
         )
     return job
 
 
 def _evaluation(job: Job, frozen: Any) -> Callable[[int, Any], Mapping[str, Mapping[str, float]]]:
     evaluator = inference.evaluator(
-        job, job.run.evaluation.split, job.run.evaluation.examples_per_cell
+        job,
+        job.run.evaluation.split,
+        scoring.examples_per_cell(job.run, job.split.cells),
     )
 
     def evaluate(step: int, trained: Any) -> Mapping[str, Mapping[str, float]]:

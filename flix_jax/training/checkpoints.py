@@ -2,24 +2,32 @@
 
 A step's folder holds ``trained`` (parameters), ``optimizer`` (its state), ``data`` (the position
 in the example sequence) and ``identity`` (the feature space, the base's digest and whatever else
-must agree before these arrays mean anything).
+must agree before these arrays mean anything). A step that was evaluated also holds ``metrics``, the
+value by which the best one is kept.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from flix_jax.evaluation import files
 from flix_jax.training.step import TrainState
 
 logger = logging.getLogger(__name__)
+
+#: Beside the folder of checkpoints: step and value of the best one, and what the value is of.
+BEST_FILE = "best.json"
+
+Step = int | Literal["best"] | None
 
 
 def digest(params: Any) -> str:
@@ -42,6 +50,10 @@ class Checkpoints:
         and what is named here is compared when one is restored.
       keep: how many of the newest steps are kept; None keeps all.
       create: whether to make the directory; False is for reading.
+      best: what the values given to ``save`` are of: which number, of which examples. The step of
+        the greatest value, the earliest of equal ones, is then kept beside the newest, and told in
+        ``best.json`` beside the directory. Values are stored with their steps, and only those of
+        the same description are compared. None keeps the newest alone.
     """
 
     def __init__(
@@ -51,14 +63,24 @@ class Checkpoints:
         *,
         keep: int | None = None,
         create: bool = True,
+        best: Mapping[str, Any] | None = None,
     ) -> None:
         self.directory = epath.Path(directory).resolve()
         if not create and not self.directory.exists():
             raise ValueError(f"{self.directory.parent} holds no trained run: no {self.directory}")
         self._identity = dict(identity)
+        self._best_of = None if best is None else dict(best)
+        self._values: dict[int, float] = {}
         self._manager = ocp.CheckpointManager(
             self.directory,
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=create),
+            options=ocp.CheckpointManagerOptions(
+                create=create,
+                # Makes orbax store metrics; what is kept by them is the policy's to say.
+                best_fn=None if best is None else lambda metrics: metrics["value"],
+                preservation_policy=preservation_policy.AnyPreservationPolicy(
+                    [preservation_policy.LatestN(keep), _TheBest(self)]
+                ),
+            ),
             item_handlers={
                 "trained": ocp.StandardCheckpointHandler(),
                 "optimizer": ocp.StandardCheckpointHandler(),
@@ -66,6 +88,10 @@ class Checkpoints:
                 "identity": ocp.JsonCheckpointHandler(),
             },
         )
+        if self._best_of is not None:
+            self._values = self._stored_values(self._best_of)
+        if create:
+            self._note_best()  # a run may have ended between a checkpoint and its note
 
     def latest_step(self) -> int | None:
         """The newest whole checkpoint, None if there is none."""
@@ -75,10 +101,37 @@ class Checkpoints:
         """The steps that are there, ascending."""
         return tuple(sorted(self._manager.all_steps()))
 
-    def save(self, state: TrainState, data_state: Mapping[str, Any]) -> None:
-        """Starts to save; the arrays are copied before this returns, the writing goes on."""
+    @property
+    def best(self) -> tuple[int, float] | None:
+        """(step, value) of the best checkpoint, None if none has a value."""
+        return _greatest(self._values)
+
+    def improves(self, value: float | None) -> bool:
+        """Whether a step of this value would be the best; never for None, which is no value."""
+        if value is None or self._best_of is None:
+            return False
+        return self.best is None or value > self.best[1]
+
+    def save(
+        self, state: TrainState, data_state: Mapping[str, Any], value: float | None = None
+    ) -> None:
+        """Starts to save; the arrays are copied before this returns, the writing goes on.
+
+        Args:
+          state: what is saved.
+          data_state: the position in the examples.
+          value: by which the best step is kept, higher as better; None where it was not evaluated.
+            A step that is the best is on disk when this returns, and noted.
+        """
+        step, metrics = int(state.step), None
+        improved = self.improves(value)
+        if self._best_of is not None:  # orbax warns where it gets none
+            metrics = {} if value is None else {"value": value, "of": self._best_of}
+        if self._best_of is not None and value is not None:
+            self._values[step] = value
         self._manager.save(
-            int(state.step),
+            step,
+            metrics=metrics,
             args=ocp.args.Composite(
                 trained=ocp.args.StandardSave(state.trained),
                 optimizer=ocp.args.StandardSave(_leaves(state.opt_state)),
@@ -86,15 +139,16 @@ class Checkpoints:
                 identity=ocp.args.JsonSave(self._identity),
             ),
         )
+        if improved:
+            self.wait()
+            self._note_best()
 
-    def restore(
-        self, template: TrainState, step: int | None = None
-    ) -> tuple[TrainState, dict[str, Any]]:
+    def restore(self, template: TrainState, step: Step = None) -> tuple[TrainState, dict[str, Any]]:
         """The state and the data position of ``step`` (the newest by default).
 
         Args:
           template: arrays or shapes with the shardings that are wanted.
-          step: one of ``all_steps()``.
+          step: one of ``all_steps()``, or ``'best'``: what the folder's ``best.json`` tells of.
 
         Raises:
           ValueError: no such step, another identity, or arrays of other names, shapes or dtypes.
@@ -107,7 +161,7 @@ class Checkpoints:
         count = jax.device_put(np.int32(step), template.step.sharding)
         return TrainState(count, items["trained"], opt_state), items["data"]
 
-    def restore_trained(self, template: Any, step: int | None = None) -> tuple[Any, int]:
+    def restore_trained(self, template: Any, step: Step = None) -> tuple[Any, int]:
         """The trained parameters alone and the step that they are of; raises as ``restore``."""
         step, items = self._restore(step, {"trained": template})
         return items["trained"], step
@@ -126,12 +180,41 @@ class Checkpoints:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _stored_values(self, of: Mapping[str, Any]) -> dict[int, float]:
+        stored = {step: self._manager.metrics(step) or {} for step in self.all_steps()}
+        return {s: metrics["value"] for s, metrics in stored.items() if metrics.get("of") == of}
+
+    def _note_best(self) -> None:
+        """Makes `best.json` say what is so; a folder that keeps no best step has none."""
+        path = self.directory.parent / BEST_FILE
+        if self.best is None:
+            path.unlink(missing_ok=True)
+            return
+        step, value = self.best
+        record = {"step": step, "value": value, "of": self._best_of}
+        if files.read_json(path) != record:
+            files.write_json(path, record)
+
+    def _best_step(self) -> int:
+        """The step to read as the best one; of the checkpoints, for the note may be behind."""
+        path = self.directory.parent / BEST_FILE
+        record = files.read_json(path)
+        found = record and _greatest(self._stored_values(record["of"]))
+        if not found:
+            raise ValueError(
+                f"{self.directory.parent} holds no best checkpoint: train it with "
+                "Evaluation.keep_best"
+            )
+        return found[0]
+
     def _restore(
-        self, step: int | None, wanted: Mapping[str, Any], **others: Any
+        self, step: Step, wanted: Mapping[str, Any], **others: Any
     ) -> tuple[int, Mapping[str, Any]]:
         steps = self.all_steps()
         if not steps:
             raise ValueError(f"no checkpoint in {self.directory}")
+        if step == "best":
+            step = self._best_step()
         step = steps[-1] if step is None else step
         if step not in steps:
             raise ValueError(f"no checkpoint of step {step} in {self.directory}, only {steps}")
@@ -151,6 +234,22 @@ class Checkpoints:
                     f"checkpoint {self.directory / str(step)} has another {name}: saved "
                     f"{_short(saved.get(name))}, here {_short(here)}"
                 )
+
+
+class _TheBest(preservation_policy.PreservationPolicy):
+    """Keeps the best step, in orbax's terms; its own `BestN` keeps the latest of equal ones."""
+
+    def __init__(self, checkpoints: Checkpoints) -> None:
+        self._checkpoints = checkpoints
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        best = self._checkpoints.best
+        return [best is not None and info.step == best[0] for info in checkpoints]
+
+
+def _greatest(values: Mapping[int, float]) -> tuple[int, float] | None:
+    """(step, value) of the greatest value, of the earliest step among equal ones."""
+    return max(values.items(), key=lambda item: (item[1], -item[0])) if values else None
 
 
 def _leaves(opt_state: Any) -> dict[str, Any]:

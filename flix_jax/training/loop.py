@@ -9,6 +9,9 @@ from flix_jax.training.checkpoints import Checkpoints
 from flix_jax.training.reporting import Reporter
 from flix_jax.training.step import Batch, Metrics, TrainState
 
+Scores = Mapping[str, Mapping[str, float]]
+"""{cell: {metric: value}}."""
+
 
 class Batches(Protocol):
     """An iterator of batches on the device, whose position can be saved."""
@@ -30,7 +33,8 @@ def fit(
     total_steps: int,
     save_every: int,
     eval_every: int | None = None,
-    evaluate: Callable[[int, Any], Mapping[str, Mapping[str, float]]] | None = None,
+    evaluate: Callable[[int, Any], Scores] | None = None,
+    judge: Callable[[Scores], float] | None = None,
 ) -> TrainState:
     """Trains from ``state.step`` to ``total_steps``.
 
@@ -40,9 +44,10 @@ def fit(
       step_fn: the jitted step, ``(state, frozen, batch, seed) -> (state, metrics)``.
       seed: of all randomness in the step.
       batches: stands at the batch that follows ``state.step``.
-      checkpoints: saved every ``save_every`` steps and at the end.
+      checkpoints: saved every ``save_every`` steps, at the end, and where one is the best so far.
       reporter: takes every step's metrics.
       evaluate: ``(step, trained) -> scores`` per cell, every ``eval_every`` steps and at the end.
+      judge: scores -> the value by which the best checkpoint is kept, higher as better.
 
     Returns:
       The state at ``total_steps``, saved.
@@ -54,15 +59,17 @@ def fit(
         state, metrics = step_fn(state, frozen, next(batches), seed)
         reporter.step(step, metrics)
 
-        last = step == total_steps
+        last, value = step == total_steps, None
 
         if evaluate and eval_every and (last or step % eval_every == 0):
             reporter.flush()  # before, so that the evaluation's time is not the steps'
-            reporter.scores(step, evaluate(step, state.trained))
+            scores = evaluate(step, state.trained)
+            reporter.scores(step, scores)
+            value = judge(scores) if judge else None
 
-        if last or step % save_every == 0:
+        if last or step % save_every == 0 or checkpoints.improves(value):
             reporter.sync()  # before, so that a loss that is not finite is never saved
-            checkpoints.save(state, batches.state())
+            checkpoints.save(state, batches.state(), value)
 
     checkpoints.wait()
     return state
