@@ -94,7 +94,7 @@ class CellEvaluator:
     def __post_init__(self) -> None:
         if not self.tasks:
             raise ValueError("no cells to evaluate")
-        names = [_stem(cell) for cell in self.tasks]
+        names = [files.predictions_file(epath.Path(), cell.name).name for cell in self.tasks]
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
             raise ValueError(f"several cells would write to one file: {', '.join(repeated)}")
@@ -135,8 +135,7 @@ class CellEvaluator:
 
     def folder(self, run_dir: epath.PathLike, step: int) -> epath.Path:
         """`evaluations/<step>` of a run for validation, a folder of the split's name in it else."""
-        folder = epath.Path(run_dir) / "evaluations" / str(step)
-        return folder if self.split == "validation" else folder / self.split
+        return files.evaluation_folder(run_dir, step, self.split)
 
     def evaluate(
         self,
@@ -334,10 +333,10 @@ class CellEvaluator:
         fingerprint: str,
     ) -> None:
         text = "".join(line + "\n" for line in lines)
-        files.write_text(_predictions_file(folder, cell), text)
+        files.write_text(files.predictions_file(folder, cell.name), text)
         digest = hashlib.sha256(text.encode()).hexdigest()
         files.write_json(
-            _scores_file(folder, cell),
+            files.scores_file(folder, cell.name),
             self._settings(cell, fingerprint)
             | {"predictions_sha256": digest, "scores": dict(scores)},
         )
@@ -345,8 +344,8 @@ class CellEvaluator:
     def _finished(
         self, folder: epath.Path, cell: Cell, fingerprint: str
     ) -> dict[str, float] | None:
-        record = files.read_json(_scores_file(folder, cell))
-        predictions = _predictions_file(folder, cell)
+        record = files.read_json(files.scores_file(folder, cell.name))
+        predictions = files.predictions_file(folder, cell.name)
         if record is None or not predictions.exists():
             return None
         settings = self._settings(cell, fingerprint)
@@ -487,18 +486,6 @@ def _pad(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     if array.ndim != 2:
         return array
     return np.pad(array, ((0, 0), (0, shape[0] - array.shape[1])))
-
-
-def _stem(cell: Cell) -> str:
-    return cell.name.replace("/", ".").replace(":", ".")
-
-
-def _predictions_file(folder: epath.Path, cell: Cell) -> epath.Path:
-    return folder / f"{_stem(cell)}.jsonl"
-
-
-def _scores_file(folder: epath.Path, cell: Cell) -> epath.Path:
-    return folder / f"{_stem(cell)}.scores.json"
 
 
 @contextlib.contextmanager

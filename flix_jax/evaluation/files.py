@@ -6,6 +6,8 @@ from typing import Any
 
 from etils import epath
 
+EVALUATIONS = "evaluations"  # in a run's folder
+
 
 def write_text(path: epath.PathLike, text: str) -> None:
     """Writes `text` (UTF-8) so that a reader finds the old content or the new, never a part.
@@ -44,3 +46,23 @@ def read_json(path: epath.PathLike) -> Any | None:
         return json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path}: not valid json ({error})") from None
+
+
+def evaluation_folder(run_dir: epath.PathLike, step: int, split: str) -> epath.Path:
+    """`evaluations/<step>` of a run for validation, a folder of the split's name in it else."""
+    folder = epath.Path(run_dir) / EVALUATIONS / str(step)
+    return folder if split == "validation" else folder / split
+
+
+def predictions_file(folder: epath.Path, cell: str) -> epath.Path:
+    """Where an evaluation leaves the predictions of a cell: `ner.sw.jsonl` for `ner/sw`."""
+    return folder / f"{_stem(cell)}.jsonl"
+
+
+def scores_file(folder: epath.Path, cell: str) -> epath.Path:
+    """Where an evaluation leaves the scores of a cell, and what they were made with."""
+    return folder / f"{_stem(cell)}.scores.json"
+
+
+def _stem(cell: str) -> str:
+    return cell.replace("/", ".").replace(":", ".")

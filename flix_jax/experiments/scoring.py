@@ -14,7 +14,7 @@ from etils import epath
 
 from flix_jax.adapters.suggest import did_you_mean
 from flix_jax.data.cells import Cell, CellSplit
-from flix_jax.evaluation import bootstrap
+from flix_jax.evaluation import bootstrap, files
 from flix_jax.evaluation.metrics import METRICS
 from flix_jax.evaluation.scoreboard import Scoreboard
 from flix_jax.experiments.run import Run
@@ -150,8 +150,7 @@ def with_intervals(board: Scoreboard, folder: epath.Path, confidence: float) -> 
         value = board.value(cell)
         if value is None:
             continue
-        # Where an evaluation leaves them: as flix_jax.evaluation.evaluator, which imports seqio.
-        path = folder / f"{cell.replace('/', '.').replace(':', '.')}.jsonl"
+        path = files.predictions_file(folder, cell)
         if not path.exists():
             raise ValueError(f"{path}: no predictions of {cell}; evaluate it first")
         records = [record for _, record in read_records(path)]

@@ -21,20 +21,10 @@ from flix_jax.data.cells import Cell
 from flix_jax.evaluation import files
 from flix_jax.experiments.run import Run
 from flix_jax.tasks.xtreme_up import XtremeUp, read_records, shorten
+from flix_jax.tasks.xtreme_up_languages import FILES
 
 #: The benchmark's tasks. The scorer reads no others.
-TASKS = (
-    "asr",
-    "autocomplete",
-    "ner",
-    "qa_cross_lang",
-    "qa_in_lang",
-    "retrieval_cross_lang",
-    "retrieval_in_lang",
-    "semantic_parsing",
-    "translation",
-    "transliteration",
-)
+TASKS = tuple(sorted(FILES))
 GUESSES = 3  # of autocomplete; the scorer takes neither more nor fewer
 
 
@@ -137,9 +127,13 @@ def write_submission(
 
 def _evaluation(run_dir: epath.Path, split: str, step: int | None) -> tuple[int, epath.Path]:
     """The step, given or the newest, and the folder of its predictions."""
-    root = run_dir / "evaluations"
+    root = run_dir / files.EVALUATIONS
     names = [path.name for path in root.iterdir()] if root.exists() else []
-    found = {int(name): _folder(root, int(name), split) for name in names if name.isdigit()}
+    found = {
+        int(name): files.evaluation_folder(run_dir, int(name), split)
+        for name in names
+        if name.isdigit()
+    }
     steps = sorted(s for s, folder in found.items() if folder.exists() and _any_file(folder))
     again = f"run `flix evaluate --run_dir={run_dir} --split={split}` first"
     if not steps:
@@ -153,18 +147,6 @@ def _evaluation(run_dir: epath.Path, split: str, step: int | None) -> tuple[int,
     return step, found[step]
 
 
-# Where an evaluation leaves its files: as flix_jax.evaluation.evaluator, which imports seqio.
-
-
-def _folder(evaluations: epath.Path, step: int, split: str) -> epath.Path:
-    folder = evaluations / str(step)
-    return folder if split == "validation" else folder / split
-
-
-def _stem(cell: Cell) -> str:
-    return cell.name.replace("/", ".").replace(":", ".")
-
-
 def _any_file(folder: epath.Path) -> bool:
     return any(folder.glob("*.jsonl"))
 
@@ -173,8 +155,8 @@ def _predictions(
     folder: epath.Path, cell: Cell, split: str, records: int
 ) -> tuple[list[Any] | str, str]:
     """(the predictions of a cell, or why there are none; what names the model)."""
-    path = folder / f"{_stem(cell)}.jsonl"
-    made = files.read_json(folder / f"{_stem(cell)}.scores.json")
+    path = files.predictions_file(folder, cell.name)
+    made = files.read_json(files.scores_file(folder, cell.name))
     if made is None or not path.exists():
         return "not evaluated", ""
     if made.get("cell") != cell.name or made.get("split") != split:
