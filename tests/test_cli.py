@@ -97,19 +97,19 @@ def run_that(error):
     ],
 )
 def test_what_a_command_refuses_is_one_line(error, line, monkeypatch, capsys):
-    monkeypatch.setattr(cli, "_report", run_that(error))
+    monkeypatch.setattr(cli.commands, "report", run_that(error))
     assert cli.main(["report", "--run_dir=x"]) == 2
     assert capsys.readouterr().err == f"error: {line}\n"
 
 
 def test_debug_shows_where_an_error_came_from(monkeypatch):
-    monkeypatch.setattr(cli, "_report", run_that(ValueError("rank")))
+    monkeypatch.setattr(cli.commands, "report", run_that(ValueError("rank")))
     with pytest.raises(ValueError, match="rank"):
         cli.main(["report", "--run_dir=x", "--debug"])
 
 
 def test_a_fault_of_the_program_is_not_taken_for_one_of_the_user(monkeypatch):
-    monkeypatch.setattr(cli, "_report", run_that(KeyError("x")))
+    monkeypatch.setattr(cli.commands, "report", run_that(KeyError("x")))
     with pytest.raises(KeyError):
         cli.main(["report", "--run_dir=x"])
 

@@ -1,0 +1,108 @@
+"""The command line: `flix train | evaluate | infer | submission | sweep | report | data`."""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from flix_jax.adapters.suggest import did_you_mean
+from flix_jax.cli.commands import UsageError
+from flix_jax.cli.flags import make_parser
+
+DIVERGED = 1
+USER_ERROR = 2
+INTERRUPTED = 130
+
+
+def _choices(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            return dict(action.choices)
+    return {}
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Reads a command line; `bindings` holds what followed each `--gin.`.
+
+    Raises:
+      UsageError: an unknown command or flag (with the nearest one), or one that is missing.
+    """
+    rest = [argument for argument in argv if not argument.startswith("--gin.")]
+    parser = make_parser()
+    level: argparse.ArgumentParser = parser
+    for argument in rest:
+        choices = _choices(level)
+        if not choices or argument.startswith("-"):
+            break
+        if argument not in choices:
+            raise UsageError(
+                f"unknown command '{level.prog.removeprefix('flix').lstrip()}"
+                f"{' ' if level is not parser else ''}{argument}';"
+                f" {did_you_mean(argument, choices)}"
+            )
+        level = choices[argument]
+    flags = [flag for action in level._actions for flag in action.option_strings]
+    for argument in rest:
+        flag = argument.partition("=")[0]
+        if flag.startswith("--") and flag != "--" and flag not in flags:
+            raise UsageError(f"{level.prog} has no flag {flag}; {did_you_mean(flag, flags)}")
+    arguments = parser.parse_args(rest)
+    if not hasattr(arguments, "run"):
+        level.error(f"a command is missing: {', '.join(_choices(level))}")
+    arguments.bindings = [
+        argument.removeprefix("--gin.") for argument in argv if argument.startswith("--gin.")
+    ]
+    if arguments.bindings and not hasattr(arguments, "gin_file"):
+        level.error(f"{level.prog} takes no --gin. flags, got --gin.{arguments.bindings[0]}")
+    return arguments
+
+
+def quiet() -> None:
+    """Keeps TensorFlow and absl from logging; to be called before either is imported."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # it announces itself otherwise
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    logging.getLogger("absl").setLevel(logging.ERROR)
+
+
+def _describe(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command line and returns its exit status.
+
+    0; 2 after a mistake of the user's; 1 where training diverged.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv:
+        make_parser().print_help(sys.stderr)
+        return USER_ERROR
+    quiet()
+    try:
+        arguments = parse(argv)
+        arguments.run(arguments)
+    except (
+        ValueError,
+        FileNotFoundError,
+        NotADirectoryError,
+        IsADirectoryError,
+        FileExistsError,
+        PermissionError,
+    ) as error:
+        if "--debug" in argv:
+            raise
+        print(f"error: {_describe(error)}", file=sys.stderr)
+        return USER_ERROR
+    except FloatingPointError as error:
+        if "--debug" in argv:
+            raise
+        print(f"error: {_describe(error)}", file=sys.stderr)
+        return DIVERGED
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    return 0

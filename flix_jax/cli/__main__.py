@@ -1,0 +1,7 @@
+"""`python -m flix_jax.cli`."""
+
+import sys
+
+from flix_jax.cli import main
+
+sys.exit(main())

@@ -1,0 +1,249 @@
+"""What each command does, given its parsed flags.
+
+Nothing heavy is imported before a command runs, so that help and mistakes answer at once.
+"""
+
+import argparse
+import dataclasses
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from etils import epath
+
+    from flix_jax.configuration import Configuration
+    from flix_jax.data.cells import Cell
+    from flix_jax.evaluation.scoreboard import Scoreboard
+    from flix_jax.experiments.run import Run
+    from flix_jax.experiments.sweep import Bindings, Sweep
+
+
+class UsageError(ValueError):
+    """A command line that cannot be understood."""
+
+
+def _configure(arguments: argparse.Namespace, gin_files: Sequence[str]) -> "Configuration":
+    from flix_jax import configuration
+
+    return configuration.load(gin_files, arguments.bindings)
+
+
+def _build(
+    arguments: argparse.Namespace, gin_files: Sequence[str]
+) -> tuple["Run", "Configuration"]:
+    """The run; bindings without effect are errors (flags) or warnings (files)."""
+    config = _configure(arguments, gin_files)
+    built = config.build("Run")
+    for line in config.check_used():
+        print(f"warning: {line}", file=sys.stderr)
+    return built, config
+
+
+def _saved_config(arguments: argparse.Namespace) -> list[str]:
+    """The gin files given, or the config that the run's folder holds."""
+    if arguments.gin_file:
+        return list(arguments.gin_file)
+    from etils import epath
+
+    path = epath.Path(arguments.run_dir) / "config.gin"
+    if not path.exists():
+        raise UsageError(f"{arguments.run_dir} holds no run: there is no {path}")
+    return [str(path)]
+
+
+def train(arguments: argparse.Namespace) -> None:
+    run, config = _build(arguments, arguments.gin_file)
+    from flix_jax import configuration
+    from flix_jax.experiments import training
+
+    with config.placing_errors():
+        training.train(run, arguments.run_dir, config=configuration.operative_config())
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    run, config = _build(arguments, _saved_config(arguments))
+    from flix_jax.experiments import inference
+
+    with config.placing_errors():
+        board = inference.evaluate(
+            run,
+            arguments.run_dir,
+            split=arguments.split,
+            cells=arguments.cells,
+            step=arguments.step,
+            confidence=arguments.confidence,
+        )
+    print(board.to_markdown())
+
+
+def infer(arguments: argparse.Namespace) -> None:
+    run, config = _build(arguments, _saved_config(arguments))
+    from flix_jax.experiments import inference
+
+    with config.placing_errors():
+        count = inference.infer(
+            run,
+            arguments.run_dir,
+            input_path=arguments.input,
+            output_path=arguments.output,
+            features=arguments.features,
+            step=arguments.step,
+        )
+    print(f"{count} predictions in {arguments.output}")
+
+
+def submission(arguments: argparse.Namespace) -> None:
+    run, config = _build(arguments, _saved_config(arguments))
+    from flix_jax.experiments.submission import write_submission
+
+    with config.placing_errors():
+        done = write_submission(
+            run,
+            arguments.run_dir,
+            out_dir=arguments.out,
+            split=arguments.split,
+            step=arguments.step,
+            partial=arguments.partial,
+        )
+    for cell, reason in done.missing.items():
+        print(f"warning: {cell} is missing: {reason}", file=sys.stderr)
+    if done.other_tasks:
+        print(f"left out, for they are not the benchmark's: {', '.join(done.other_tasks)}")
+    print(f"{len(done.files)} files of step {done.step} in {arguments.out}")
+
+
+def sweep(arguments: argparse.Namespace) -> None:
+    from flix_jax import configuration
+    from flix_jax.experiments import inference, training
+    from flix_jax.experiments.sweep import run_sweep
+
+    config = _configure(arguments, arguments.gin_file)
+    sweep = dataclasses.replace(config.build("Sweep"), base=config.digest(without=["Sweep"]))
+    _check_trials(arguments, config, sweep)
+    bases_dir = os.path.join(arguments.run_dir, "bases")
+    splits = {sweep.report_on, *([sweep.choose_on] if sweep.choose else [])}
+
+    def run_trial(bindings: "Bindings", folder: "epath.Path", seed: int) -> dict[str, "Scoreboard"]:
+        trial_config = _trial(arguments, bindings, seed)
+        run = trial_config.build("Run")
+        text = configuration.operative_config()
+        with trial_config.placing_errors():
+            training.train(run, folder, bases_dir=bases_dir, config=text, title=folder.name)
+            return {
+                split: inference.evaluate(run, folder, split=split, bases_dir=bases_dir)
+                for split in sorted(splits)
+            }
+
+    records = run_sweep(sweep, arguments.run_dir, run_trial)
+    report(arguments)
+    failed = [record for record in records if record.state == "failed"]
+    if failed:
+        first = f"{failed[0].trial} ({failed[0].error})"
+        raise FloatingPointError(f"{len(failed)} of {len(records)} trials failed: {first}, …")
+
+
+def _trial(arguments: argparse.Namespace, bindings: "Bindings", seed: int) -> "Configuration":
+    """A trial's configuration: the sweep's files and flags, its own bindings, the macro SEED."""
+    from flix_jax import configuration
+
+    flags = [*arguments.bindings, *bindings, f"SEED={seed}"]
+    return configuration.load(arguments.gin_file, flags)
+
+
+def _check_trials(arguments: argparse.Namespace, config: "Configuration", sweep: "Sweep") -> None:
+    """Builds every trial's run before the first is trained.
+
+    A trial's own binding must have an effect in it; any other, in the sweep or in some trial.
+    """
+    unused = {binding.key: (binding, line) for binding, line in config.unused().items()}
+    shared = {binding.key for binding in config.bindings}
+    for trial in sweep.trials():
+        trial_config = _trial(arguments, trial.bindings, trial.seed)
+        trial_config.build("Run")
+        idle = {binding.key: line for binding, line in trial_config.unused().items()}
+        for key in idle.keys() - shared:
+            raise UsageError(f"trial {trial}: {idle[key]}")
+        unused = {key: found for key, found in unused.items() if key in idle}
+    for binding, line in unused.values():
+        if binding.flag:
+            raise UsageError(line)
+        print(f"warning: {line}", file=sys.stderr)
+
+
+def report(arguments: argparse.Namespace) -> None:
+    from flix_jax.experiments.report import make_report
+
+    more = ""
+    if getattr(arguments, "gin_file", None):
+        files = [f"--gin_file={name}" for name in arguments.gin_file]
+        flags = [f"--gin.{text}" for text in arguments.bindings if not text.startswith("SEEDS=")]
+        more = shlex.join(
+            [
+                os.path.relpath(sys.executable),
+                "-m",
+                "flix_jax.cli",
+                "sweep",
+                *files,
+                f"--run_dir={arguments.run_dir}",
+                *flags,
+                "--gin.SEEDS=(0, 1, 2, 3, 4)",
+            ]
+        )
+    report = make_report(arguments.run_dir, more_seeds=more)
+    report.write(arguments.run_dir)
+    print(report.to_markdown())
+
+
+def data_babel(arguments: argparse.Namespace) -> None:
+    from flix_jax.tasks import babel
+
+    print(babel.write(arguments.out, arguments.seed, tags=arguments.tags))
+
+
+def data_describe(arguments: argparse.Namespace) -> None:
+    if bool(arguments.gin_file) == bool(arguments.data_dir):
+        raise UsageError("flix data describe takes either --gin_file or --data_dir")
+    if arguments.bindings and not arguments.gin_file:
+        raise UsageError(f"--gin.{arguments.bindings[0]} has no effect without --gin_file")
+    from flix_jax.tasks.xtreme_up import XtremeUp
+
+    if arguments.data_dir:
+        folder = XtremeUp(arguments.data_dir)
+        _describe_cells(arguments, folder, folder.cells())
+        return
+    run, config = _build(arguments, arguments.gin_file)
+    source: Any = run.source
+    if not hasattr(source, "pairs"):
+        raise UsageError(
+            f"Run.source={type(source).__name__} cannot be described: it has no method pairs(cell, "
+            "split) that gives its texts, as XtremeUp has"
+        )
+    with config.placing_errors():
+        mixture = run.mixture.select(source.cells(), lambda cell: "train" in source.splits(cell))
+        lengths = {"inputs": run.inputs_length, "targets": run.targets_length}
+        _describe_cells(
+            arguments, source, mixture.cells, vocabulary=run.vocabulary, lengths=lengths
+        )
+
+
+def _describe_cells(
+    arguments: argparse.Namespace, source: Any, cells: Sequence["Cell"], **options: Any
+) -> None:
+    from flix_jax.data.cells import match
+    from flix_jax.data.description import describe
+
+    chosen = match(arguments.cells, cells, "--cells") if arguments.cells else cells
+    print(describe(source, chosen, **options).format(arguments.format))
+
+
+def download_xtreme_up(arguments: argparse.Namespace) -> None:
+    from flix_jax.experiments import download
+
+    download.xtreme_up(
+        arguments.out,
+        url=arguments.url or download.RELEASE_URL,
+        ner_url=arguments.ner_url or download.NER_URL,
+    )

@@ -1,0 +1,305 @@
+"""The flags of every command, and the help that explains them."""
+
+import argparse
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from flix_jax.cli import commands
+from flix_jax.cli.commands import UsageError
+
+if TYPE_CHECKING:
+    from flix_jax.training.checkpoints import Step
+
+DESCRIPTION = """\
+Featurized low-rank mixtures (FLix) for T5-family encoder-decoders.
+
+A run is described by gin files and lives in a folder: train it, evaluate it cell by cell
+(a cell is a task in a language), read its predictions on text of yours. The same command
+in the same folder goes on where the run stood.
+"""
+
+EPILOG = """\
+first steps:
+  flix sweep --gin_file=configs/sweeps/babel_quickstart.gin --run_dir=runs/quickstart
+  flix train --help
+
+environment:
+  JAX_PLATFORMS   the devices to compute on, for example cpu
+"""
+
+GIN_HELP = """\
+Files are looked up from the working directory, then among those that flix_jax brings
+(configs/...). A file opens with the list of what it requires.
+
+  --gin.NAME=VALUE             sets the macro NAME, for example --gin.DATA_DIR="'data'"
+  --gin.Name.parameter=VALUE   sets a parameter, for example --gin.AdapterSpec.alpha=8,
+                               or in a scope --gin.task/FeatureType.rank=2
+
+VALUE is a Python literal, so a text has quotes of its own. Flags win over files.
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    def __init__(self, **options: Any) -> None:
+        super().__init__(
+            allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+def _command(
+    parsers: Any,
+    name: str,
+    run: Callable[[argparse.Namespace], None],
+    summary: str,
+    description: str,
+    example: str,
+) -> Parser:
+    parser: Parser = parsers.add_parser(
+        name, help=summary, description=description, epilog=f"example:\n{example}"
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.set_defaults(run=run, parser=parser)
+    return parser
+
+
+def _add_gin(parser: Parser, *, required: bool) -> None:
+    group = parser.add_argument_group("configuration", GIN_HELP)
+    note = "repeatable, later files win"
+    group.add_argument(
+        "--gin_file",
+        action="append",
+        default=[],
+        metavar="FILE",
+        required=required,
+        help=f"gin file ({note})" if required else f"default: the run's own config.gin ({note})",
+    )
+
+
+def _add_run_dir(parser: Parser, text: str) -> None:
+    parser.add_argument("--run_dir", required=True, metavar="DIR", help=text)
+
+
+def _add_step(parser: Parser) -> None:
+    parser.add_argument(
+        "--step",
+        type=_step,
+        metavar="N|best",
+        help="checkpoint to read; 'best' is that of Evaluation.keep_best (default: the latest)",
+    )
+
+
+def _step(text: str) -> "Step":
+    if text == "best":
+        return "best"
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a number or 'best', got {text!r}")
+    return int(text)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of every command but for `--gin.` flags, which `main` takes out beforehand."""
+    parser = Parser(prog="flix", description=DESCRIPTION, epilog=EPILOG)
+    parsers = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=Parser)
+
+    train = _command(
+        parsers,
+        "train",
+        commands.train,
+        "train a run, or go on with it",
+        "Trains what the gin files describe (Run) and writes checkpoints, metrics and the\n"
+        "operative config to the run's folder. Started again there, it goes on.",
+        "  flix train --gin_file=configs/experiments/ner_tiny.gin \\\n"
+        "      --gin.DATA_DIR=\"'data/xtreme_up_v1.1'\" --run_dir=runs/ner_tiny",
+    )
+    _add_run_dir(train, "folder of the run; local or in a bucket (gs://...)")
+    _add_gin(train, required=True)
+
+    evaluate = _command(
+        parsers,
+        "evaluate",
+        commands.evaluate,
+        "score a run, cell by cell",
+        "Decodes every cell that has the split and prints its scores, with means over seen and\n"
+        "unseen cells. Predictions and scores are kept under the run's folder.",
+        "  flix evaluate --run_dir=runs/ner_tiny --split=test",
+    )
+    _add_run_dir(evaluate, "folder of a trained run")
+    evaluate.add_argument(
+        "--split", metavar="NAME", help="split of the data (default: the run's, validation)"
+    )
+    evaluate.add_argument(
+        "--cells",
+        action="append",
+        metavar="PATTERN",
+        help="cells to score, for example 'ner/{sw,yo}'; repeatable (default: all)",
+    )
+    evaluate.add_argument(
+        "--confidence",
+        nargs="?",
+        type=float,
+        const=0.95,
+        metavar="SHARE",
+        help="add bootstrap intervals, of 0.95 unless another share is given",
+    )
+    _add_step(evaluate)
+    _add_gin(evaluate, required=False)
+
+    infer = _command(
+        parsers,
+        "infer",
+        commands.infer,
+        "apply a run to text of yours",
+        "Reads a jsonl file with an 'input' on each line and writes the same lines with a\n"
+        "'prediction'. The features of a line are its own fields (task, language, ...) or,\n"
+        "where it has none, those of --features.",
+        "  flix infer --run_dir=runs/ner_tiny --input=in.jsonl --output=out.jsonl \\\n"
+        "      --features=task=ner,language=sw",
+    )
+    _add_run_dir(infer, "folder of a trained run")
+    infer.add_argument("--input", required=True, metavar="FILE", help="jsonl file to read")
+    infer.add_argument("--output", required=True, metavar="FILE", help="jsonl file to write")
+    infer.add_argument(
+        "--features",
+        default="",
+        metavar="TYPE=VALUE,...",
+        help="features of every line, for example task=ner,language=sw",
+    )
+    _add_step(infer)
+    _add_gin(infer, required=False)
+
+    submission = _command(
+        parsers,
+        "submission",
+        commands.submission,
+        "write a run's predictions as XTREME-UP's scorer reads them",
+        "Reads the predictions that flix evaluate left and writes {task}/{split}/{file}.jsonl, a\n"
+        "line for each record of the data. Cells of the split that lack predictions are refused.",
+        "  flix evaluate   --run_dir=runs/ner_tiny --split=test\n"
+        "  flix submission --run_dir=runs/ner_tiny --split=test --out=submissions/ner_tiny",
+    )
+    _add_run_dir(submission, "folder of an evaluated run")
+    submission.add_argument("--out", required=True, metavar="DIR", help="folder to write to")
+    submission.add_argument(
+        "--split", default="test", metavar="NAME", help="split of the data (default: test)"
+    )
+    submission.add_argument(
+        "--step", type=int, metavar="N", help="evaluated checkpoint (default: the latest)"
+    )
+    submission.add_argument(
+        "--partial", action="store_true", help="leave cells out that lack predictions, and say so"
+    )
+    _add_gin(submission, required=False)
+
+    sweep = _command(
+        parsers,
+        "sweep",
+        commands.sweep,
+        "train and compare several runs",
+        "Trains and evaluates every run of a Sweep, then writes the table and picture that\n"
+        "compare them. Runs that are done already are not repeated.",
+        "  flix sweep --gin_file=configs/sweeps/babel_quickstart.gin --run_dir=runs/quickstart",
+    )
+    _add_run_dir(sweep, "folder for all runs of the sweep")
+    _add_gin(sweep, required=True)
+
+    report = _command(
+        parsers,
+        "report",
+        commands.report,
+        "print the comparison of a sweep again",
+        "Reads the scores under a sweep's folder and writes its table and picture anew.",
+        "  flix report --run_dir=runs/quickstart",
+    )
+    _add_run_dir(report, "folder of a sweep")
+
+    data = parsers.add_parser(
+        "data",
+        help="describe data, or write those of an embedded benchmark",
+        description="Describes data, or writes generated ones, in XTREME-UP's folder layout.",
+        epilog="example:\n  flix data describe --data_dir=data/xtreme_up_v1.1\n"
+        "  flix data babel --out=data/babel --seed=1",
+    )
+    data.set_defaults(parser=data)
+    benchmarks = data.add_subparsers(title="commands", metavar="NAME", parser_class=Parser)
+    babel = _command(
+        benchmarks,
+        "babel",
+        commands.data_babel,
+        "ten artificial languages, five tasks",
+        "Writes Babel: small artificial languages times tasks shaped like XTREME-UP's, the\n"
+        "same for the same seed on every machine.",
+        "  flix data babel --out=data/babel --seed=1",
+    )
+    babel.add_argument("--out", required=True, metavar="DIR", help="new or empty folder")
+    babel.add_argument("--seed", type=int, default=0, help="(default: 0)")
+    babel.add_argument(
+        "--tags",
+        default="task",
+        choices=("none", "task", "task_language"),
+        help="what inputs open with (default: task, as in 'ner: ...')",
+    )
+    describe = _command(
+        benchmarks,
+        "describe",
+        commands.data_describe,
+        "sizes, lengths, cut and repeated examples of every cell",
+        "Reads every split of every cell and counts examples, lengths in bytes and tokens, what\n"
+        "the configured lengths cut, duplicates, empty targets, and inputs that stand elsewhere.",
+        "  flix data describe --data_dir=data/xtreme_up_v1.1 --cells='ner/*'\n"
+        "  flix data describe --gin_file=configs/experiments/ner_tiny.gin \\\n"
+        "      --gin.DATA_DIR=\"'data/xtreme_up_v1.1'\" --format=markdown",
+    )
+    describe.add_argument(
+        "--data_dir", metavar="DIR", help="folder of {task}/{split}/{file}.jsonl, all of it"
+    )
+    describe.add_argument(
+        "--cells",
+        action="append",
+        metavar="PATTERN",
+        help="cells to describe, for example 'ner/{sw,yo}'; repeatable (default: all)",
+    )
+    describe.add_argument(
+        "--format", default="text", choices=("text", "markdown", "json"), help="(default: text)"
+    )
+    group = describe.add_argument_group(
+        "configuration", f"The cells, vocabulary and lengths of a Run.\n{GIN_HELP}"
+    )
+    group.add_argument(
+        "--gin_file",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="gin file, in place of --data_dir (repeatable, later files win)",
+    )
+
+    download = parsers.add_parser(
+        "download",
+        help="fetch a published benchmark",
+        description="Fetches published data into XTREME-UP's folder layout.",
+        epilog="example:\n  flix download xtreme_up --out=data",
+    )
+    download.set_defaults(parser=download)
+    published = download.add_subparsers(title="benchmarks", metavar="NAME", parser_class=Parser)
+    xtreme_up = _command(
+        published,
+        "xtreme_up",
+        commands.download_xtreme_up,
+        "XTREME-UP v1.1 with MasakhaNER-X",
+        "Fetches the release and its named-entity data (MasakhaNER-X, CC BY-NC 4.0), checks,\n"
+        "unpacks and joins them in DIR/xtreme_up_v1.1. A broken download goes on when the command\n"
+        "is run again. Files fetched by hand are taken from DIR/downloads.",
+        "  flix download xtreme_up --out=data",
+    )
+    xtreme_up.add_argument("--out", required=True, metavar="DIR", help="local folder")
+    xtreme_up.add_argument(
+        "--url", metavar="URL", help="address of the archive, of a mirror (default: as published)"
+    )
+    xtreme_up.add_argument(
+        "--ner_url",
+        metavar="URL",
+        help="address above {split}/{language}.jsonl of MasakhaNER-X (default: as published)",
+    )
+    return parser
