@@ -237,6 +237,41 @@ def test_retrieval_ranks_the_passages_of_an_index(tmp_path):
         100 * np.mean([1 / rank for rank in ranks])
     )
     assert calls == [4] * 4  # two batches of questions, two of passages
+    # Another step's parameters embed the passages anew; a finished cell embeds nothing.
+    cells.evaluate({"retrieve": embed}, tmp_path, 6)
+    assert calls == [4] * 8
+    assert cells.evaluate({"retrieve": embed}, tmp_path, 6) == scores
+    assert calls == [4] * 8
+
+
+@pytest.fixture
+def predicts(tmp_path):
+    """Whether evaluating (inputs, targets) under one name in one folder calls the model."""
+
+    def evaluated(inputs, targets):
+        name = "evaluator_test.edited"
+        if name in seqio.TaskRegistry.names():
+            seqio.TaskRegistry.remove(name)
+        register_texts(name, {"validation": (inputs, targets)}, ("exact_match",))
+        calls = []
+
+        def predict(batch):
+            calls.append(batch)
+            return np.ones((4, 3), np.int32)
+
+        cells = make({Cell("topic", "sw"): name}, converter=FlixFeatureConverter(None))
+        cells.evaluate({"generate": predict}, tmp_path, 5)
+        return bool(calls)
+
+    return evaluated
+
+
+def test_edited_examples_are_predicted_again(predicts):
+    assert predicts(["a", "b"], ["x", "y"])
+    assert not predicts(["a", "b"], ["x", "y"])
+    assert predicts(["a", "b"], ["x", "z"])
+    assert predicts(["a", "c"], ["x", "z"])
+    assert not predicts(["a", "c"], ["x", "z"])
 
 
 @pytest.mark.parametrize(

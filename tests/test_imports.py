@@ -28,6 +28,7 @@ MAY_IMPORT_SEQIO = (
     "flix_jax.data.seqio_tasks",
     "flix_jax.data.vocabularies",
     "flix_jax.evaluation.evaluator",
+    "flix_jax.evaluation.examples",
     "flix_jax.tasks.",
 )
 MAY_IMPORT_GIN = ("flix_jax.configuration", "flix_jax.gin_reader")

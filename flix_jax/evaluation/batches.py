@@ -1,0 +1,75 @@
+"""Prediction in batches of one size, in which short inputs are padded less."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeVar
+
+import numpy as np
+
+Key = TypeVar("Key")
+Batch = dict[str, np.ndarray]
+PredictFn = Callable[[Batch], np.ndarray]
+
+GENERATE, COMPLETE, RETRIEVE = "generate", "complete", "retrieve"
+SHAPES = {
+    GENERATE: (2, np.integer, "token ids [batch, length]"),
+    COMPLETE: (3, np.integer, "token ids [batch, guesses, length]"),
+    RETRIEVE: (2, np.floating, "embeddings [batch, width]"),
+}
+
+INPUTS = "encoder_input_tokens"
+_SHORTEST = 64  # tokens; halving lengths further would cost more compilation than it saves
+
+
+def predict_in_batches(
+    predict: Mapping[str, PredictFn], rows: Iterable[tuple[Key, str, Batch]], batch_size: int
+) -> Iterator[list[tuple[Key, np.ndarray]]]:
+    """Predicts (key, kind, row) in batches of one kind and one length; yields each batch.
+
+    As `CellEvaluator.evaluate` says of `predict`. Rows come back in another order than they went
+    in, each with its key.
+
+    Raises:
+      ValueError: `predict` lacks a kind, or returned another shape or no numbers of the kind.
+    """
+    waiting: dict[tuple[str, int], list[tuple[Key, Batch]]] = {}
+
+    def flush(kind: str, length: int) -> list[tuple[Key, np.ndarray]]:
+        keyed = waiting.pop((kind, length))
+        filled = [row for _, row in keyed]
+        filled += filled[:1] * (batch_size - len(filled))
+        batch = {name: np.stack([row[name] for row in filled]) for name in filled[0]}
+        batch[INPUTS] = batch[INPUTS][:, :length]
+        if kind not in predict:
+            raise ValueError(f"no predict function for {kind!r}, only for {list(predict)}")
+        predicted = _checked(kind, predict[kind](batch), batch_size)
+        return [(key, row) for (key, _), row in zip(keyed, predicted, strict=False)]
+
+    for key, kind, row in rows:
+        group = kind, _padded_length(row[INPUTS])
+        waiting.setdefault(group, []).append((key, row))
+        if len(waiting[group]) == batch_size:
+            yield flush(*group)
+    for group in list(waiting):
+        yield flush(*group)
+
+
+def _checked(kind: str, predicted: Any, batch_size: int) -> np.ndarray:
+    predicted = np.asarray(predicted)
+    ndim, dtype, expected = SHAPES[kind]
+    if predicted.ndim != ndim or len(predicted) != batch_size:
+        raise ValueError(
+            f"predict returned an array of shape {predicted.shape}; expected {expected} with "
+            f"batch {batch_size}"
+        )
+    if not np.issubdtype(predicted.dtype, dtype):
+        raise ValueError(f"predict returned {predicted.dtype}; expected {expected}")
+    return predicted
+
+
+def _padded_length(inputs: np.ndarray) -> int:
+    """The least of the full length, its half and its quarter that holds the tokens of a row."""
+    used = int(np.flatnonzero(inputs)[-1]) + 1 if inputs.any() else 1
+    length = len(inputs)
+    while length % 2 == 0 and length // 2 >= max(used, _SHORTEST) and length > len(inputs) // 4:
+        length //= 2
+    return length

@@ -1,0 +1,203 @@
+"""What is evaluated: a cell's examples, as model features and to score, and an index's passages."""
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import absl.logging
+import numpy as np
+import seqio
+from jaxtyping import Int
+
+from flix_jax.data.seqio_tasks import ANSWER
+from flix_jax.evaluation.batches import Batch
+
+INDEX_SPLIT = "index"
+
+
+class CellExamples:
+    """A split of a cell's seqio task, read.
+
+    Attributes:
+      outputs: the predictions last scored, as the task postprocessed them.
+      examples: how many there are.
+      cut_inputs: how many inputs are cut at the given length.
+
+    Raises:
+      ValueError: the task has no metrics.
+    """
+
+    def __init__(
+        self,
+        task: seqio.Task,
+        converter: seqio.FeatureConverter,
+        split: str,
+        lengths: Mapping[str, int],
+        limit: int | None = None,
+    ):
+        """Reads `split`, or `limit` examples from all over it; `lengths` as in CellEvaluator."""
+        self._task = task
+        with _quiet():
+            self._evaluator = seqio.Evaluator(
+                task.name,
+                converter,
+                eval_split=split,
+                sequence_length=dict(lengths),
+                num_examples=limit,
+                # A budget's examples come from the whole cell: files are often sorted by document.
+                shuffle=limit is not None,
+                logger_cls=[_KeepOutputs],
+                log_dir=os.devnull,  # Asked for by seqio; nothing is written to it.
+                async_compute_metrics=False,
+            )
+        if not self._evaluator.eval_tasks:
+            raise ValueError(f"seqio task {task.name!r} has no metrics to be evaluated by")
+        self.outputs: Sequence[Any] = ()
+        self._widths: dict[str, tuple[int, ...]] = {}
+        self._batches: list[Batch] = []
+        dataset = self._evaluator.cached_model_datasets[task.name]
+        for _, batch in dataset.batch(256).as_numpy_iterator():
+            self._widths = {name: array.shape[1:] for name, array in batch.items()}
+            self._batches.append({name: _cut_padding(array) for name, array in batch.items()})
+        self.examples = sum(len(next(iter(batch.values()))) for batch in self._batches)
+        examples = self._evaluator.cached_task_datasets[task.name].as_numpy_iterator()
+        # What the task counted before it cut; a task of other making may not tell.
+        self.cut_inputs = sum(int(x.get("inputs_length", 0)) > lengths["inputs"] for x in examples)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Names what is predicted from and scored against: another one for other examples."""
+        found = hashlib.sha256()
+        for batch in self._batches:
+            for name in sorted(batch):
+                found.update(f"{name} {batch[name].shape}".encode() + batch[name].tobytes())
+        for example in self._evaluator.cached_task_datasets[self._task.name].as_numpy_iterator():
+            texts = [self._text(example, "targets"), example.get(ANSWER, b"").decode()]
+            found.update(json.dumps(texts).encode())
+        return found.hexdigest()
+
+    def rows(self) -> Iterator[Batch]:
+        """Each example's model features, at their full length."""
+        for batch in self._batches:
+            whole = {name: _pad(array, self._widths[name]) for name, array in batch.items()}
+            for row in range(len(next(iter(whole.values())))):
+                yield {name: array[row] for name, array in whole.items()}
+
+    def score(self, tokens: Int[np.ndarray, "examples length"], step: int) -> dict[str, float]:
+        """The task's metrics of these predictions, by seqio, and the number of examples."""
+        future, _ = self._evaluator.evaluate(
+            compute_metrics=True, step=step, predict_fn=lambda *_: list(enumerate(tokens))
+        )
+        self.outputs = self._evaluator.loggers[0].outputs
+        metrics = future.result()[self._task.name]
+        scores = {name: float(getattr(value, "value", value)) for name, value in metrics.items()}
+        return scores | {"examples": len(tokens)}
+
+    def score_rankings(self, rankings: Sequence[Sequence[str]]) -> dict[str, float]:
+        """The task's metrics of rankings, against the `answer` of each example, and their number.
+
+        Not by seqio's evaluator, which scores against the tokens of the targets.
+        """
+        dataset = self._evaluator.cached_task_datasets[self._task.name].as_numpy_iterator()
+        answers = [example[ANSWER].decode() for example in dataset]
+        self.outputs = rankings
+        scores: dict[str, float] = {}
+        for metric_fn in self._task.metric_fns:
+            scores |= metric_fn(answers, rankings)
+        return scores | {"examples": len(rankings)}
+
+    def lines(self) -> list[str]:
+        """The predictions last scored as lines of json."""
+        feature_ids = [row["feature_ids"] for row in self.rows() if "feature_ids" in row]
+        dataset = self._evaluator.cached_task_datasets[self._task.name].as_numpy_iterator()
+        lines = []
+        for position, (example, prediction) in enumerate(zip(dataset, self.outputs, strict=True)):
+            record = {
+                "inputs": self._text(example, "inputs"),
+                "targets": self._text(example, "targets"),
+                "predictions": prediction,
+            }
+            if ANSWER in example:
+                record["answer"] = example[ANSWER].decode()
+            if feature_ids:
+                record["feature_ids"] = feature_ids[position].tolist()
+            lines.append(json.dumps(record, ensure_ascii=False))
+        return lines
+
+    def _text(self, example: Mapping[str, Any], feature: str) -> str:
+        text = example.get(f"{feature}_pretokenized")
+        if text is None:
+            vocabulary = self._task.output_features[feature].vocabulary
+            return vocabulary.decode(example[feature].tolist())
+        return text.decode("utf-8") if isinstance(text, bytes) else text
+
+
+class Passages:
+    """The passages that a cell's inputs are to find, read from the split 'index' of a task.
+
+    Attributes:
+      ids: of the passages, in the order of `rows`.
+    """
+
+    def __init__(
+        self, task: seqio.Task, converter: seqio.FeatureConverter, lengths: Mapping[str, int]
+    ):
+        dataset = task.get_dataset(dict(lengths), INDEX_SPLIT, shuffle=False)
+        examples = list(dataset.as_numpy_iterator())
+        self.ids = [example["targets_pretokenized"].decode() for example in examples]
+        whole = {
+            name: lengths.get(name) or max(len(example[name]) for example in examples)
+            for name in task.output_features
+        }
+        self._converted = converter(dataset, whole)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Names the passages: another one for other texts or ids."""
+        found = hashlib.sha256(json.dumps(self.ids).encode())
+        for row in self.rows():
+            for name in sorted(row):
+                found.update(f"{name} {row[name].shape}".encode() + row[name].tobytes())
+        return found.hexdigest()
+
+    def rows(self) -> Iterator[Batch]:
+        """Each passage's model features, at their full length."""
+        return self._converted.as_numpy_iterator()
+
+
+class _KeepOutputs(seqio.Logger):
+    """Keeps the decoded predictions of the last evaluation, which seqio hands to loggers only."""
+
+    outputs: Sequence[str] = ()
+
+    def __call__(self, task_name, step, metrics, dataset, inferences, targets) -> None:
+        self.outputs = inferences["output"]
+
+
+def _cut_padding(array: np.ndarray) -> np.ndarray:
+    """Drops the trailing columns that are zero in every row (`_pad` puts them back)."""
+    if array.ndim != 2:
+        return array
+    used = np.flatnonzero(array.any(axis=0))
+    return array[:, : used[-1] + 1 if len(used) else 0].copy()
+
+
+def _pad(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    if array.ndim != 2:
+        return array
+    return np.pad(array, ((0, 0), (0, shape[0] - array.shape[1])))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences seqio's advice on lengths, which it logs as a warning for every cell."""
+    verbosity = absl.logging.get_verbosity()
+    absl.logging.set_verbosity(absl.logging.ERROR)
+    try:
+        yield
+    finally:
+        absl.logging.set_verbosity(verbosity)
