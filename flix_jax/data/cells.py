@@ -362,6 +362,12 @@ def columns(cells: Iterable[Cell]) -> dict[str, tuple[str, ...]]:
     return {name: tuple(row[name] for row in rows) for name in (rows[0] if rows else ())}
 
 
+def name_some(cells: Sequence[Cell], at_most: int = 8) -> str:
+    """The names of the first cells, and how many more there are."""
+    names = ", ".join(cell.name for cell in cells[:at_most])
+    return names + (f" and {len(cells) - at_most} more" if len(cells) > at_most else "")
+
+
 def format_table(rows: Sequence[Sequence[str]]) -> str:
     """Plain-text table; the first row is the header, the first column is aligned to the left."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from flix_jax.data.cells import Cell
+from flix_jax.data.cells import Cell, name_some
 from flix_jax.data.examples import DataReport
 from flix_jax.evaluation import files
 from flix_jax.experiments.job import Job
@@ -27,7 +27,13 @@ def write(job: Job, report: DataReport) -> list[str]:
     Returns:
       A line for the log for each thing that a user should know of.
     """
-    return [*_cells(job, report), *_overlap(job), *_missing(job), *_skipped(job)]
+    return [
+        *_cells(job, report),
+        *_unknown(job),
+        *_overlap(job),
+        *_missing(job),
+        *_skipped(job),
+    ]
 
 
 def _note(job: Job, name: str, text: str) -> str:
@@ -51,6 +57,14 @@ def _cells(job: Job, report: DataReport) -> list[str]:
             + (f", {place}" if dropped else "")
         )
     return lines
+
+
+def _unknown(job: Job) -> list[str]:
+    return [
+        f"held-out cells that will run without a {name}, since no training cell has theirs: "
+        + name_some(cells)
+        for name, cells in job.unknown_features(job.split.cells).items()
+    ]
 
 
 def _overlap(job: Job) -> list[str]:

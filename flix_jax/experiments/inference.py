@@ -127,6 +127,12 @@ def evaluate(
         fingerprint=fingerprint(job, trained, frozen),
         progress=watch,
     )
+    for name, without in job.unknown_features(evaluation.tasks).items():
+        examples = sum(int(scores[cell.name]["examples"]) for cell in without)
+        say(
+            f"evaluate: the adapters have no {name} for {len(without)} of {len(scores)} cells, "
+            f"{examples:,} examples, which run without one: " + cells_lib.name_some(without)
+        )
     board = scoring.scoreboard(run, job.split, scores)
     folder = evaluation.folder(job.run_dir, found)
     if confidence is not None:

@@ -148,6 +148,15 @@ class Job:
             files.write_text(self.run_dir / "features.json", self.space.to_json() + "\n")
             files.write_text(self.run_dir / "matched_modules.txt", self.match_table() + "\n")
 
+    def unknown_features(self, cells: Iterable[Cell]) -> dict[str, list[Cell]]:
+        """By feature type, the cells whose value training does not know; they run without it."""
+        found: dict[str, list[Cell]] = {}
+        if self.space is not None:
+            for cell in cells:
+                for name in self.space.unknown_types(cell.annotations()):
+                    found.setdefault(name, []).append(cell)
+        return found
+
     def match_table(self) -> str:
         """Which modules the adapters matched, and how many parameters each feature owns."""
         adapters = self.model.adapters
