@@ -121,7 +121,42 @@ def test_entities_are_swapped_for_others_of_their_label_in_text_and_target():
     assert seen == people | places
 
 
-def test_without_swapping_nothing_is_prepared():
+@pytest.mark.parametrize("swapping", [0.0, 0.5])
+def test_texts_of_a_cell_are_joined_until_the_window_is_full(swapping):
+    texts = {TEXT: TARGET, "Juma wa Dodoma": "PER: Juma $$ LOC: Dodoma", "Hakuna mtu.": ""}
+    examples = [{"inputs": tokens(t), "targets": tokens(e)} for t, e in texts.items()]
+    transform = EntityWindows(160, 200, swapping=swapping, joining=0.999).prepared(examples)
+    firsts = set()
+    for seed in range(60):
+        out = transform(examples[seed % 3], np.random.default_rng(seed))
+        part, target = text_of(out["inputs"]), text_of(out["targets"])
+        assert 110 < len(part) <= 160
+        position = 0
+        for entity in filter(None, target.split(" $$ ")):
+            position = part.index(entity.split(": ")[1], position)
+        if not swapping:
+            expected, rest = [], part
+            while rest:
+                text = next((t for t in texts if rest.startswith(t)), None)
+                if text is None:  # the last one is cut
+                    (text,) = [t for t in texts if t.startswith(rest)] or [rest]
+                    names = [e for e in texts[text].split(" $$ ") if e]
+                    expected += names[: target.count(": ") - len(expected)]
+                    break
+                expected += filter(None, texts[text].split(" $$ "))
+                rest = rest[len(text) + 1 :]
+                firsts.add(text)
+            assert target == " $$ ".join(expected)
+    assert swapping or firsts == set(texts)
+
+
+def test_a_text_that_fills_the_window_is_joined_to_nothing():
+    transform = EntityWindows(40, 200, joining=0.999).prepared([example()])
+    parts = [text_of(transform(example(), np.random.default_rng(i))["inputs"]) for i in range(20)]
+    assert all(part in TEXT for part in parts) and len(set(parts)) > 3
+
+
+def test_without_swapping_and_joining_nothing_is_prepared():
     windows = EntityWindows(200, 200)
     assert windows.prepared([example()]) is windows
 
@@ -144,6 +179,7 @@ def test_of_two_entities_that_overlap_the_first_is_swapped():
         ({"target_length": 4}, "target_length=4"),
         ({"copying": 1.0}, "copying=1.0"),
         ({"swapping": -0.1}, "swapping=-0.1"),
+        ({"joining": 1.5}, "joining=1.5"),
         ({"vocabulary": ByteVocabulary(extra_ids=1)}, "at least 2 extra_ids"),
         ({"vocabulary": SentencePieceVocabulary("m.model")}, "expected a ByteVocabulary"),
     ],
