@@ -31,6 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flix_jax.adapters import text_tables
 from flix_jax.adapters.activation import ActiveFeatures
 from flix_jax.adapters.features import FeatureSpace
 from flix_jax.adapters.modules import LowRankDelta
@@ -259,18 +260,8 @@ class MatchReport:
             rows.append((path, f"{times}", f"{d_in}", f"{d_out}", f"{parameters:,}"))
         times = sum(m.times for m in self.matched)
         rows.append(("all", f"{times}", "", "", f"{self.parameters:,}"))
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = [
-            "  ".join(
-                [
-                    r[0].ljust(widths[0]),
-                    *(c.rjust(w) for c, w in list(zip(r, widths, strict=True))[1:]),
-                ]
-            )
-            for r in rows
-        ]
         left = list(dict.fromkeys(_without_numbers(p) for p in self.unmatched))
-        return "\n".join([*lines, "not adapted: " + (", ".join(left) or "no dense layer")])
+        return f"{text_tables.plain(rows)}\nnot adapted: {', '.join(left) or 'no dense layer'}"
 
     def __str__(self) -> str:
         return self.table()

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
+from flix_jax.adapters import text_tables
 from flix_jax.adapters.suggest import did_you_mean
 
 if TYPE_CHECKING:
@@ -198,7 +199,7 @@ class CellSplit:
                 here = [c for c in self.cells if (c.task, c.language) == (task, language)]
                 row.append(" + ".join(self._entry(cell, sizes) for cell in here) or "-")
             rows.append(row)
-        return format_table(rows)
+        return text_tables.plain(rows)
 
     def _entry(self, cell: Cell, sizes: Mapping[Cell, int] | None) -> str:
         if cell in self.held_out:
@@ -366,19 +367,6 @@ def name_some(cells: Sequence[Cell], at_most: int = 8) -> str:
     """The names of the first cells, and how many more there are."""
     names = ", ".join(cell.name for cell in cells[:at_most])
     return names + (f" and {len(cells) - at_most} more" if len(cells) > at_most else "")
-
-
-def format_table(rows: Sequence[Sequence[str]]) -> str:
-    """Plain-text table; the first row is the header, the first column is aligned to the left."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join(
-            entry.ljust(width) if i == 0 else entry.rjust(width)
-            for i, (entry, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
 
 
 def _nearest(name: str, cells: Sequence[Cell]) -> str:

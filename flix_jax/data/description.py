@@ -15,7 +15,8 @@ from typing import Any, Protocol
 import numpy as np
 from jaxtyping import Int
 
-from flix_jax.data.cells import Cell, format_table
+from flix_jax.adapters import text_tables
+from flix_jax.data.cells import Cell
 from flix_jax.data.overlap import Keys, count_elsewhere, count_repeats, text_keys
 from flix_jax.data.vocabularies import ByteVocabulary, Vocabulary
 
@@ -108,7 +109,7 @@ class Description:
         """As `text`, `markdown` or `json`."""
         if kind == "json":
             return self.to_json()
-        table = _markdown_table if kind == "markdown" else format_table
+        table = text_tables.markdown if kind == "markdown" else text_tables.plain
         return "\n\n".join([table(self._overview()), table(self._rows()), self._legend()])
 
     def to_json(self) -> str:
@@ -301,8 +302,3 @@ class _Measure:
 
 def _above(lengths: np.ndarray | None, limit: int | None) -> int | None:
     return None if lengths is None or limit is None else int((lengths > limit).sum())
-
-
-def _markdown_table(rows: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([lines[0], "|---|" + "---:|" * (len(rows[0]) - 1), *lines[1:]])

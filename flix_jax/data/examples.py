@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Int
 
-from flix_jax.data.cells import Cell, format_table
+from flix_jax.adapters import text_tables
+from flix_jax.data.cells import Cell
 
 Example = dict[str, np.ndarray]
 
@@ -135,7 +136,7 @@ class DataReport:
             rows[0].append("dropped")
             for line, row in zip(rows[1:], reports.values(), strict=True):
                 line.append(f"{row.dropped:,}")
-        return format_table(rows)
+        return text_tables.plain(rows)
 
 
 def report_on(data: Mapping[Cell, CellData], rates: Mapping[Cell, float]) -> DataReport:

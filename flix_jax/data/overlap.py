@@ -18,7 +18,8 @@ from typing import TypeVar
 import numpy as np
 from jaxtyping import Int
 
-from flix_jax.data.cells import CellSplit, Source, format_table
+from flix_jax.adapters import text_tables
+from flix_jax.data.cells import CellSplit, Source
 
 Texts = tuple[Sequence[str], Sequence[str]]  # inputs, targets: as many
 Keys = list[bytes]
@@ -130,7 +131,8 @@ class Overlap:
             counts = [f"{row.examples:,}", f"{row.of:,}", share]
             lines.append([row.cell, *group, row.split, row.trained, *counts])
         more = len(self.rows) - len(shown)
-        return format_table(lines) + (f"\nand {more:,} more pairs that share less" if more else "")
+        rest = f"\nand {more:,} more pairs that share less" if more else ""
+        return text_tables.plain(lines) + rest
 
 
 def find_overlap(
@@ -255,7 +257,7 @@ class Repeats:
             counts = [row.repeats.get(split) for split in splits]
             counts += [row.between.get(pair) for pair in pairs]
             lines.append([row.cell, *("-" if n is None else f"{n:,}" for n in counts)])
-        return format_table(lines)
+        return text_tables.plain(lines)
 
 
 def find_repeats(cells: Mapping[str, Mapping[str, Keys]]) -> Repeats:

@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 
 from etils import epath
 
+from flix_jax.adapters import text_tables
 from flix_jax.adapters.suggest import did_you_mean
 from flix_jax.evaluation import files
-from flix_jax.evaluation.scoreboard import GROUPS, MISSING, Scoreboard, csv_text, table
+from flix_jax.evaluation.scoreboard import GROUPS, MISSING, Scoreboard, csv_text
 
 _COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb")
 
@@ -98,23 +99,23 @@ class Comparison:
         """Means and paired differences per group, then per task, with what the seeds can prove."""
         titles = [GROUPS[group] for group in self.groups]
         parts = [
-            table(
-                ["mean over tasks", *titles],
-                [
+            text_tables.markdown(
+                [["mean over tasks", *titles]]
+                + [
                     [method, *(_text(self.estimate(method, group)) for group in self.groups)]
                     for method in self.boards
-                ],
+                ]
             )
         ]
         others = [method for method in self.boards if method != self.base]
         if others:
             parts.append(
-                table(
-                    [f"Δ from {self.base}", *titles],
-                    [
+                text_tables.markdown(
+                    [[f"Δ from {self.base}", *titles]]
+                    + [
                         [m, *(_text(self.difference(m, group), sign=True) for group in self.groups)]
                         for m in others
-                    ],
+                    ]
                 )
             )
         parts.append(self._seeds_text())
@@ -128,7 +129,8 @@ class Comparison:
                 + [_text(self.difference(m, group, task), sign=True) for task in self.tasks]
                 for m in others
             ]
-            parts.append(table([GROUPS[group], *map(self._task_title, self.tasks)], rows))
+            header = [GROUPS[group], *map(self._task_title, self.tasks)]
+            parts.append(text_tables.markdown([header, *rows]))
         return "\n\n".join(parts) + "\n"
 
     def to_csv(self) -> str:

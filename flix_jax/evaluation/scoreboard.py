@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from flix_jax.adapters import text_tables
 from flix_jax.adapters.suggest import did_you_mean
 from flix_jax.evaluation import files
 from flix_jax.evaluation.bootstrap import check_confidence, percentile_interval
@@ -282,8 +283,8 @@ class Scoreboard:
             for language in self.languages
         ]
         parts = [
-            table(["mean", *self._columns([ALL_TASKS, *titles])], means),
-            table(["language", *self._columns(titles)], cells),
+            text_tables.markdown([["mean", *self._columns([ALL_TASKS, *titles])], *means]),
+            text_tables.markdown([["language", *self._columns(titles)], *cells]),
         ]
         used = {self.groups[cell] for cell in self.scores}
         legend = [f"{_MARKS[g].strip()} {GROUPS[g]}" for g in GROUPS if _MARKS[g] and g in used]
@@ -437,21 +438,6 @@ def read_scores(folder: epath.PathLike) -> Scoreboard:
 def number(value: float | None) -> str:
     """A score as tables show it."""
     return MISSING if value is None else f"{value:.1f}"
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A markdown table, the first column to the left, all others to the right, aligned as text."""
-    lines = [list(header), *map(list, rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-
-    def text(line: Sequence[str]) -> str:
-        first, *others = zip(line, widths, strict=True)
-        cells = [first[0].ljust(first[1]), *(entry.rjust(width) for entry, width in others)]
-        return f"| {' | '.join(cells)} |"
-
-    first, *others = widths
-    rule = "|".join(["-" * (first + 2), *("-" * (width + 1) + ":" for width in others)])
-    return "\n".join([text(lines[0]), f"|{rule}|", *map(text, lines[1:])])
 
 
 def csv_text(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

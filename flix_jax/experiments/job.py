@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from flix_jax.adapters import injection, tree
+from flix_jax.adapters import injection, text_tables, tree
 from flix_jax.adapters.suggest import did_you_mean
 from flix_jax.data import cells as cells_lib
 from flix_jax.data import overlap
@@ -170,7 +170,7 @@ class Job:
         owned = [["feature", "parameters"]]
         for name, values in counts.items():
             owned += [[f"{name}={value}", f"{count:,}"] for value, count in values.items()]
-        return f"{report.table()}\n\n{cells_lib.format_table(owned)}"
+        return f"{report.table()}\n\n{text_tables.plain(owned)}"
 
     def load_base(self) -> Any | None:
         """The parameters of the base, whole; None for random ones.

@@ -5,9 +5,10 @@ from collections.abc import Mapping, Sequence
 
 from etils import epath
 
+from flix_jax.adapters import text_tables
 from flix_jax.evaluation import files
 from flix_jax.evaluation.comparison import Comparison, Estimate
-from flix_jax.evaluation.scoreboard import GROUPS, Scoreboard, csv_text, table
+from flix_jax.evaluation.scoreboard import GROUPS, Scoreboard, csv_text
 from flix_jax.experiments.sweep import Sweep, TrialRecord, read_record, read_sweep
 
 
@@ -98,7 +99,7 @@ class Report:
         ]
         group = GROUPS[sweep.group]
         text = f"Chosen by the mean over tasks of {group} on {sweep.choose_on}:\n\n"
-        text += table(["", "candidate", group], rows)
+        text += text_tables.markdown([["", "candidate", group], *rows])
         for choice in self.choices:
             for axis in choice.edges:
                 text += (
