@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flix_jax.adapters.suggest import did_you_mean
-from flix_jax.data.cells import Cell
+from flix_jax.data.cells import Cell, Inference
 from flix_jax.data.vocabularies import SentencePieceVocabulary
 from flix_jax.tasks.babel_languages import (
     LANGUAGES,
@@ -32,7 +32,6 @@ from flix_jax.tasks.babel_languages import (
     make_languages,
 )
 from flix_jax.tasks.babel_tasks import TASKS, Record, dictionary, make_record, make_tag
-from flix_jax.tasks.formats import Inference
 from flix_jax.tasks.xtreme_up import TaskFormat, XtremeUp, ner, plain
 
 if TYPE_CHECKING:

@@ -11,14 +11,13 @@ import functools
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 from flix_jax.adapters.suggest import did_you_mean
-from flix_jax.data.cells import Cell
+from flix_jax.data.cells import COMPLETE, GENERATE, RETRIEVE, Cell, Inference
 from flix_jax.tasks.records import Record, Template, shorten, text
 
 Pair = tuple[str, str]
-Inference = Literal["generate", "complete", "retrieve"]
 
 
 def plain(record: Record, cell: Cell) -> Pair:
@@ -135,7 +134,7 @@ class TaskFormat:
     file: re.Pattern[str] | str | None = None
     input: str = "{input}"
     target: str = "{target}"
-    inference: Inference = "generate"
+    inference: Inference = GENERATE
 
     def __post_init__(self) -> None:
         if isinstance(self.metrics, str):
@@ -211,7 +210,7 @@ def template_fields(cell: Cell) -> dict[str, str]:
 
 
 _QA = TaskFormat(question_answering, ("token_f1", "exact_match"))
-_RETRIEVAL = TaskFormat(retrieval, ("mrr_at_10",), inference="retrieve")
+_RETRIEVAL = TaskFormat(retrieval, ("mrr_at_10",), inference=RETRIEVE)
 #: By task. Codes that differ from task to task by a locale only are one language: the speech file
 #: `af_za` is `af`, the parsing file `pt_br` is `pt`, as in the published scorer.
 FORMATS: Mapping[str, TaskFormat] = {
@@ -223,7 +222,7 @@ FORMATS: Mapping[str, TaskFormat] = {
     "retrieval_cross_lang": _RETRIEVAL,
     "translation": TaskFormat(plain, ("chrf", "bleu"), _TRANSLATION),
     "transliteration": TaskFormat(transliteration, ("cer", "exact_match"), _TRANSLITERATION),
-    "autocomplete": TaskFormat(autocomplete, ("top_3_accuracy",), inference="complete"),
+    "autocomplete": TaskFormat(autocomplete, ("top_3_accuracy",), inference=COMPLETE),
     # The published normalisation is the metric's; the texts stay as they are.
     "asr": TaskFormat(plain, ("asr_cer", "cer"), _LOCALE),
     # Not the benchmark's, but common beside it.

@@ -18,11 +18,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 from flix_jax.adapters.suggest import did_you_mean
-from flix_jax.data.cells import Cell
+from flix_jax.data.cells import RETRIEVE, Cell, Inference
 from flix_jax.data.language_table import read_language_table
 from flix_jax.tasks.formats import (
     FORMATS,
-    Inference,
     Pair,
     TaskFormat,
     ner,
@@ -257,7 +256,7 @@ class XtremeUp:
                 feature_ids=None if space is None else space.encode(cell.annotations()),
                 metric_fn=metric_fn(self.format(cell.task).metrics),
                 answers=functools.partial(self.passage_ids, cell)
-                if self.inference(cell) == "retrieve"
+                if self.inference(cell) == RETRIEVE
                 else None,
             )
             for cell in cells
@@ -287,7 +286,7 @@ class XtremeUp:
         registered: dict[tuple[str, tuple[int, ...]], str] = {}
         names = {}
         for cell in cells:
-            if self.inference(cell) != "retrieve":
+            if self.inference(cell) != RETRIEVE:
                 continue
             path = self.index_path(cell)
             ids = None if space is None else space.encode(cell.annotations())
@@ -360,7 +359,7 @@ class XtremeUp:
             _logger.warning("%s: %s", path, entry)
 
     def _check_retrieval(self, cell: Cell) -> None:
-        if self.format(cell.task).inference != "retrieve":
+        if self.format(cell.task).inference != RETRIEVE:
             raise ValueError(f"{cell.name}: the task {cell.task} has no index of passages")
 
     @functools.cached_property

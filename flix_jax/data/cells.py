@@ -12,7 +12,7 @@ import fnmatch
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, get_args
 
 from flix_jax.adapters import text_tables
 from flix_jax.adapters.suggest import did_you_mean
@@ -23,6 +23,12 @@ if TYPE_CHECKING:
 Group = Literal["seen", "unseen", "unseen_language"]
 OnOverlap = Literal["report", "drop", "ignore"]
 RATES = ("proportional", "equal", "temperature")
+
+# How a cell is inferred: one text for each example, several guesses, or passages of an index.
+Inference = Literal["generate", "complete", "retrieve"]
+GENERATE: Final = "generate"
+COMPLETE: Final = "complete"
+RETRIEVE: Final = "retrieve"
 
 
 @dataclass(frozen=True, order=True)
@@ -100,7 +106,7 @@ class Source(Protocol):
         """Registers a seqio task per cell, replacing earlier ones; returns the task names."""
         ...
 
-    def inference(self, cell: Cell) -> Literal["generate", "complete", "retrieve"]:
+    def inference(self, cell: Cell) -> Inference:
         """How predictions for `cell` are made (see evaluation.evaluator)."""
         ...
 

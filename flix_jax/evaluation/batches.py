@@ -5,12 +5,14 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from flix_jax.data.cells import COMPLETE, GENERATE, RETRIEVE
+
 Key = TypeVar("Key")
 Batch = dict[str, np.ndarray]
 PredictFn = Callable[[Batch], np.ndarray]
 
-GENERATE, COMPLETE, RETRIEVE = "generate", "complete", "retrieve"
-SHAPES = {
+GUESSES = 3  # of a completion: what the benchmark's scorer takes, neither more nor fewer
+SHAPES: Mapping[str, tuple[int, type, str]] = {
     GENERATE: (2, np.integer, "token ids [batch, length]"),
     COMPLETE: (3, np.integer, "token ids [batch, guesses, length]"),
     RETRIEVE: (2, np.floating, "embeddings [batch, width]"),

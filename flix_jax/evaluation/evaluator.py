@@ -20,11 +20,9 @@ import seqio
 from etils import epath
 
 from flix_jax.adapters.suggest import did_you_mean
-from flix_jax.data.cells import Cell
+from flix_jax.data.cells import GENERATE, RETRIEVE, Cell
 from flix_jax.evaluation import files, retrieval
 from flix_jax.evaluation.batches import (
-    GENERATE,
-    RETRIEVE,
     SHAPES,
     Batch,
     PredictFn,

@@ -195,7 +195,7 @@ def infer(
     job = Job(run, run_dir, bases_dir=bases_dir)
     records = _read_records(epath.Path(input_path), job.space, features, say)
     trained, frozen, _ = restore(job, step)
-    predict = job.predictors(trained, frozen)["generate"]
+    predict = job.predictors(trained, frozen)[cells_lib.GENERATE]
     vocabulary = run.vocabulary.build()
     size = run.evaluation.batch_size
     lines: list[str] = []

@@ -16,10 +16,11 @@ from flix_jax.adapters import injection, text_tables, tree
 from flix_jax.adapters.suggest import did_you_mean
 from flix_jax.data import cells as cells_lib
 from flix_jax.data import overlap
-from flix_jax.data.cells import Cell
+from flix_jax.data.cells import COMPLETE, GENERATE, RETRIEVE, Cell
 from flix_jax.data.examples import CellData, DataReport
 from flix_jax.data.pipeline import PrefetchIterator, TrainPipeline, check_state
 from flix_jax.evaluation import files
+from flix_jax.evaluation.batches import GUESSES
 from flix_jax.experiments.run import RANDOM, Run, check_base_folder, check_folder, note_folder
 from flix_jax.experiments.scoring import check_evaluation
 from flix_jax.models.encoder_decoder import EncoderDecoder
@@ -35,7 +36,6 @@ WHOLE = "every parameter"
 
 BASES_FILE = "bases.txt"  # in a run's folder: where its base was trained, relative to it
 
-GUESSES = 3  # of a completion
 Predictor = Callable[[dict[str, np.ndarray]], np.ndarray]
 _PREDICT_FROM = ("encoder_input_tokens", "feature_ids")
 
@@ -342,9 +342,9 @@ class Job:
 
         model = self.model
         return {
-            "generate": program(lambda p, batch: model.predict(p, batch, max_length=length)),
-            "complete": program(
+            GENERATE: program(lambda p, batch: model.predict(p, batch, max_length=length)),
+            COMPLETE: program(
                 lambda p, batch: model.predict_n(p, batch, max_length=length, beams=GUESSES)[0]
             ),
-            "retrieve": program(lambda p, batch: model.embed(p, batch, normalize=True)),
+            RETRIEVE: program(lambda p, batch: model.embed(p, batch, normalize=True)),
         }

@@ -19,13 +19,13 @@ from etils import epath
 from flix_jax.adapters.suggest import did_you_mean
 from flix_jax.data.cells import Cell
 from flix_jax.evaluation import files
+from flix_jax.evaluation.batches import GUESSES
 from flix_jax.experiments.run import Run
 from flix_jax.tasks.xtreme_up import XtremeUp, read_records, shorten
 from flix_jax.tasks.xtreme_up_languages import FILES
 
 #: The benchmark's tasks. The scorer reads no others.
 TASKS = tuple(sorted(FILES))
-GUESSES = 3  # of autocomplete; the scorer takes neither more nor fewer
 
 
 @dataclasses.dataclass(frozen=True)
