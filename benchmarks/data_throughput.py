@@ -26,8 +26,9 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
 import numpy as np
 
+from flix_jax.adapters import text_tables
 from flix_jax.adapters.features import FeatureSpace, FeatureType
-from flix_jax.data.cells import Mixture, columns, format_table
+from flix_jax.data.cells import Mixture, columns
 from flix_jax.data.pipeline import TrainPipeline
 from flix_jax.data.seqio_tasks import load_cells
 from flix_jax.data.vocabularies import ByteVocabulary, SentencePieceVocabulary
@@ -104,7 +105,7 @@ def main() -> None:
         rates = [examples / seconds[stage] for _, _, seconds in rounds[1:]]
         low, middle, high = np.quantile(rates, (0.25, 0.5, 0.75))
         rows.append([stage, f"{middle:,.0f}", f"{low:,.0f} – {high:,.0f}", f"{min(rates):,.0f}"])
-    print(format_table(rows))
+    print(text_tables.plain(rows))
 
 
 if __name__ == "__main__":

@@ -75,7 +75,8 @@ class Side:
     def __init__(
         self, name: str, spec: AdapterSpec | None, config: T5Config, batch: dict[str, Any]
     ):
-        self.name, self.times = name, []
+        self.name = name
+        self.times: list[float] = []
         network = Transformer(config)
         rng = np.random.default_rng(0)
         rows = batch["encoder_input_tokens"].shape[0]

@@ -346,6 +346,30 @@ def test_an_interrupted_evaluation_goes_on_where_it_stood(run, tmp_path):
     assert {tuple(row) for batch in model.batches for row in batch["feature_ids"]} == {(1, -1)}
 
 
+def test_few_cells_wait_for_rows_of_a_rare_length(tmp_path):
+    """Each cell has one long input, which would wait for those of 15 others to fill a batch."""
+    rows = (["long " * 18, *["short"] * 16], ["x"] * 17)
+    cells = {}
+    for number in range(12):
+        name = register_texts(f"evaluator_test.rare{number}", {"validation": rows}, ("cer",))
+        cells[Cell("topic", f"l{number:02}")] = name
+    waiting = make(
+        cells,
+        lengths={"inputs": 128, "targets": 4},
+        converter=FlixFeatureConverter(None),
+        batch_size=16,
+    )
+    kept = []
+
+    def predict(batch):
+        kept.append(len(list(tmp_path.rglob("*.scores.json"))))
+        return np.ones((16, 3), np.int32)
+
+    waiting.evaluate({"generate": predict}, tmp_path, 0)
+    # A batch of short ones for each cell, and one of long ones after five cells, ten, and twelve.
+    assert kept == [0, 0, 0, 0, 0, 0, 5, 5, 5, 5, 5, 5, 10, 10, 10]
+
+
 @pytest.mark.parametrize(
     "change", [{"fingerprint": "another checkpoint"}, {"examples_per_cell": 3}, "a cut file"]
 )

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 
 import jax
 import numpy as np
@@ -268,6 +269,17 @@ def test_a_run_that_cannot_work_is_refused_in_one_line(run, bases_dir, tmp_path,
         training.train(dataclasses.replace(run, **change), tmp_path, bases_dir=bases_dir)
     assert "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_language_more_in_the_data_is_named(run, data_dir, whole, bases_dir, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    shutil.copytree(data_dir, tmp_path / "data")
+    for path in (tmp_path / "data" / "up").glob("*/y.jsonl"):
+        shutil.copy(path, path.with_stem("w"))
+    more = dataclasses.replace(run, source=XtremeUp(str(tmp_path / "data")))
+    message = "has another features: feature type 'language': id 0 is 'w' here and 'x' there"
+    with pytest.raises(ValueError, match=message):
+        inference.evaluate(more, tmp_path / "run", bases_dir=bases_dir)
 
 
 @pytest.mark.slow

@@ -224,11 +224,6 @@ class FeatureSpace:
         """How many values there are, over all types."""
         return sum(t.num_values for t in self.types)
 
-    @property
-    def is_complete(self) -> bool:
-        """Whether every type knows its values."""
-        return all(t.values is not None for t in self.types)
-
     def type(self, name: str) -> FeatureType:
         """The type called `name`; ValueError with the nearest name where there is none."""
         for t in self.types:

@@ -23,12 +23,13 @@ _SHORTEST = 64  # tokens; halving lengths further would cost more compilation th
 
 
 def predict_in_batches(
-    predict: Mapping[str, PredictFn], rows: Iterable[tuple[Key, str, Batch]], batch_size: int
+    predict: Mapping[str, PredictFn], rows: Iterable[tuple[Key, str, Batch] | None], batch_size: int
 ) -> Iterator[list[tuple[Key, np.ndarray]]]:
     """Predicts (key, kind, row) in batches of one kind and one length; yields each batch.
 
     As `CellEvaluator.evaluate` says of `predict`. Rows come back in another order than they went
-    in, each with its key.
+    in, each with its key: a row waits for others of its kind and length. None among the rows has
+    all that wait predicted.
 
     Raises:
       ValueError: `predict` lacks a kind, or returned another shape or no numbers of the kind.
@@ -46,7 +47,12 @@ def predict_in_batches(
         predicted = _checked(kind, predict[kind](batch), batch_size)
         return [(key, row) for (key, _), row in zip(keyed, predicted, strict=False)]
 
-    for key, kind, row in rows:
+    for item in rows:
+        if item is None:
+            for group in list(waiting):
+                yield flush(*group)
+            continue
+        key, kind, row = item
         group = kind, _padded_length(row[INPUTS])
         waiting.setdefault(group, []).append((key, row))
         if len(waiting[group]) == batch_size:

@@ -33,6 +33,7 @@ from flix_jax.evaluation.examples import CellExamples, Passages
 _logger = logging.getLogger(__name__)
 
 RANKED = 10  # passages of a ranking
+MAX_HELD = 4  # cells that wait for a few rows, which wait for others of their length
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,25 +221,26 @@ class CellEvaluator:
 
         Calls `after_batch` with the cell of a batch's last row and the number of its rows.
         """
-        done: dict[str, dict[int, np.ndarray]] = {cell.name: {} for cell in cells}
-        unfinished = list(cells)
+        done: dict[Cell, dict[int, np.ndarray]] = {}  # of cells that are read and not finished
 
-        def rows() -> Iterator[tuple[tuple[Cell, int], str, Batch]]:
+        def rows() -> Iterator[tuple[tuple[Cell, int], str, Batch] | None]:
             for cell in cells:
+                done[cell] = {}
                 for position, row in enumerate(self._load(cell).rows()):
                     yield (cell, position), self.kind(cell), row
+                if len(done) > MAX_HELD:
+                    yield None
 
         def finished() -> Iterator[tuple[Cell, np.ndarray]]:
-            while unfinished and (loaded := self._loaded.get(unfinished[0].name)):
-                if len(done[unfinished[0].name]) < loaded.examples:
-                    return
-                cell = unfinished.pop(0)
-                predicted = done.pop(cell.name)
-                yield cell, np.array([predicted[position] for position in range(loaded.examples)])
+            for cell in list(done):
+                examples = self._load(cell).examples
+                if len(done[cell]) == examples:
+                    predicted = done.pop(cell)
+                    yield cell, np.array([predicted[position] for position in range(examples)])
 
         for batch in predict_in_batches(predict, rows(), self.batch_size):
             for (cell, position), prediction in batch:
-                done[cell.name][position] = prediction
+                done[cell][position] = prediction
             after_batch(batch[-1][0][0], len(batch))
             yield from finished()
         yield from finished()

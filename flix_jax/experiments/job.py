@@ -13,6 +13,7 @@ import numpy as np
 from etils import epath
 
 from flix_jax.adapters import injection, text_tables, tree
+from flix_jax.adapters.features import FeatureSpace
 from flix_jax.adapters.suggest import did_you_mean
 from flix_jax.data import cells as cells_lib
 from flix_jax.data import overlap
@@ -309,8 +310,19 @@ class Job:
         }
         best = self.run.evaluation.best_by
         return Checkpoints(
-            self.run_dir / "checkpoints", identity, keep=self.run.keep, create=create, best=best
+            self.run_dir / "checkpoints",
+            identity,
+            keep=self.run.keep,
+            create=create,
+            best=best,
+            differences={"features": self._features_difference},
         )
+
+    def _features_difference(self, saved: str) -> str:
+        """How the saved feature space differs from the run's own."""
+        if saved == NONE or self.space is None:
+            return "none there, some here" if saved == NONE else "some there, none here"
+        return self.space.difference(FeatureSpace.from_json(saved)) or "as another version wrote it"
 
     def predictors(self, trained: Any, frozen: Any) -> dict[str, Predictor]:
         """By kind of inference: batch of arrays -> what `CellEvaluator.evaluate` asks for.

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -54,6 +54,8 @@ class Checkpoints:
         the greatest value, the earliest of equal ones, is then kept beside the newest, and told in
         ``best.json`` beside the directory. Values are stored with their steps, and only those of
         the same description are compared. None keeps the newest alone.
+      differences: name -> what tells how a saved text of the identity differs from the one here;
+        where there is none, both are shown.
     """
 
     def __init__(
@@ -64,11 +66,13 @@ class Checkpoints:
         keep: int | None = None,
         create: bool = True,
         best: Mapping[str, Any] | None = None,
+        differences: Mapping[str, Callable[[str], str]] | None = None,
     ) -> None:
         self.directory = epath.Path(directory).resolve()
         if not create and not self.directory.exists():
             raise ValueError(f"{self.directory.parent} holds no trained run: no {self.directory}")
         self._identity = dict(identity)
+        self._differences = dict(differences or {})
         self._best_of = None if best is None else dict(best)
         self._values: dict[int, float] = {}
         self._manager = ocp.CheckpointManager(
@@ -229,10 +233,13 @@ class Checkpoints:
         args = ocp.args.Composite(identity=ocp.args.JsonRestore())
         saved = self._manager.restore(step, args=args)["identity"]
         for name, here in self._identity.items():
-            if saved.get(name) != here:
+            there = saved.get(name)
+            if there != here:
+                shown = f"saved {_short(there)}, here {_short(here)}"
+                if there is not None and name in self._differences:
+                    shown = self._differences[name](there)
                 raise ValueError(
-                    f"checkpoint {self.directory / str(step)} has another {name}: saved "
-                    f"{_short(saved.get(name))}, here {_short(here)}"
+                    f"checkpoint {self.directory / str(step)} has another {name}: {shown}"
                 )
 
 
