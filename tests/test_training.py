@@ -15,6 +15,7 @@ from flix_jax.adapters.injection import AdapterSpec
 from flix_jax.data.cells import Mixture
 from flix_jax.data.vocabularies import ByteVocabulary
 from flix_jax.experiments import inference, training
+from flix_jax.experiments.job import Job
 from flix_jax.experiments.run import Evaluation, Run
 from flix_jax.models.config import T5Config
 from flix_jax.tasks.xtreme_up import TaskFormat, XtremeUp
@@ -262,6 +263,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(run, bases_d
         ({"evaluation": Evaluation(keep_best="mean_sen", every=1)}, "did you mean 'mean_seen'"),
         ({"evaluation": Evaluation(examples=5, every=1)}, "examples=5 are fewer than the 6 cells"),
         ({"model": dataclasses.replace(MODEL, emb_dim=24)}, "Run.base has another model"),
+        (
+            {"mixture": Mixture(held_out=("up/x", "*/z", "up/y"))},
+            "Mixture.held_out: the base is trained on up/y, which would not be unseen",
+        ),
+        (
+            {"mixture": Mixture(held_out=("up/y", "*/z")), "seen_by_base": ("up/x",)},
+            "Run.seen_by_base: .*'up/x' matches none",
+        ),
     ],
 )
 def test_a_run_that_cannot_work_is_refused_in_one_line(run, bases_dir, tmp_path, change, message):
@@ -269,6 +278,17 @@ def test_a_run_that_cannot_work_is_refused_in_one_line(run, bases_dir, tmp_path,
         training.train(dataclasses.replace(run, **change), tmp_path, bases_dir=bases_dir)
     assert "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_base_that_is_a_folder_tells_what_it_was_trained_on(run, base_run, tmp_path):
+    Job(base_run, tmp_path / "base").note_folder()
+    cells = json.loads((tmp_path / "base" / "trained_on.json").read_text())
+    assert cells == ["back/x", "back/y", "up/y"]
+    base, mixture = str(tmp_path / "base"), Mixture(held_out=("back/x", "up/x"))
+    other = dataclasses.replace(run, base=base, mixture=mixture)
+    with pytest.raises(ValueError, match="the base is trained on back/x, which would not"):
+        Job(other, tmp_path / "run")
+    Job(dataclasses.replace(other, seen_by_base=("back/*",)), tmp_path / "run")
 
 
 def test_a_language_more_in_the_data_is_named(run, data_dir, whole, bases_dir, tmp_path):

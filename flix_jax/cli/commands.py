@@ -222,7 +222,7 @@ def data_describe(arguments: argparse.Namespace) -> None:
             "split) that gives its texts, as XtremeUp has"
         )
     with config.placing_errors():
-        mixture = run.mixture.select(source.cells(), lambda cell: "train" in source.splits(cell))
+        mixture = run.split()
         lengths = {"inputs": run.inputs_length, "targets": run.targets_length}
         _describe_cells(
             arguments, source, mixture.cells, vocabulary=run.vocabulary, lengths=lengths

@@ -22,7 +22,15 @@ from flix_jax.data.examples import CellData, DataReport
 from flix_jax.data.pipeline import PrefetchIterator, TrainPipeline, check_state
 from flix_jax.evaluation import files
 from flix_jax.evaluation.batches import GUESSES
-from flix_jax.experiments.run import RANDOM, Run, check_base_folder, check_folder, note_folder
+from flix_jax.experiments.run import (
+    RANDOM,
+    Run,
+    check_base_folder,
+    check_folder,
+    check_held_out,
+    note_folder,
+    trained_on,
+)
 from flix_jax.experiments.scoring import check_evaluation
 from flix_jax.models.encoder_decoder import EncoderDecoder
 from flix_jax.models.t5 import Transformer
@@ -80,9 +88,8 @@ class Job:
         partitioning.check_batch_size(self.mesh, run.batch_size, run.microbatches)
         partitioning.check_batch_size(self.mesh, run.evaluation.batch_size)
         run.vocabulary.check_fits(run.model.vocab_size)
-        self.split = run.mixture.select(
-            run.source.cells(), lambda cell: "train" in run.source.splits(cell)
-        )
+        self.split = run.split()
+        check_held_out(run, self.split)
         run.mixture.rates_for(dict.fromkeys(self.split.train, 1))  # do its patterns match?
         cells_lib.match(tuple(run.transforms), self.split.train, "Run.transforms")
         if run.evaluation.every:
@@ -141,7 +148,7 @@ class Job:
 
     def note_folder(self) -> None:
         """Writes down what is known before training; from now on the folder is this run's."""
-        note_folder(self.run, self.run_dir)
+        note_folder(self.run, self.run_dir, trained_on(self.run))
         if self.base_dir is not None:
             path = os.path.relpath(self._bases_dir, self.run_dir)
             files.write_text(self.run_dir / BASES_FILE, path + "\n")

@@ -10,13 +10,13 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from etils import epath
 
 from flix_jax.adapters.injection import AdapterSpec
-from flix_jax.data.cells import Mixture, Source
+from flix_jax.data.cells import CellSplit, Mixture, Source, match, name_some
 from flix_jax.data.vocabularies import Vocabulary
 from flix_jax.evaluation import files
 from flix_jax.models.config import T5Config
@@ -24,6 +24,8 @@ from flix_jax.training.optimizers import Optimizer
 from flix_jax.training.partitioning import MeshSpec
 
 FROZEN_DTYPES = ("float32", "bfloat16", "float16")
+
+TRAINED_ON_FILE = "trained_on.json"  # in a run's folder: names of cells
 
 #: ``Run.base`` of a run that starts from random parameters.
 RANDOM = "random"
@@ -99,6 +101,8 @@ class Run:
       total_steps, batch_size: updates, and examples of the global batch in each.
       base: the parameters to start from: ``'random'``, the folder of a run that trained every
         parameter, or such a run, which is then trained first.
+      seen_by_base: patterns of held-out cells that the base may be trained on, by denoising their
+        texts, say. Without them a base that is trained on a held-out cell is refused.
       adapters: what is trained beside the frozen base; None trains the base itself.
       trainable: without adapters, patterns over parameter paths (``'.*/scale'``) that are trained;
         None trains everything.
@@ -126,6 +130,7 @@ class Run:
     total_steps: int
     batch_size: int
     base: str | Run = RANDOM
+    seen_by_base: tuple[str, ...] = ()
     adapters: AdapterSpec | None = None
     trainable: tuple[str, ...] | None = None
     optimizer: Optimizer = Optimizer()
@@ -164,6 +169,15 @@ class Run:
             if not self.base.trains_everything:
                 raise ValueError("Run.base must train every parameter, without adapters")
         self.optimizer.schedule.build(self.total_steps)
+
+    def split(self) -> CellSplit:
+        """The cells that are trained on and those that are held out.
+
+        Raises:
+          ValueError: a pattern matches no cell, or none is left to train on.
+        """
+        source = self.source
+        return self.mixture.select(source.cells(), lambda cell: "train" in source.splits(cell))
 
     @property
     def trains_everything(self) -> bool:
@@ -219,9 +233,40 @@ def check_base_folder(run: Run, base_dir: epath.Path) -> None:
         _compare(run, network, base_dir, free)
 
 
-def note_folder(run: Run, run_dir: epath.Path) -> None:
-    """Writes down which run a folder holds."""
+def note_folder(run: Run, run_dir: epath.Path, trained_on: Collection[str]) -> None:
+    """Writes down which run a folder holds, and the cells that it and its bases are trained on."""
     files.write_json(run_dir / "run.json", run.describe())
+    files.write_json(run_dir / TRAINED_ON_FILE, sorted(trained_on))
+
+
+def trained_on(run: Run) -> set[str]:
+    """Names of the cells that a run is trained on, and before it its base, as far as is known.
+
+    A base that is a folder tells by what `note_folder` wrote there; one made elsewhere, nothing.
+    """
+    names = {cell.name for cell in run.split().train}
+    return names | base_trained_on(run)
+
+
+def base_trained_on(run: Run) -> set[str]:
+    """Names of the cells that the base of a run is trained on; see `trained_on`."""
+    if isinstance(run.base, Run):
+        return trained_on(run.base)
+    if run.base == RANDOM:
+        return set()
+    return set(files.read_json(epath.Path(run.base) / TRAINED_ON_FILE) or ())
+
+
+def check_held_out(run: Run, split: CellSplit) -> None:
+    """Refuses a base that is trained on held-out cells, but for those of `Run.seen_by_base`."""
+    allowed = set(match(run.seen_by_base, split.held_out, "Run.seen_by_base"))
+    seen = base_trained_on(run)
+    both = [cell for cell in split.held_out if cell.name in seen and cell not in allowed]
+    if both:
+        raise ValueError(
+            f"Mixture.held_out: the base is trained on {name_some(both)}, which would not be "
+            "unseen; hold them out there too, or name them in Run.seen_by_base"
+        )
 
 
 def _compare(run: Run, there: Mapping[str, str], folder: epath.Path, free: re.Pattern[str]) -> None:

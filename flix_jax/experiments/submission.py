@@ -78,7 +78,7 @@ def write_submission(
             f"Run.source={type(source).__name__}: a submission needs the benchmark's own data, "
             "XtremeUp"
         )
-    mixture = run.mixture.select(source.cells(), lambda cell: "train" in source.splits(cell))
+    mixture = run.split()
     with_split = [cell for cell in mixture.cells if split in source.splits(cell)]
     if not with_split:
         having = {s for cell in mixture.cells for s in source.splits(cell)}
