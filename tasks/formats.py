@@ -15,6 +15,7 @@ from typing import get_args
 
 from flix_jax.adapters.suggest import did_you_mean
 from flix_jax.data.cells import COMPLETE, GENERATE, RETRIEVE, Cell, Inference
+from flix_jax.evaluation.metrics import find_metric, metric_fn
 from flix_jax.tasks.records import Record, Template, shorten, text
 
 Pair = tuple[str, str]
@@ -117,8 +118,8 @@ class TaskFormat:
     Attributes:
       pair: (record, cell) -> (input, target), in place of the templates; ValueErrors get the file
         and line put before them.
-      metrics: names in flix_jax.evaluation.metrics.METRICS, the task's headline first; looked up
-        when a cell is registered.
+      metrics: names in flix_jax.evaluation.metrics.METRICS, the task's headline first. Those of
+        rankings fit 'complete' and 'retrieve', all others 'generate'.
       file: regular expression for the names of the files, with the group `language`; None for
         files that are named by the language.
       input, target: templates.
@@ -143,11 +144,22 @@ class TaskFormat:
                 f"({self.metrics!r},)"
             )
         object.__setattr__(self, "metrics", tuple(self.metrics))
+        try:
+            metric_fn(self.metrics)
+        except ValueError as error:
+            raise ValueError(f"TaskFormat.metrics={self.metrics}: {error}") from None
         if self.inference not in get_args(Inference):
             raise ValueError(
                 f"TaskFormat.inference={self.inference!r}: expected one of "
                 f"{', '.join(get_args(Inference))}; "
                 f"{did_you_mean(self.inference, get_args(Inference))}"
+            )
+        ranked = [name for name in self.metrics if find_metric(name).ranked]
+        if bool(ranked) != (self.inference != GENERATE):
+            scored, given = ("rankings", "one text") if ranked else ("one text", "rankings")
+            raise ValueError(
+                f"TaskFormat.metrics={self.metrics}: {self.metrics[0]!r} scores {scored}, but "
+                f"TaskFormat.inference={self.inference!r} gives {given} for each example"
             )
         for name, template in self._parsed.items():
             if self.pair is not None and template != Template.parse(f"{{{name}}}", name):

@@ -110,6 +110,18 @@ class XtremeUp:
                 f"XtremeUp.on_bad_record={self.on_bad_record!r}: expected 'error' or 'skip'; "
                 f"{did_you_mean(self.on_bad_record, get_args(OnBadRecord))}"
             )
+        for name in ("formats", "prompts"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise ValueError(
+                    f"XtremeUp.{name}={getattr(self, name)!r}: expected a mapping from task, "
+                    "{'ner': …}"
+                )
+        for task, given in self.formats.items():
+            if not isinstance(given, TaskFormat):
+                raise ValueError(
+                    f"XtremeUp.formats[{task!r}]={given!r}: expected a TaskFormat, in gin "
+                    "@TaskFormat()"
+                )
         for task, template in self._prompts.items():
             if "input" not in template.fields:
                 hints = [(name, did_you_mean(name, ["input"])) for name in template.fields]
@@ -190,6 +202,10 @@ class XtremeUp:
         """
         examples = [pair for _, pair in self._examples(cell, split)]
         return [source for source, _ in examples], [target for _, target in examples]
+
+    def texts(self, cell: Cell, split: str) -> list[str]:
+        """The inputs of `pairs` without their prompts: what a format makes of each record."""
+        return [source for _, (source, _) in self._examples(cell, split, prompted=False)]
 
     def passage_ids(self, cell: Cell, split: str) -> list[str]:
         """Of a retrieval cell: the id of each query's passage, in the order of `pairs`."""
@@ -308,11 +324,14 @@ class XtremeUp:
         """How predictions for a cell are made (see `TaskFormat.inference`)."""
         return self.format(cell.task).inference
 
-    def _examples(self, cell: Cell, split: str) -> Iterator[tuple[Record, Pair]]:
+    def _examples(
+        self, cell: Cell, split: str, *, prompted: bool = True
+    ) -> Iterator[tuple[Record, Pair]]:
         if split not in self._files[cell]:
             held = ", ".join(self._files[cell])
             raise ValueError(f"cell {cell.name} has no split {split!r} in {self.data_dir}: {held}")
-        read, prompt = self.format(cell.task).read, self._prompts.get(cell.task)
+        read = self.format(cell.task).read
+        prompt = self._prompts.get(cell.task) if prompted else None
         known = template_fields(cell)
 
         def convert(record: Record) -> Pair:

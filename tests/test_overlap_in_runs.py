@@ -162,33 +162,66 @@ class Wrapped:
     """A source that tells other texts than it trains on, or none."""
 
     inner: XtremeUp
-    texts: str
+    told: str
 
     def __getattr__(self, name):
-        if name == "pairs" and self.texts == "none":
+        if name == "texts" or (name == "pairs" and self.told == "none"):
             raise AttributeError(name)
         found = getattr(self.inner, name)
         if name != "pairs":
             return found
-        if self.texts == "fewer":
+        if self.told == "fewer":
             return lambda *of: [x[1:] for x in found(*of)]
         return lambda *of: [x + ["bb"] for x in found(*of)]
 
 
 @pytest.mark.parametrize(
-    ("texts", "overlap", "message"),
+    ("told", "overlap", "message"),
     [
         ("none", "report", "Mixture.overlap='report' compares texts, but Run.source=Wrapped has"),
         ("fewer", "report", "up/x: Wrapped.pairs gives 6 training examples but its seqio task 7"),
         ("more", "drop", "xtreme_up.up.x: no example 7 to drop, but 7 in the split"),
     ],
 )
-def test_a_source_that_cannot_be_compared_is_refused(run, tmp_path, texts, overlap, message):
-    source = Wrapped(run.source, texts)
+def test_a_source_that_cannot_be_compared_is_refused(run, tmp_path, told, overlap, message):
+    source = Wrapped(run.source, told)
     with pytest.raises(ValueError, match=message):
         Job(with_overlap(run, overlap, source=source), tmp_path).pipeline()
-    if texts == "none":
+    if told == "none":
         Job(with_overlap(run, "ignore", source=source), tmp_path).pipeline()
+
+
+@pytest.mark.parametrize("overlap", ["report", "drop"])
+def test_a_prompt_does_not_hide_what_stands_elsewhere(run, tmp_path, overlap):
+    prompted = dataclasses.replace(run.source, prompts={"up": "{language}: {input}"})
+    plain = Job(with_overlap(run, overlap), tmp_path / "a").comparison
+    found = Job(with_overlap(run, overlap, source=prompted), tmp_path / "b").comparison
+    assert found.overlap == plain.overlap
+    assert {k: v.tolist() for k, v in found.dropped.items()} == {
+        k: v.tolist() for k, v in plain.dropped.items()
+    }
+
+
+@pytest.mark.parametrize("overlap", ["report", "ignore"])
+@pytest.mark.parametrize(("split", "every"), [("train", None), ("validation", 1)])
+def test_a_bad_record_is_found_before_the_base_is_trained(
+    run, tmp_path, monkeypatch, overlap, split, every
+):
+    monkeypatch.setattr(training, "fit", lambda *_, **__: pytest.fail("trained"))
+    data = write(tmp_path / "data", ROWS)
+    write(data, {("sw", "train"): ["aa"], ("sw", "validation"): ["aa"]}, task="own")
+    with (data / "own" / split / "sw.jsonl").open("a") as file:
+        file.write("no json\n")
+    whole = with_overlap(run, overlap, source=XtremeUp(str(data)))
+    base = dataclasses.replace(
+        whole, adapters=None, mixture=dataclasses.replace(whole.mixture, include=("up/*",))
+    )
+    evaluation = dataclasses.replace(whole.evaluation, every=every)
+    with pytest.raises(ValueError, match=rf"own/{split}/sw.jsonl:2: "):
+        training.train(
+            dataclasses.replace(whole, base=base, evaluation=evaluation), tmp_path / "run"
+        )
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_cell_of_which_nothing_is_left_is_named(run, tmp_path):

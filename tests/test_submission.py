@@ -8,6 +8,7 @@ import pytest
 
 from flix_jax import cli
 from flix_jax.data.cells import Mixture
+from flix_jax.experiments.run import Run
 from flix_jax.experiments.submission import write_submission
 from flix_jax.tasks.xtreme_up import XtremeUp
 
@@ -27,7 +28,14 @@ def run(tmp_path):
             path.parent.mkdir(parents=True)
             path.write_text("\n".join([json.dumps(TEXTS)] * count + ["", " "]))
     (tmp_path / "data" / "ner" / "train" / "yo.jsonl").write_text(json.dumps(TEXTS))
-    return SimpleNamespace(source=XtremeUp(str(tmp_path / "data")), mixture=Mixture())
+    return run_on(tmp_path / "data")
+
+
+def run_on(data):
+    """What a submission reads of a run."""
+    run = SimpleNamespace(source=XtremeUp(str(data)), mixture=Mixture())
+    run.split = lambda: Run.split(run)
+    return run
 
 
 def leave(folder, stem, values, **settings):
@@ -117,6 +125,14 @@ def test_the_newest_step_with_the_split_is_taken(run, evaluated, tmp_path):
         write(run, tmp_path, split="tset")
 
 
+def test_the_best_step_is_taken_on_request(run, evaluated, tmp_path):
+    leave(tmp_path / "run" / "evaluations" / "9" / "test", "ner.sw", VALUES["ner.sw"])
+    with pytest.raises(ValueError, match="keeps no best step: there is no best.json"):
+        write(run, tmp_path, step="best")
+    (tmp_path / "run" / "best.json").write_text(json.dumps({"step": 9}))
+    assert write(run, tmp_path, step="best", partial=True).step == 9
+
+
 def test_missing_cells_are_named_with_the_reason(run, evaluated, tmp_path):
     leave(evaluated, "translation.sw", ["a"])
     (evaluated / "ner.sw.scores.json").unlink()
@@ -167,7 +183,7 @@ def test_each_task_has_its_form(task, value, wanted, tmp_path):
     path.write_text(json.dumps(TEXTS))
     (tmp_path / "data" / "ner" / "train").mkdir(parents=True)
     (tmp_path / "data" / "ner" / "train" / "sw.jsonl").write_text(json.dumps(TEXTS))
-    run = SimpleNamespace(source=XtremeUp(str(tmp_path / "data")), mixture=Mixture())
+    run = run_on(tmp_path / "data")
     leave(tmp_path / "run" / "evaluations" / "1" / "test", f"{task}.sw", [value])
     if wanted is None:
         write(run, tmp_path)

@@ -161,7 +161,15 @@ def test_evaluation_scores_seen_unseen_and_unseen_language_apart(run, whole, bas
         "up/z": "unseen_language",
         "back/z": "unseen_language",
     }
-    assert json.loads((whole / "scores.json").read_text())["cells"]["up/x"]["examples"] == 5
+    table = json.loads((whole / "scores.json").read_text())
+    assert table["cells"]["up/x"]["examples"] == 5
+    assert (table["step"], table["split"]) == (40, "validation")
+    folder = whole / "evaluations" / "40"
+    assert json.loads((folder / "up.x.scores.json").read_text())["cut_inputs"] == 0
+    # A part of the cells leaves the table of all of them alone.
+    written = (folder / "scores.json").read_text()
+    part = inference.evaluate(run, whole, cells=["up/*"], bases_dir=bases_dir, say=said.append)
+    assert len(part.scores) == 3 and (folder / "scores.json").read_text() == written
     lines = (whole / "evaluations" / "40" / "up.z.jsonl").read_text().splitlines()
     assert [json.loads(line)["feature_ids"] for line in lines] == [[1, -1]] * 5
 
@@ -228,6 +236,14 @@ def test_inference_with_a_lora_uses_it_and_refuses_lines_without_features(
         infer(run, whole)
     count, lines = infer(run, whole, features="task=up")
     assert lines == ["1 of 2 lines have an unknown language and run without one"]
+
+    predicted = (tmp_path / "out.jsonl").read_text().splitlines()[0]
+    source.write_text('{"input": "abc"}\n{"input": "abcdefgh"}\n{"input": "abcdefg"}\n')
+    _, lines = infer(run, whole, features="task=up")
+    assert lines == [f"1 of 3 inputs are cut at Run.inputs_length=8 tokens: of {source}:2"]
+    first, cut, whole_one = (tmp_path / "out.jsonl").read_text().splitlines()
+    assert first == predicted
+    assert json.loads(cut)["prediction"] == json.loads(whole_one)["prediction"]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(run, bases_dir, tmp_path):

@@ -472,6 +472,10 @@ def test_a_task_of_ones_own_has_its_own_format(tmp_path):
     ("parameters", "message"),
     [
         ({"metrics": "cer"}, r"TaskFormat.metrics='cer': expected a list of names, \('cer',\)"),
+        ({"metrics": ("span_f2",)}, "TaskFormat.metrics=.*unknown metric 'span_f2'; did you mean"),
+        ({"metrics": ()}, r"TaskFormat.metrics=\(\): .*at least one name"),
+        ({"metrics": ("mrr_at_10",)}, "'mrr_at_10' scores rankings, but .*'generate' gives one"),
+        ({"inference": "complete"}, "'exact_match' scores one text, but .*'complete' gives rank"),
         ({"inference": "generat"}, "TaskFormat.inference='generat': .*did you mean 'generate'"),
         ({"file": "(?P<language"}, "TaskFormat.file=.*: not a regular expression"),
         ({"file": "x_(.*)"}, r"TaskFormat.file='x_\(.\*\)': expected a group"),
@@ -482,6 +486,19 @@ def test_a_task_of_ones_own_has_its_own_format(tmp_path):
 def test_wrong_formats_are_refused(parameters, message):
     with pytest.raises(ValueError, match=message):
         TaskFormat(**parameters)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"formats": {"quiz": {"input": "{q}"}}}, r"formats\['quiz'\]=.*expected a TaskFormat"),
+        ({"formats": TaskFormat()}, "XtremeUp.formats=.*expected a mapping from task"),
+        ({"prompts": "Say: {input}"}, "XtremeUp.prompts='Say: {input}': expected a mapping"),
+    ],
+)
+def test_settings_of_another_type_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        XtremeUp("data", **settings)
 
 
 def test_a_format_that_names_an_unknown_field_or_task_is_refused(tmp_path):

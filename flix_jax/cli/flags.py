@@ -186,7 +186,10 @@ def make_parser() -> argparse.ArgumentParser:
         "--split", default="test", metavar="NAME", help="split of the data (default: test)"
     )
     submission.add_argument(
-        "--step", type=int, metavar="N", help="evaluated checkpoint (default: the latest)"
+        "--step",
+        type=_step,
+        metavar="N|best",
+        help="evaluated checkpoint; 'best' is that of Evaluation.keep_best (default: the latest)",
     )
     submission.add_argument(
         "--partial", action="store_true", help="leave cells out that lack predictions, and say so"

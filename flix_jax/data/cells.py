@@ -97,7 +97,11 @@ class Source(Protocol):
         ...
 
     def pairs(self, cell: Cell, split: str) -> tuple[Sequence[str], Sequence[str]]:
-        """Inputs and targets of a split of `cell`, as many, in the order of its seqio task."""
+        """Inputs and targets of a split of `cell`, as many, in the order of its seqio task.
+
+        A source whose inputs hold more than an example's own text, a prompt, has a method `texts`
+        beside it, of the same arguments, which gives that text alone; overlap is found by it.
+        """
         ...
 
     def register(
@@ -262,17 +266,18 @@ class Mixture:
         else:
             for pattern, weight in self.rates.items():
                 expand(pattern)
-                if not (math.isfinite(weight) and weight > 0):
+                number = isinstance(weight, int | float)
+                if not (number and math.isfinite(weight) and weight > 0):
                     raise ValueError(
                         f"Mixture.rates[{pattern!r}]={weight!r}: expected a weight above zero "
                         "(exclude or held_out leaves cells out of training)"
                     )
         if self.cap is not None:
-            if self.cap < 1:
-                raise ValueError(f"Mixture.cap={self.cap}: expected at least 1, or None")
+            if not isinstance(self.cap, int) or self.cap < 1:
+                raise ValueError(f"Mixture.cap={self.cap!r}: expected at least 1, or None")
             if self.rates not in ("proportional", "temperature"):
                 raise ValueError(f"Mixture.cap={self.cap} has no effect with rates={self.rates!r}")
-        if not self.temperature > 0:
+        if not (isinstance(self.temperature, int | float) and self.temperature > 0):
             raise ValueError(f"Mixture.temperature={self.temperature}: expected above zero")
         if self.temperature != 1.0 and self.rates != "temperature":
             raise ValueError(

@@ -209,10 +209,11 @@ def compare(source: Source, split: CellSplit, *, drop: bool = False) -> Comparis
       source: where the cells of `split` are. All their splits are read once.
       drop: leave out the training examples that also stand in evaluation data of held-out cells.
     """
-    training = {cell.name: keys(source.pairs(cell, TRAIN)) for cell in split.train}
+    texts = getattr(source, "texts", lambda cell, name: source.pairs(cell, name)[0])
+    training = {cell.name: text_keys(texts(cell, TRAIN)) for cell in split.train}
     examples = {name: len(found) for name, found in training.items()}
     evaluation = {
-        cell.name: {s: keys(source.pairs(cell, s)) for s in source.splits(cell) if s != TRAIN}
+        cell.name: {s: text_keys(texts(cell, s)) for s in source.splits(cell) if s != TRAIN}
         for cell in split.held_out + split.train
     }
     dropped = {}

@@ -38,12 +38,19 @@ MAX_HELD = 4  # cells that wait for a few rows, which wait for others of their l
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """How far an evaluation is. `cell` is the one just finished, or just predicted in part."""
+    """How far an evaluation is.
+
+    Attributes:
+      cell: the one just finished, or just predicted in part.
+      cells_done, cells: finished, of all.
+      examples_done, examples_before: predicted, now or before; of cells that were finished before.
+    """
 
     cell: str
     cells_done: int
     cells: int
     examples_done: int
+    examples_before: int
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -169,13 +176,14 @@ class CellEvaluator:
             elif (scores := self._finished(folder, cell, fingerprint)) is not None:
                 results[cell.name] = scores
         pending = [cell for cell in self.tasks if cell.name not in results]
-        examples_done = sum(int(scores["examples"]) for scores in results.values())
+        before = examples_done = sum(int(scores["examples"]) for scores in results.values())
 
         def report(cell: Cell, examples: int = 0) -> None:
             nonlocal examples_done
             examples_done += examples
             if progress is not None:
-                progress(Progress(cell.name, len(results), len(self.tasks), examples_done))
+                done = len(results)
+                progress(Progress(cell.name, done, len(self.tasks), examples_done, before))
 
         for cell, predicted in self._predict(predict, pending, report):
             if len(predicted):
@@ -195,10 +203,11 @@ class CellEvaluator:
                 results[cell.name] = {"examples": 0}
             report(cell)
         cut = {
-            cell.name: self._loaded[cell.name].cut_inputs
-            for cell in pending
-            if cell.name in self._loaded
+            f"{cell.name}": self._load(cell).cut_inputs
+            for cell in self.tasks
+            if cell.name not in missing
         }
+        cut |= {f"passages of {name}": index.cut_inputs for name, index in self._indexes.items()}
         if any(cut.values()):
             _logger.warning(
                 "inputs cut at %d tokens: %s",
@@ -284,6 +293,7 @@ class CellEvaluator:
             "inference": self.kind(cell),
             "lengths": dict(self.lengths),
             "examples_per_cell": self.examples_per_cell,
+            "metrics": [_name(fn) for fn in self._registered[self.tasks[cell]].metric_fns],
             "examples_sha256": self._load(cell).digest,
             "index_sha256": None if passages is None else passages.digest,
             "fingerprint": fingerprint,
@@ -303,7 +313,11 @@ class CellEvaluator:
         files.write_json(
             files.scores_file(folder, cell.name),
             self._settings(cell, fingerprint)
-            | {"predictions_sha256": digest, "scores": dict(scores)},
+            | {
+                "cut_inputs": self._load(cell).cut_inputs,
+                "predictions_sha256": digest,
+                "scores": dict(scores),
+            },
         )
 
     def _finished(
@@ -318,3 +332,7 @@ class CellEvaluator:
             return None
         digest = hashlib.sha256(predictions.read_bytes()).hexdigest()
         return record["scores"] if digest == record["predictions_sha256"] else None
+
+
+def _name(metric_fn: Callable[..., Any]) -> str:
+    return getattr(metric_fn, "__qualname__", type(metric_fn).__name__)

@@ -5,7 +5,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import absl.logging
@@ -65,8 +65,7 @@ class CellExamples:
             self._batches.append({name: _cut_padding(array) for name, array in batch.items()})
         self.examples = sum(len(next(iter(batch.values()))) for batch in self._batches)
         examples = self._evaluator.cached_task_datasets[task.name].as_numpy_iterator()
-        # What the task counted before it cut; a task of other making may not tell.
-        self.cut_inputs = sum(int(x.get("inputs_length", 0)) > lengths["inputs"] for x in examples)
+        self.cut_inputs = _count_cut(examples, lengths["inputs"])
 
     @functools.cached_property
     def digest(self) -> str:
@@ -141,6 +140,7 @@ class Passages:
 
     Attributes:
       ids: of the passages, in the order of `rows`.
+      cut_inputs: how many passages are cut at the given length.
     """
 
     def __init__(
@@ -149,6 +149,7 @@ class Passages:
         dataset = task.get_dataset(dict(lengths), INDEX_SPLIT, shuffle=False)
         examples = list(dataset.as_numpy_iterator())
         self.ids = [example["targets_pretokenized"].decode() for example in examples]
+        self.cut_inputs = _count_cut(examples, lengths["inputs"])
         whole = {
             name: lengths.get(name) or max(len(example[name]) for example in examples)
             for name in task.output_features
@@ -176,6 +177,11 @@ class _KeepOutputs(seqio.Logger):
 
     def __call__(self, task_name, step, metrics, dataset, inferences, targets) -> None:
         self.outputs = inferences["output"]
+
+
+def _count_cut(examples: Iterable[Mapping[str, Any]], length: int) -> int:
+    """How many inputs were longer, as the task counted; one of other making may not tell."""
+    return sum(int(example.get("inputs_length", 0)) > length for example in examples)
 
 
 def _cut_padding(array: np.ndarray) -> np.ndarray:

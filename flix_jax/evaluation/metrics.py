@@ -357,6 +357,7 @@ def metric_fn(names: Sequence[str]) -> MetricFn:
             scores |= metric.function(targets, predictions)
         return scores
 
+    compute.__qualname__ = f"metric_fn({', '.join(names)})"  # what scores were made by
     return compute
 
 

@@ -331,11 +331,16 @@ class Scoreboard:
                 rows.append(row | self._bounds(name, task or ALL_TASKS))
         return csv_text(header, ([row.get(name) for name in header] for row in rows))
 
-    def write(self, folder: epath.PathLike) -> None:
-        """Writes scores.md, scores.json and scores.csv into a folder."""
+    def write(self, folder: epath.PathLike, made: Mapping[str, Any] | None = None) -> None:
+        """Writes scores.md, scores.json and scores.csv into a folder.
+
+        Args:
+          folder: local or in a bucket.
+          made: what else scores.json is to tell: of which step, of which split.
+        """
         folder = epath.Path(folder)
         files.write_text(folder / "scores.md", self.to_markdown())
-        files.write_json(folder / "scores.json", self.to_json())
+        files.write_json(folder / "scores.json", {**(made or {}), **self.to_json()})
         files.write_text(folder / "scores.csv", self.to_csv())
 
     @functools.cached_property

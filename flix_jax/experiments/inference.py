@@ -61,8 +61,8 @@ def evaluator(
 
 
 def fingerprint(job: Job, trained: Any, frozen: Any) -> str:
-    """What predictions depend on, beside the examples: parameters, network and data folder."""
-    return f"{digest([trained, frozen])} {job.run.model} {job.run.source}"
+    """What predictions depend on, beside the examples: the parameters and the network."""
+    return f"{digest([trained, frozen])} {job.run.model}"
 
 
 def restore(job: Job, step: Step = None) -> tuple[Any, Any, int]:
@@ -107,8 +107,8 @@ def evaluate(
       say: takes lines of progress.
 
     Returns:
-      The scores. ``scores.md``, ``scores.json`` and ``scores.csv`` are written beside the
-      predictions, and to the run's folder where all cells were scored on the run's own split.
+      The scores. Those of all cells are written beside the predictions, as ``scores.md``,
+      ``scores.json`` and ``scores.csv``, and to the run's folder where they are of its own split.
 
     Raises:
       ValueError: nothing was trained here, or there is no such step, split or cell.
@@ -137,9 +137,11 @@ def evaluate(
     folder = evaluation.folder(job.run_dir, found)
     if confidence is not None:
         board = scoring.with_intervals(board, folder, confidence)
-    board.write(folder)
-    if split == run.evaluation.split and cells is None:
-        board.write(job.run_dir)
+    if cells is None:
+        made = {"step": found, "split": split}
+        board.write(folder, made)
+        if split == run.evaluation.split:
+            board.write(job.run_dir, made)
     return board
 
 
@@ -155,7 +157,7 @@ class _Watch:
         if now - self._last < 10 and progress.cells_done < progress.cells:
             return
         self._last = now
-        rate = progress.examples_done / (now - self._started)
+        rate = (progress.examples_done - progress.examples_before) / (now - self._started)
         self._say(
             f"evaluate: {progress.cells_done}/{progress.cells} cells, "
             f"{progress.examples_done:,} examples, {rate:,.0f} a second"
@@ -194,23 +196,26 @@ def infer(
     """
     job = Job(run, run_dir, bases_dir=bases_dir)
     records = _read_records(epath.Path(input_path), job.space, features, say)
+    vocabulary = run.vocabulary.build()
+    encoded = [vocabulary.encode(record["input"]) for record, _ in records]
+    room = run.inputs_length - 1  # for the end of sequence
+    cut = [number for number, ids in enumerate(encoded, 1) if len(ids) > room]
+    if cut:
+        say(
+            f"{len(cut)} of {len(records)} inputs are cut at Run.inputs_length={run.inputs_length} "
+            f"tokens: of {input_path}:{cut[0]}" + (f" to {cut[-1]}" if len(cut) > 1 else "")
+        )
     trained, frozen, _ = restore(job, step)
     predict = job.predictors(trained, frozen)[cells_lib.GENERATE]
-    vocabulary = run.vocabulary.build()
     size = run.evaluation.batch_size
     lines: list[str] = []
     for start in range(0, len(records), size):
         part = records[start : start + size]
         tokens = np.zeros((size, run.inputs_length), np.int32)
         ids = np.full((size, 0 if job.space is None else job.space.num_slots), -1, np.int32)
-        for row, (record, feature_ids) in enumerate(part):
-            encoded = [*vocabulary.encode(record["input"]), run.vocabulary.eos_id]
-            if len(encoded) > run.inputs_length:
-                raise ValueError(
-                    f"{input_path}:{start + row + 1}: the input has {len(encoded)} tokens, more "
-                    f"than Run.inputs_length {run.inputs_length}"
-                )
-            tokens[row, : len(encoded)] = encoded
+        for row, (_, feature_ids) in enumerate(part):
+            kept = [*encoded[start + row][:room], run.vocabulary.eos_id]
+            tokens[row, : len(kept)] = kept
             ids[row] = feature_ids
         batch = {"encoder_input_tokens": tokens}
         if job.space is not None:

@@ -29,7 +29,6 @@ from flix_jax.experiments.run import (
     check_folder,
     check_held_out,
     note_folder,
-    trained_on,
 )
 from flix_jax.experiments.scoring import check_evaluation
 from flix_jax.models.encoder_decoder import EncoderDecoder
@@ -148,7 +147,7 @@ class Job:
 
     def note_folder(self) -> None:
         """Writes down what is known before training; from now on the folder is this run's."""
-        note_folder(self.run, self.run_dir, trained_on(self.run))
+        note_folder(self.run, self.run_dir)
         if self.base_dir is not None:
             path = os.path.relpath(self._bases_dir, self.run_dir)
             files.write_text(self.run_dir / BASES_FILE, path + "\n")
@@ -212,6 +211,29 @@ class Job:
                 "Mixture.overlap='ignore' does without"
             )
         return overlap.compare(run.source, self.split, drop=setting == "drop")
+
+    def check_data(self) -> None:
+        """Reads the texts that the run will train on and be evaluated on while it trains.
+
+        Raises:
+          ValueError: with file and line, for a record that cannot be read.
+        """
+        source: Any = self.run.source
+        evaluation = self.run.evaluation
+        if self.comparison is None and hasattr(source, "pairs"):
+            for cell in self.split.train:
+                source.pairs(cell, "train")
+            for cell in self.split.cells if evaluation.every else ():
+                if evaluation.split in source.splits(cell):
+                    source.pairs(cell, evaluation.split)
+        if evaluation.every and hasattr(source, "index"):
+            paths = {
+                source.index_path(cell): cell
+                for cell in self.split.cells
+                if source.inference(cell) == RETRIEVE
+            }
+            for cell in paths.values():
+                source.index(cell)
 
     def pipeline(self) -> TrainPipeline:
         """The training examples, read and tokenised; without those that overlap='drop' drops.

@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
@@ -233,10 +233,10 @@ def check_base_folder(run: Run, base_dir: epath.Path) -> None:
         _compare(run, network, base_dir, free)
 
 
-def note_folder(run: Run, run_dir: epath.Path, trained_on: Collection[str]) -> None:
+def note_folder(run: Run, run_dir: epath.Path) -> None:
     """Writes down which run a folder holds, and the cells that it and its bases are trained on."""
     files.write_json(run_dir / "run.json", run.describe())
-    files.write_json(run_dir / TRAINED_ON_FILE, sorted(trained_on))
+    files.write_json(run_dir / TRAINED_ON_FILE, sorted(trained_on(run)))
 
 
 def trained_on(run: Run) -> set[str]:

@@ -23,6 +23,7 @@ from flix_jax.evaluation.batches import GUESSES
 from flix_jax.experiments.run import Run
 from flix_jax.tasks.xtreme_up import XtremeUp, read_records, shorten
 from flix_jax.tasks.xtreme_up_languages import FILES
+from flix_jax.training.checkpoints import BEST_FILE, Step
 
 #: The benchmark's tasks. The scorer reads no others.
 TASKS = tuple(sorted(FILES))
@@ -51,7 +52,7 @@ def write_submission(
     *,
     out_dir: epath.PathLike,
     split: str = "test",
-    step: int | None = None,
+    step: Step = None,
     partial: bool = False,
 ) -> Submission:
     """Writes the predictions that an evaluation of all cells left as a folder for the scorer.
@@ -65,7 +66,8 @@ def write_submission(
       out_dir: local or in a bucket. It may hold other files, so that one submission can be put
         together from several runs, but none of those to be written.
       split: the split.
-      step: of the evaluation; None takes the newest that has the split.
+      step: of the evaluation; None takes the newest that has the split, 'best' the one that
+        `Evaluation.keep_best` kept.
       partial: whether cells may be missing.
 
     Raises:
@@ -125,8 +127,13 @@ def write_submission(
     return Submission(step, tuple(texts), missing, tuple(other_tasks))
 
 
-def _evaluation(run_dir: epath.Path, split: str, step: int | None) -> tuple[int, epath.Path]:
+def _evaluation(run_dir: epath.Path, split: str, step: Step) -> tuple[int, epath.Path]:
     """The step, given or the newest, and the folder of its predictions."""
+    if step == "best":
+        best = files.read_json(run_dir / BEST_FILE)
+        if best is None:
+            raise ValueError(f"{run_dir} keeps no best step: there is no {BEST_FILE}")
+        step = int(best["step"])
     root = run_dir / files.EVALUATIONS
     names = [path.name for path in root.iterdir()] if root.exists() else []
     found = {

@@ -45,6 +45,7 @@ def train(
     job = Job(run, run_dir, bases_dir=bases_dir)
     if isinstance(run.base, Run):
         assert job.base_dir is not None
+        job.check_data()  # a mistake is better found before the base is trained than after
         if not _is_finished(run.base, job.base_dir):
             train(run.base, job.base_dir, bases_dir=bases_dir, title=f"{title}: base")
     base = job.load_base()
