@@ -63,7 +63,10 @@ def folder(tmp_path, monkeypatch):
 def test_train_evaluate_and_infer(folder, capsys):
     flags = ["--gin_file=run.gin", "--gin.DATA_DIR='data'", "--run_dir=run"]
     assert cli.main(["train", *flags]) == 0
-    assert "step 4 of 4" not in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert "step 4 of 4" not in shown.out
+    table = shown.err.split("examples by cell\n")[-1].splitlines()
+    assert [line.split() for line in table[2:4]] == [["x", "4", "4"], ["y", "4", "held", "out"]]
     # Started again it has nothing left to do, and says where it stands.
     assert cli.main(["train", *flags]) == 0
     assert "step 4 of 4" in capsys.readouterr().err

@@ -131,7 +131,9 @@ def sweep(arguments: argparse.Namespace) -> None:
         run = trial_config.build("Run")
         text = configuration.operative_config()
         with trial_config.placing_errors():
-            training.train(run, folder, bases_dir=bases_dir, config=text, title=folder.name)
+            training.train(
+                run, folder, bases_dir=bases_dir, config=text, title=folder.name, show_cells=False
+            )
             return {
                 split: inference.evaluate(run, folder, split=split, bases_dir=bases_dir)
                 for split in sorted(splits)

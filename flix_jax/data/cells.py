@@ -318,7 +318,7 @@ class Mixture:
         )
         if not split.train:
             raise ValueError(
-                f"the mixture has no cell to train on: {len(cells)} cells in the source, "
+                f"Mixture: no cell to train on is left: {len(cells)} cells in the source, "
                 f"{len(included)} included, {len(held_out)} held out or without training data"
             )
         return split

@@ -47,7 +47,7 @@ def _note(job: Job, name: str, text: str) -> str:
 
 
 def _cells(job: Job, report: DataReport) -> list[str]:
-    place = _note(job, "cells.txt", job.cells_table(report))
+    place = _note(job, "cells.txt", f"{job.cells_table(report)}\n\n{report.table()}")
     lines = [f"some examples are cut, {place}"] if report.cut else []
     if job.run.mixture.overlap == "drop":
         dropped = report.dropped

@@ -304,9 +304,8 @@ class Job:
         )
 
     def cells_table(self, report: DataReport) -> str:
-        """Training examples per task and language, then lengths and cut examples per cell."""
-        sizes = {cell: row.examples for cell, row in report.cells.items()}
-        return f"{self.split.table(sizes)}\n\n{report.table()}"
+        """Training examples per task and language, and which cells are held out or absent."""
+        return self.split.table({cell: row.examples for cell, row in report.cells.items()})
 
     def initial_parameters(self, base: Any | None) -> tuple[Any, Any]:
         """(trained, frozen) before the first step."""

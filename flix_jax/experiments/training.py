@@ -28,6 +28,7 @@ def train(
     bases_dir: epath.PathLike | None = None,
     config: str | None = None,
     title: str = "train",
+    show_cells: bool = True,
 ) -> Job:
     """Trains ``run`` in ``run_dir`` up to its last step, its base first if that is a run.
 
@@ -38,6 +39,7 @@ def train(
         share it share their bases.
       config: the operative gin config, kept as ``config.gin``.
       title: what the progress display calls the run.
+      show_cells: whether the log has the table of tasks and languages too, beside ``cells.txt``.
 
     Raises:
       ValueError: before any compute, in one line, for whatever in the run cannot work.
@@ -47,7 +49,13 @@ def train(
         assert job.base_dir is not None
         job.check_data()  # a mistake is better found before the base is trained than after
         if not _is_finished(run.base, job.base_dir):
-            train(run.base, job.base_dir, bases_dir=bases_dir, title=f"{title}: base")
+            train(
+                run.base,
+                job.base_dir,
+                bases_dir=bases_dir,
+                title=f"{title}: base",
+                show_cells=show_cells,
+            )
     base = job.load_base()
     pipeline = job.pipeline()
     optimizer = run.optimizer.build(run.total_steps)
@@ -67,7 +75,8 @@ def train(
         batches = stack.enter_context(job.batches(pipeline, int(state.step), data_state))
 
         job.note_folder()
-        notes = data_notes.write(job, pipeline.report())
+        data = pipeline.report()
+        notes = data_notes.write(job, data)
         if config is not None:
             files.write_text(job.run_dir / "config.gin", config)
         reporter = stack.enter_context(
@@ -81,6 +90,8 @@ def train(
             )
         )
         reporter.say(f"{title}: {_summary(job, state, frozen)}, in {job.run_dir}")
+        if show_cells:
+            reporter.say(f"{title}: training examples by cell\n{job.cells_table(data)}")
         for note in notes:
             reporter.say(f"{title}: {note}")
         if checkpoints.best is not None:
