@@ -16,7 +16,7 @@ from typing import get_args
 from flix_jax.adapters.suggest import did_you_mean
 from flix_jax.data.cells import COMPLETE, GENERATE, RETRIEVE, Cell, Inference
 from flix_jax.evaluation.metrics import find_metric, metric_fn
-from flix_jax.tasks.records import Record, Template, shorten, text
+from flix_jax.tasks.records import Record, Template, integer, shorten, text
 
 Pair = tuple[str, str]
 
@@ -44,8 +44,8 @@ def ner(record: Record, cell: Cell) -> Pair:
     for span in spans:
         if not isinstance(span, dict):
             raise ValueError(f"field 'spans': expected objects, got {shorten(span)}")
-        start, limit = span.get("start_byte"), span.get("limit_byte")
-        if not (type(start) is int and type(limit) is int and 0 <= start < limit <= len(content)):
+        start, limit = integer(span, "start_byte"), integer(span, "limit_byte")
+        if not 0 <= start < limit <= len(content):
             raise ValueError(
                 f"span start_byte={start} limit_byte={limit} lies outside the text of "
                 f"{len(content)} bytes, or is empty"

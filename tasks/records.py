@@ -82,6 +82,16 @@ def text(record: Record, name: str, *, numbers: bool = False) -> str:
     return value
 
 
+def integer(record: Record, name: str) -> int:
+    """The whole number of the field `name`; ValueError when it is missing or something else."""
+    if name not in record:
+        raise ValueError(f"field {name!r} is missing: there is {', '.join(record) or 'none'}")
+    value = record[name]
+    if type(value) is not int:
+        raise ValueError(f"field {name!r}: expected a whole number, got {shorten(value)}")
+    return value
+
+
 def shorten(value: Any) -> str:
     """`value` as JSON, cut to fit an error message."""
     shown = json.dumps(value, ensure_ascii=True)

@@ -106,7 +106,8 @@ def test_entities_are_cut_out_of_any_text(pieces):
         (-1, 3, "outside the text"),
         (3, 3, "is empty"),
         (5, 2, "outside the text"),
-        (None, 2, "start_byte=None"),
+        (None, 2, "field 'start_byte': expected a whole number, got null"),
+        ("0", 2, "field 'start_byte': expected a whole number"),
         (0, 7, "splits a UTF-8 character"),
         (7, 9, "splits a UTF-8 character"),
     ],
@@ -115,6 +116,8 @@ def test_bad_offsets_are_refused(start, limit, message):
     bad = {"start_byte": start, "limit_byte": limit, "label": "PER"}
     with pytest.raises(ValueError, match=message):
         ner({"text": SENTENCE, "spans": [bad]}, SW)
+    with pytest.raises(ValueError, match="field 'limit_byte' is missing: there is start_byte"):
+        ner({"text": SENTENCE, "spans": [{"start_byte": 0, "label": "PER"}]}, SW)
 
 
 @pytest.mark.parametrize(
