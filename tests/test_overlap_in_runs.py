@@ -213,15 +213,14 @@ def test_a_bad_record_is_found_before_the_base_is_trained(
     with (data / "own" / split / "sw.jsonl").open("a") as file:
         file.write("no json\n")
     whole = with_overlap(run, overlap, source=XtremeUp(str(data)))
-    base = dataclasses.replace(
-        whole, adapters=None, mixture=dataclasses.replace(whole.mixture, include=("up/*",))
-    )
+    up = dataclasses.replace(whole.mixture, include=("up/*",))
+    base = dataclasses.replace(whole, adapters=None, mixture=up)
     evaluation = dataclasses.replace(whole.evaluation, every=every)
-    with pytest.raises(ValueError, match=rf"own/{split}/sw.jsonl:2: "):
-        training.train(
-            dataclasses.replace(whole, base=base, evaluation=evaluation), tmp_path / "run"
-        )
-    assert not (tmp_path / "run").exists()
+    for start in (base, "random"):
+        bad = dataclasses.replace(whole, base=start, evaluation=evaluation)
+        with pytest.raises(ValueError, match=rf"own/{split}/sw.jsonl:2: "):
+            training.train(bad, tmp_path / "run")
+        assert not (tmp_path / "run").exists()
 
 
 def test_a_cell_of_which_nothing_is_left_is_named(run, tmp_path):

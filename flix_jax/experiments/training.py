@@ -45,9 +45,9 @@ def train(
       ValueError: before any compute, in one line, for whatever in the run cannot work.
     """
     job = Job(run, run_dir, bases_dir=bases_dir)
+    job.check_data()  # a mistake is better found before anything is trained than after
     if isinstance(run.base, Run):
         assert job.base_dir is not None
-        job.check_data()  # a mistake is better found before the base is trained than after
         if not _is_finished(run.base, job.base_dir):
             train(
                 run.base,
