@@ -12,7 +12,7 @@ guesses ('complete'), or passages of an index that come nearest to the input ('r
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -202,23 +202,21 @@ class CellEvaluator:
                 missing.add(cell.name)
                 results[cell.name] = {"examples": 0}
             report(cell)
-        cut = {
-            f"{cell.name}": self._load(cell).cut_inputs
-            for cell in self.tasks
-            if cell.name not in missing
-        }
+        self._warn(missing)
+        return {cell.name: results[cell.name] for cell in self.tasks}
+
+    def _warn(self, missing: Collection[str]) -> None:
+        """Tells of inputs that are cut, and of cells, named `missing`, that have no examples."""
+        evaluated = [cell for cell in self.tasks if cell.name not in missing]
+        cut = {cell.name: self._load(cell).cut_inputs for cell in evaluated}
         cut |= {f"passages of {name}": index.cut_inputs for name, index in self._indexes.items()}
-        if any(cut.values()):
-            _logger.warning(
-                "inputs cut at %d tokens: %s",
-                self.lengths["inputs"],
-                ", ".join(f"{name} {count}" for name, count in cut.items() if count),
-            )
+        counts = ", ".join(f"{name} {count}" for name, count in cut.items() if count)
+        if counts:
+            _logger.warning("inputs cut at %d tokens: %s", self.lengths["inputs"], counts)
         if missing:
             _logger.warning(
                 "not evaluated, for want of a %s split: %s", self.split, ", ".join(sorted(missing))
             )
-        return {cell.name: results[cell.name] for cell in self.tasks}
 
     def _predict(
         self,
