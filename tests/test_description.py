@@ -273,6 +273,7 @@ def test_cells_may_be_chosen(folder, capsys):
         (["--data_dir=data", "--gin.Run.seed=1"], "--gin.Run.seed=1 has no effect without"),
         (["--data_dir=data", "--cells=topik/*"], "--cells: the pattern 'topik/*' matches none"),
         (["--data_dir=data", "--fromat=json"], "no flag --fromat; did you mean '--format'"),
+        (["--gin_file=run.gin", "--on_bad_record=skip"], "a run has XtremeUp.on_bad_record"),
         (["--data_dir=dta"], "XtremeUp.data_dir='dta' is not a folder"),
     ],
 )
@@ -288,6 +289,15 @@ def test_a_record_that_cannot_be_read_is_named_by_file_and_line(folder, capsys):
         file.write('{"input": 3}\n')
     status, _, err = run(capsys, f"--data_dir={folder / 'data'}")
     assert status == cli.USER_ERROR and "topic/test/sw.jsonl:3: field 'input'" in err
+
+
+def test_records_that_cannot_be_read_may_be_skipped_and_are_counted(folder, capsys, caplog):
+    with (folder / "data" / "topic" / "test" / "sw.jsonl").open("a") as file:
+        file.write('{"input": 3}\n')
+    status, out, _ = run(capsys, f"--data_dir={folder / 'data'}", "--on_bad_record=skip")
+    assert status == 0 and "topic/sw" in out
+    (told,) = [record.getMessage() for record in caplog.records if "topic/test" in str(record.args)]
+    assert "1 of 3 records" in told
 
 
 @pytest.mark.parametrize("command", ["data describe", "download xtreme_up", "submission"])

@@ -213,9 +213,11 @@ def data_describe(arguments: argparse.Namespace) -> None:
     from flix_jax.tasks.xtreme_up import XtremeUp
 
     if arguments.data_dir:
-        folder = XtremeUp(arguments.data_dir)
+        folder = XtremeUp(arguments.data_dir, on_bad_record=arguments.on_bad_record or "error")
         _describe_cells(arguments, folder, folder.cells())
         return
+    if arguments.on_bad_record:
+        raise UsageError("--on_bad_record goes with --data_dir; a run has XtremeUp.on_bad_record")
     run, config = _build(arguments, arguments.gin_file)
     source: Any = run.source
     if not hasattr(source, "pairs"):

@@ -265,6 +265,12 @@ def make_parser() -> argparse.ArgumentParser:
         help="cells to describe, for example 'ner/{sw,yo}'; repeatable (default: all)",
     )
     describe.add_argument(
+        "--on_bad_record",
+        choices=("error", "skip"),
+        help="with --data_dir: 'skip' leaves out what cannot be read and counts it "
+        "(default: error)",
+    )
+    describe.add_argument(
         "--format", default="text", choices=("text", "markdown", "json"), help="(default: text)"
     )
     group = describe.add_argument_group(
