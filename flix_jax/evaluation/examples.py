@@ -70,14 +70,7 @@ class CellExamples:
     @functools.cached_property
     def digest(self) -> str:
         """Names what is predicted from and scored against: another one for other examples."""
-        found = hashlib.sha256()
-        for batch in self._batches:
-            for name in sorted(batch):
-                found.update(f"{name} {batch[name].shape}".encode() + batch[name].tobytes())
-        for example in self._evaluator.cached_task_datasets[self._task.name].as_numpy_iterator():
-            texts = [self._text(example, "targets"), example.get(ANSWER, b"").decode()]
-            found.update(json.dumps(texts).encode())
-        return found.hexdigest()
+        return _digest(self._evaluator.cached_task_datasets[self._task.name].as_numpy_iterator())
 
     def rows(self) -> Iterator[Batch]:
         """Each example's model features, at their full length."""
@@ -141,29 +134,22 @@ class Passages:
     Attributes:
       ids: of the passages, in the order of `rows`.
       cut_inputs: how many passages are cut at the given length.
+      digest: names the passages: another one for other texts, ids or features.
     """
 
     def __init__(
         self, task: seqio.Task, converter: seqio.FeatureConverter, lengths: Mapping[str, int]
     ):
-        dataset = task.get_dataset(dict(lengths), INDEX_SPLIT, shuffle=False)
+        dataset = task.get_dataset(dict(lengths), INDEX_SPLIT, shuffle=False).cache()
         examples = list(dataset.as_numpy_iterator())
         self.ids = [example["targets_pretokenized"].decode() for example in examples]
         self.cut_inputs = _count_cut(examples, lengths["inputs"])
+        self.digest = _digest(examples)
         whole = {
             name: lengths.get(name) or max(len(example[name]) for example in examples)
             for name in task.output_features
         }
         self._converted = converter(dataset, whole)
-
-    @functools.cached_property
-    def digest(self) -> str:
-        """Names the passages: another one for other texts or ids."""
-        found = hashlib.sha256(json.dumps(self.ids).encode())
-        for row in self.rows():
-            for name in sorted(row):
-                found.update(f"{name} {row[name].shape}".encode() + row[name].tobytes())
-        return found.hexdigest()
 
     def rows(self) -> Iterator[Batch]:
         """Each passage's model features, at their full length."""
@@ -177,6 +163,19 @@ class _KeepOutputs(seqio.Logger):
 
     def __call__(self, task_name, step, metrics, dataset, inferences, targets) -> None:
         self.outputs = inferences["output"]
+
+
+def _digest(examples: Iterable[Mapping[str, Any]]) -> str:
+    """Of all that the examples hold: texts, tokens, features, answers."""
+    found = hashlib.sha256()
+    for example in examples:
+        for name in sorted(example):
+            array = np.asarray(example[name])
+            # A list of texts is an array of objects, which have no bytes of their own.
+            listed = array.dtype == object
+            content = repr(array.tolist()).encode() if listed else array.tobytes()
+            found.update(f"{name} {array.dtype} {array.shape} {len(content)}\n".encode() + content)
+    return found.hexdigest()
 
 
 def _count_cut(examples: Iterable[Mapping[str, Any]], length: int) -> int:
