@@ -13,7 +13,8 @@ from flix_jax.data.cells import Mixture
 from flix_jax.data.vocabularies import ByteVocabulary
 from flix_jax.experiments import data_notes, training
 from flix_jax.experiments.job import Job
-from flix_jax.experiments.run import Evaluation, Run, check_folder, note_folder
+from flix_jax.experiments.run import Evaluation, Run
+from flix_jax.experiments.run_folder import check_folder, note_folder
 from flix_jax.models.config import T5Config
 from flix_jax.tasks.xtreme_up import XtremeUp
 

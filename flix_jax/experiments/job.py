@@ -22,9 +22,8 @@ from flix_jax.data.examples import CellData, DataReport
 from flix_jax.data.pipeline import PrefetchIterator, TrainPipeline, check_state
 from flix_jax.evaluation import files
 from flix_jax.evaluation.batches import GUESSES
-from flix_jax.experiments.run import (
-    RANDOM,
-    Run,
+from flix_jax.experiments.run import RANDOM, Run
+from flix_jax.experiments.run_folder import (
     check_base_folder,
     check_folder,
     check_held_out,

@@ -1,8 +1,4 @@
-"""What a run is: a model, data, adapters, an optimizer and a base, as one value.
-
-A run is compared with what its folder holds by its description, so that one that is started again
-goes on only as what it was.
-"""
+"""What a run is: a model, data, adapters, an optimizer and a base, as one value."""
 
 from __future__ import annotations
 
@@ -13,26 +9,21 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from etils import epath
-
 from flix_jax.adapters.injection import AdapterSpec
-from flix_jax.data.cells import CellSplit, Mixture, Source, match, name_some
+from flix_jax.data.cells import CellSplit, Mixture, Source
 from flix_jax.data.vocabularies import Vocabulary
-from flix_jax.evaluation import files
 from flix_jax.models.config import T5Config
 from flix_jax.training.optimizers import Optimizer
 from flix_jax.training.partitioning import MeshSpec
 
 FROZEN_DTYPES = ("float32", "bfloat16", "float16")
 
-TRAINED_ON_FILE = "trained_on.json"  # in a run's folder: names of cells
-
 #: ``Run.base`` of a run that starts from random parameters.
 RANDOM = "random"
 
 # What may change between two starts of a run, as name=value: it decides what is seen of the result,
 # or where the same data lie, but not what the result is.
-_FREE = re.compile(
+FREE = re.compile(
     r"(base\.)*((log_every|save_every|keep|evaluation\..*|mesh\..*|source\.(data|cache)_dir"
     r"|vocabulary\.path)=.*|mixture\.overlap='(report|ignore)')",
     re.DOTALL,
@@ -197,95 +188,18 @@ class Run:
         Values at their default do not count, so that an option that is added later does not tell
         apart runs that do not use it.
         """
-        plain = self._defaults()
+        plain = self.defaults()
         values = {
             k: v
             for k, v in self.describe().items()
-            if not _FREE.fullmatch(f"{k}={v}") and k not in plain
+            if not FREE.fullmatch(f"{k}={v}") and k not in plain
         }
         values["total_steps"] = str(self.total_steps)
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
-    def _defaults(self) -> frozenset[str]:
+    def defaults(self) -> frozenset[str]:
         """The names in `describe` whose values are what they are if nothing is said."""
         return frozenset(name for name, _, is_default in _flatten(self, "") if is_default)
-
-
-def check_folder(run: Run, run_dir: epath.Path) -> None:
-    """Refuses a folder that belongs to another run.
-
-    Raises:
-      ValueError: with the values that differ.
-    """
-    there = files.read_json(run_dir / "run.json")
-    if there is not None:
-        _compare(run, there, run_dir, _FREE)
-
-
-def check_base_folder(run: Run, base_dir: epath.Path) -> None:
-    """Refuses a base whose network is another one than the run's."""
-    there = files.read_json(base_dir / "run.json") or {}
-    network = {k: v for k, v in there.items() if k.startswith("model.")}
-    if network:
-        free = re.compile(
-            r"(?!model\.).*|model\.(dtype|product_dtype|remat|dropout_rate)=.*", re.DOTALL
-        )
-        _compare(run, network, base_dir, free)
-
-
-def note_folder(run: Run, run_dir: epath.Path) -> None:
-    """Writes down which run a folder holds, and the cells that it and its bases are trained on."""
-    files.write_json(run_dir / "run.json", run.describe())
-    files.write_json(run_dir / TRAINED_ON_FILE, sorted(trained_on(run)))
-
-
-def trained_on(run: Run) -> set[str]:
-    """Names of the cells that a run is trained on, and before it its base, as far as is known.
-
-    A base that is a folder tells by what `note_folder` wrote there; one made elsewhere, nothing.
-    """
-    names = {cell.name for cell in run.split().train}
-    return names | base_trained_on(run)
-
-
-def base_trained_on(run: Run) -> set[str]:
-    """Names of the cells that the base of a run is trained on; see `trained_on`."""
-    if isinstance(run.base, Run):
-        return trained_on(run.base)
-    if run.base == RANDOM:
-        return set()
-    return set(files.read_json(epath.Path(run.base) / TRAINED_ON_FILE) or ())
-
-
-def check_held_out(run: Run, split: CellSplit) -> None:
-    """Refuses a base that is trained on held-out cells, but for those of `Run.seen_by_base`."""
-    allowed = set(match(run.seen_by_base, split.held_out, "Run.seen_by_base"))
-    seen = base_trained_on(run)
-    both = [cell for cell in split.held_out if cell.name in seen and cell not in allowed]
-    if both:
-        raise ValueError(
-            f"Mixture.held_out: the base is trained on {name_some(both)}, which would not be "
-            "unseen; hold them out there too, or name them in Run.seen_by_base"
-        )
-
-
-def _compare(run: Run, there: Mapping[str, str], folder: epath.Path, free: re.Pattern[str]) -> None:
-    # A folder may be older than an option: it was made with what is now the default.
-    unsaid = run._defaults() - there.keys()
-    here = {k: v for k, v in run.describe().items() if k not in unsaid}
-
-    def is_free(name: str) -> bool:
-        values = [values[name] for values in (here, there) if name in values]
-        return all(free.fullmatch(f"{name}={value}") for value in values)
-
-    changed = sorted(k for k in {*here, *there} if here.get(k) != there.get(k) and not is_free(k))
-    if changed:
-        values = "; ".join(
-            f"{k} is {there.get(k, 'absent')} there and {here.get(k, 'absent')} here"
-            for k in changed[:5]
-        )
-        more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
-        raise ValueError(f"{folder} holds another run: {values}{more}; use another run_dir")
 
 
 def _flatten(value: Any, name: str, is_default: bool = False) -> list[tuple[str, str, bool]]:
