@@ -199,6 +199,8 @@ class TrialRecord:
       scores: {split: scoreboard} of a finished trial.
       seconds: what its last attempt took.
       error: why it failed.
+      measures: numbers beside the scores: 'parameters' (trained ones) and 'step_seconds' (the median
+        over the windows of its log).
     """
 
     trial: Trial
@@ -206,12 +208,14 @@ class TrialRecord:
     scores: Mapping[str, Scoreboard] = dataclasses.field(default_factory=dict)
     seconds: float = 0.0
     error: str = ""
+    measures: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self.trial) | {
             "state": self.state,
             "seconds": round(self.seconds, 3),
             "error": self.error,
+            "measures": dict(self.measures),
             "scores": {split: board.to_json() for split, board in self.scores.items()},
         }
 
@@ -296,7 +300,14 @@ def read_record(run_dir: epath.PathLike, trial: Trial) -> TrialRecord:
             f" {'; '.join(trial.bindings)}; choose another folder"
         )
     boards = {split: Scoreboard.from_json(board) for split, board in record["scores"].items()}
-    return TrialRecord(trial, record["state"], boards, record["seconds"], record["error"])
+    return TrialRecord(
+        trial,
+        record["state"],
+        boards,
+        record["seconds"],
+        record["error"],
+        record.get("measures", {}),
+    )
 
 
 def _run(sweep: Sweep, trial: Trial, run_dir: epath.Path, run_trial: RunTrial) -> TrialRecord:
