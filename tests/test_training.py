@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from tiny_runs import MODEL, make_base_run, write_words
 
 from flix_jax.adapters.features import FeatureSpace, FeatureType
 from flix_jax.adapters.injection import AdapterSpec
@@ -16,60 +17,23 @@ from flix_jax.data.cells import Mixture
 from flix_jax.data.vocabularies import ByteVocabulary
 from flix_jax.experiments import inference, training
 from flix_jax.experiments.job import Job
-from flix_jax.experiments.run import Evaluation, Run
-from flix_jax.models.config import T5Config
+from flix_jax.experiments.run import Evaluation
 from flix_jax.tasks.xtreme_up import TaskFormat, XtremeUp
 from flix_jax.training.optimizers import Optimizer, Schedule
 from flix_jax.training.reporting import read_metrics
 
-MODEL = T5Config(
-    vocab_size=384,
-    emb_dim=16,
-    num_heads=2,
-    head_dim=8,
-    mlp_dim=32,
-    num_encoder_layers=1,
-    num_decoder_layers=1,
-    dropout_rate=0.1,
-    scan_layers=True,
-)
 TYPES = (FeatureType("task", rank=2, dropout=0.3), FeatureType("language", rank=2, dropout=0.3))
 STEPS = 40
 
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
-    """Two tasks in three languages: `up/x` is held out, the language `z` entirely."""
-    root = tmp_path_factory.mktemp("data")
-    rng = np.random.default_rng(0)
-    for task, change in (("up", str.upper), ("back", lambda word: word[::-1])):
-        for language, letters in (("x", "abc"), ("y", "def"), ("z", "ghi")):
-            for split, count in (("train", 30), ("validation", 5)):
-                words = ["".join(rng.choice(list(letters), 4)) for _ in range(count)]
-                path = root / task / split / f"{language}.jsonl"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                lines = [json.dumps({"input": word, "target": change(word)}) for word in words]
-                path.write_text("\n".join(lines) + "\n")
-    return root
+    return write_words(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
 def base_run(data_dir):
-    """Full training: what the adapters stand on."""
-    return Run(
-        model=MODEL,
-        source=XtremeUp(str(data_dir)),
-        vocabulary=ByteVocabulary(),
-        mixture=Mixture(held_out=("up/x", "*/z")),
-        inputs_length=8,
-        targets_length=6,
-        total_steps=4,
-        batch_size=8,
-        optimizer=Optimizer("adafactor", Schedule(learning_rate=1e-2)),
-        save_every=20,
-        log_every=10,
-        evaluation=Evaluation(batch_size=8),
-    )
+    return make_base_run(data_dir)
 
 
 @pytest.fixture(scope="module")

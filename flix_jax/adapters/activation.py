@@ -6,6 +6,7 @@ outside the network, and reaches the network as weights: a rematerialised or sca
 needs no random numbers for it, and every layer sees the same subset.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import flax.struct
@@ -25,11 +26,48 @@ class ActiveFeatures:
       ids: int32 [batch, slots], each id counting within its type, -1 where absent.
       weights: float32 [batch, slots], what each feature's update is multiplied with: 0 where the
         feature is absent or dropped.
+      scales: by type, float32 [values, rank], what the columns of each value are multiplied with;
+        None is what the space says (`FeatureType.scales`).
     """
 
     # No shapes here: JAX rebuilds a tree with shardings and the like in place of its arrays.
     ids: Any
     weights: Any
+    scales: Any = None
+
+
+@flax.struct.dataclass
+class FeatureSettings:
+    """What of a feature space are numbers and no shapes: so that a compiled program takes them.
+
+    Attributes:
+      dropouts: by type, float32 [values], the dropout rate of each value.
+      scales: by type, float32 [values, rank], as in ActiveFeatures; zero in the columns beyond a
+        value's rank.
+    """
+
+    dropouts: Any
+    scales: Any
+
+    @classmethod
+    def of(
+        cls, space: FeatureSpace, alpha: float | None, widths: Mapping[str, int] | None = None
+    ) -> "FeatureSettings":
+        """Those of a space, NumPy arrays.
+
+        Args:
+          space: its values must be known.
+          alpha: scale alpha / rank of each value; None means 1.
+          widths: by type, the rank of banks that are wider than the space's own; what is beyond has
+            a scale of zero, and so no effect and no gradient.
+        """
+        scales = {}
+        for t in space.types:
+            own = t.scales(alpha).astype(np.float32)
+            width = t.max_rank if widths is None else widths[t.name]
+            scales[t.name] = np.pad(own, ((0, 0), (0, width - own.shape[1])))
+        dropouts = {t.name: np.asarray(t.value_dropouts, np.float32) for t in space.types}
+        return cls(dropouts, scales)
 
 
 def check_shape(space: FeatureSpace, ids, weights, place: str = "feature_ids") -> None:
@@ -54,6 +92,7 @@ def activate(
     feature_weights: Array | np.ndarray | None = None,
     *,
     dropout_rng: Array | None = None,
+    settings: FeatureSettings | None = None,
 ) -> ActiveFeatures:
     """Computes the active features of a batch, with feature dropout when given a key.
 
@@ -67,6 +106,7 @@ def activate(
         silently another feature.
       feature_weights: float [batch, slots]; 1 by default.
       dropout_rng: key for feature dropout; None switches it off (evaluation).
+      settings: dropout rates and scales in place of the space's own.
 
     Returns:
       ActiveFeatures; weights are exactly 0 where a feature is absent or dropped.
@@ -86,8 +126,9 @@ def activate(
     check_shape(space, ids, weights)
     ids = ids.astype(jnp.int32)
     present = ids != ABSENT
-    if dropout_rng is not None and any(max(t.value_dropouts) > 0 for t in space.types):
-        rates = _rates(space, ids)
+    drops = settings is not None or any(max(t.value_dropouts) > 0 for t in space.types)
+    if dropout_rng is not None and drops:
+        rates = _rates(space, ids, settings)
         kept = _kept(space, present, rates, dropout_rng)
         weights = jnp.where(kept, weights, 0.0)
         if space.rescale:
@@ -95,15 +136,18 @@ def activate(
     weights = jnp.where(present, weights, 0.0)
     bounds = jnp.asarray([t.num_values for t in space.slot_types], jnp.int32)
     weights = jnp.where((ids < ABSENT) | (ids >= bounds), jnp.nan, weights)
-    return ActiveFeatures(ids=ids, weights=weights)
+    return ActiveFeatures(ids, weights, None if settings is None else settings.scales)
 
 
-def _rates(space: FeatureSpace, ids: Array) -> Float[Array, "batch slots"]:
+def _rates(
+    space: FeatureSpace, ids: Array, settings: FeatureSettings | None
+) -> Float[Array, "batch slots"]:
     """The dropout rate of every slot: the same for all slots of a type."""
     columns = []
     for t in space.types:
         slots = ids[:, space.slots(t).start : space.slots(t).stop]
-        table = jnp.asarray(t.value_dropouts, jnp.float32)
+        known = t.value_dropouts if settings is None else settings.dropouts[t.name]
+        table = jnp.asarray(known, jnp.float32)
         rate = jnp.where(slots == ABSENT, 0.0, jnp.take(table, slots, mode="clip"))
         columns.append(jnp.broadcast_to(rate.max(axis=1, keepdims=True), slots.shape))
     return jnp.concatenate(columns, axis=1)

@@ -44,7 +44,7 @@ def delta(
       banks: type name -> (a [values, d_in, rank], b [values, rank, d_out]), usually float32.
       active: the features of each example, ids and weights [batch, slots].
       space: the feature space that the ids count in.
-      alpha: scale alpha / rank of each value; None means 1.
+      alpha: scale alpha / rank of each value, where `active` has no scales; None means 1.
 
     Returns:
       The update, in x's dtype; the products are computed in that dtype and accumulate in float32
@@ -109,7 +109,8 @@ def _coefficients(
     slots = space.slots(t)
     ids = _columns(active.ids, slots)
     weights = jnp.where(ids == ABSENT, 0.0, _columns(active.weights, slots))
-    scales = jnp.asarray(t.scales(alpha), weights.dtype)  # [values, rank]
+    known = t.scales(alpha) if active.scales is None else active.scales[t.name]
+    scales = jnp.asarray(known, weights.dtype)  # [values, rank]
     if t.num_values == 1:
         # One value in several slots is one update with the sum of their weights.
         return weights.sum(axis=1, keepdims=True) * scales

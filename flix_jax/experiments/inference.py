@@ -119,30 +119,52 @@ def evaluate(
     split = split or run.evaluation.split
     trained, frozen, found = restore(job, step)
     evaluation = evaluator(job, split, cells=cells)
+    predictors = job.predictors(trained, frozen)
+    mark = fingerprint(job, trained, frozen)
+    board, folder = score(job, evaluation, predictors, found, mark, say)
+    if confidence is not None:
+        board = scoring.with_intervals(board, folder, confidence)
+    if cells is None:
+        write_board(job, board, folder, found, split)
+    return board
+
+
+def score(
+    job: Job,
+    evaluation: CellEvaluator,
+    predictors: Mapping[str, Any],
+    step: int,
+    mark: str,
+    say: Callable[[str], None],
+) -> tuple[Scoreboard, epath.Path]:
+    """The scores of a job's cells, and the folder with their predictions.
+
+    Args:
+      job: whose folder and cells.
+      evaluation: of its cells.
+      predictors: as `Job.predictors` gives them.
+      step: of the parameters.
+      mark: their `fingerprint`.
+      say: takes lines of progress.
+    """
     watch = _Watch(say)
-    scores = evaluation.evaluate(
-        job.predictors(trained, frozen),
-        job.run_dir,
-        found,
-        fingerprint=fingerprint(job, trained, frozen),
-        progress=watch,
-    )
+    scores = evaluation.evaluate(predictors, job.run_dir, step, fingerprint=mark, progress=watch)
     for name, without in job.unknown_features(evaluation.tasks).items():
         examples = sum(int(scores[cell.name]["examples"]) for cell in without)
         say(
             f"evaluate: the adapters have no {name} for {len(without)} of {len(scores)} cells, "
             f"{examples:,} examples, which run without one: " + cells_lib.name_some(without)
         )
-    board = scoring.scoreboard(run, job.split, scores)
-    folder = evaluation.folder(job.run_dir, found)
-    if confidence is not None:
-        board = scoring.with_intervals(board, folder, confidence)
-    if cells is None:
-        made = {"step": found, "split": split}
-        board.write(folder, made)
-        if split == run.evaluation.split:
-            board.write(job.run_dir, made)
-    return board
+    board = scoring.scoreboard(job.run, job.split, scores)
+    return board, evaluation.folder(job.run_dir, step)
+
+
+def write_board(job: Job, board: Scoreboard, folder: epath.Path, step: int, split: str) -> None:
+    """Leaves the scores of all cells beside the predictions, and in the run's folder its own."""
+    made = {"step": step, "split": split}
+    board.write(folder, made)
+    if split == job.run.evaluation.split:
+        board.write(job.run_dir, made)
 
 
 class _Watch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import os
@@ -211,6 +212,17 @@ class Job:
             )
         return overlap.compare(run.source, self.split, drop=setting == "drop")
 
+    def share_comparison(self, other: Job) -> None:
+        """Takes over what a job of the same cells has found by reading them."""
+        self.__dict__["comparison"] = other.comparison
+
+    def with_model(self, model: EncoderDecoder) -> Job:
+        """The same job for another model of the same network, to predict with."""
+        other = copy.copy(self)
+        other.model = model
+        other.__dict__.pop("_programs", None)
+        return other
+
     def check_data(self) -> None:
         """Reads the texts that the run will train on and be evaluated on while it trains.
 
@@ -260,7 +272,7 @@ class Job:
             rates,
             lengths=self.lengths,
             global_batch_size=run.batch_size,
-            seed=run.seed,
+            seed=run.order_seed,
             transforms=run.transforms,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
@@ -351,39 +363,44 @@ class Job:
             return "none there, some here" if saved == NONE else "some there, none here"
         return self.space.difference(FeatureSpace.from_json(saved)) or "as another version wrote it"
 
-    def predictors(self, trained: Any, frozen: Any) -> dict[str, Predictor]:
+    def predictors(self, trained: Any, frozen: Any, settings: Any = None) -> dict[str, Predictor]:
         """By kind of inference: batch of arrays -> what `CellEvaluator.evaluate` asks for.
+
+        `settings` are `EncoderDecoder.settings`: another adapter's dropout rates and scales.
 
         'generate' gives tokens int32 [batch, targets_length], 'complete' three guesses
         [batch, 3, targets_length] by beam search, 'retrieve' embeddings float32 [batch, embed].
         """
 
-        def predictor(program: Callable[[Any, Any, Any], jax.Array]) -> Predictor:
+        def predictor(program: Callable[[Any, Any, Any, Any], jax.Array]) -> Predictor:
             def predict(batch: dict[str, np.ndarray]) -> np.ndarray:
                 wanted = {k: v for k, v in batch.items() if k in _PREDICT_FROM}
                 placed = partitioning.put_batch(self.mesh, wanted)
-                return np.asarray(jax.device_get(program(trained, frozen, placed)))
+                return np.asarray(jax.device_get(program(trained, frozen, placed, settings)))
 
             return predict
 
         return {kind: predictor(program) for kind, program in self._programs.items()}
 
     @functools.cached_property
-    def _programs(self) -> dict[str, Callable[[Any, Any, Any], jax.Array]]:
+    def _programs(self) -> dict[str, Callable[[Any, Any, Any, Any], jax.Array]]:
         """The jitted programs of `predictors`, each compiled when it is first called."""
         length = self.run.targets_length
 
-        def program(of: Callable[[Any, Any], jax.Array]) -> Callable[[Any, Any, Any], jax.Array]:
+        def program(of: Callable[[Any, Any, Any], jax.Array]) -> Callable[..., jax.Array]:
             return jax.jit(
-                lambda trained, frozen, batch: of(tree.join(frozen, trained), batch),
+                lambda trained, frozen, batch, settings: of(
+                    dataclasses.replace(self.model, settings=settings),
+                    tree.join(frozen, trained),
+                    batch,
+                ),
                 out_shardings=partitioning.replicated(self.mesh),
             )
 
-        model = self.model
         return {
-            GENERATE: program(lambda p, batch: model.predict(p, batch, max_length=length)),
+            GENERATE: program(lambda m, p, batch: m.predict(p, batch, max_length=length)),
             COMPLETE: program(
-                lambda p, batch: model.predict_n(p, batch, max_length=length, beams=GUESSES)[0]
+                lambda m, p, batch: m.predict_n(p, batch, max_length=length, beams=GUESSES)[0]
             ),
-            RETRIEVE: program(lambda p, batch: model.embed(p, batch, normalize=True)),
+            RETRIEVE: program(lambda m, p, batch: m.embed(p, batch, normalize=True)),
         }

@@ -107,6 +107,8 @@ class Run:
       frozen_dtype: the frozen parameters' dtype, one of ``FROZEN_DTYPES``; None leaves them.
       mesh: how the devices are arranged.
       seed: of initialisation, dropout and the order of the data.
+      data_seed: of the order of the data, where it is another one: runs of several seeds that see
+        the same batches. None is ``seed``.
       save_every, log_every: in steps.
       keep: how many of the newest checkpoints are kept.
       evaluation: how the run is evaluated.
@@ -133,6 +135,7 @@ class Run:
     frozen_dtype: str | None = None
     mesh: MeshSpec = MeshSpec()
     seed: int = 0
+    data_seed: int | None = None
     save_every: int = 1000
     log_every: int = 50
     keep: int = 2
@@ -169,6 +172,11 @@ class Run:
         """
         source = self.source
         return self.mixture.select(source.cells(), lambda cell: "train" in source.splits(cell))
+
+    @property
+    def order_seed(self) -> int:
+        """The seed of the order of the data."""
+        return self.seed if self.data_seed is None else self.data_seed
 
     @property
     def trains_everything(self) -> bool:

@@ -199,8 +199,8 @@ class TrialRecord:
       scores: {split: scoreboard} of a finished trial.
       seconds: what its last attempt took.
       error: why it failed.
-      measures: numbers beside the scores: 'parameters' (trained ones) and 'step_seconds' (the median
-        over the windows of its log).
+      measures: numbers beside the scores: 'parameters' (trained ones) and 'step_seconds' (the
+        median over the windows of its log).
     """
 
     trial: Trial

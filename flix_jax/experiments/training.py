@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import statistics
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,7 +18,7 @@ from flix_jax.experiments.run import Run
 from flix_jax.training import partitioning
 from flix_jax.training.checkpoints import Checkpoints
 from flix_jax.training.loop import fit
-from flix_jax.training.reporting import Reporter
+from flix_jax.training.reporting import Reporter, read_metrics
 from flix_jax.training.step import TrainState, train_step
 
 
@@ -46,16 +47,7 @@ def train(
     """
     job = Job(run, run_dir, bases_dir=bases_dir)
     job.check_data()  # a mistake is better found before anything is trained than after
-    if isinstance(run.base, Run):
-        assert job.base_dir is not None
-        if not _is_finished(run.base, job.base_dir):
-            train(
-                run.base,
-                job.base_dir,
-                bases_dir=bases_dir,
-                title=f"{title}: base",
-                show_cells=show_cells,
-            )
+    train_base(job, bases_dir=bases_dir, title=title, show_cells=show_cells)
     base = job.load_base()
     pipeline = job.pipeline()
     optimizer = run.optimizer.build(run.total_steps)
@@ -77,8 +69,7 @@ def train(
         job.note_folder()
         data = pipeline.report()
         notes = data_notes.write(job, data)
-        if config is not None:
-            files.write_text(job.run_dir / "config.gin", config)
+        keep_config(job, config)
         reporter = stack.enter_context(
             Reporter(
                 job.run_dir,
@@ -121,6 +112,49 @@ def train(
             judge=scoring.judge(run, job.split),
         )
     return job
+
+
+def train_base(
+    job: Job, *, bases_dir: epath.PathLike | None, title: str, show_cells: bool = False
+) -> None:
+    """Trains the base of a job, where that is a run which is not finished."""
+    base = job.run.base
+    if isinstance(base, Run):
+        assert job.base_dir is not None
+        if not _is_finished(base, job.base_dir):
+            train(
+                base,
+                job.base_dir,
+                bases_dir=bases_dir,
+                title=f"{title}: base",
+                show_cells=show_cells,
+            )
+
+
+def keep_config(job: Job, config: str | None) -> None:
+    """Writes the operative config to the run's folder."""
+    if config is not None:
+        files.write_text(job.run_dir / "config.gin", config)
+
+
+def measures(job: Job, trained: Any, share: float = 1.0) -> dict[str, float]:
+    """How many parameters are trained, and the median time of a step in the run's log.
+
+    Args:
+      job: a run that is trained.
+      trained: its trained parameters.
+      share: of a step's time that is this run's, where several ran as one program.
+    """
+    count = tree.count_parameters(trained)
+    if job.space is not None:
+        by_type = tree.adapter_counts(trained, job.space).values()
+        count = sum(sum(values.values()) for values in by_type)
+    found = {"parameters": float(count)}
+    lines = read_metrics(job.run_dir / "metrics.jsonl")
+    rates = [line["steps_per_second"] for line in lines if line.get("steps_per_second")]
+    if rates:  # the first window holds the compilation
+        found["step_seconds"] = share / statistics.median(rates[1:] or rates)
+    return found
 
 
 def _evaluation(job: Job, frozen: Any) -> Callable[[int, Any], Mapping[str, Mapping[str, float]]]:

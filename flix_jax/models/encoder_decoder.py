@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from flix_jax.adapters.activation import ActiveFeatures, activate
+from flix_jax.adapters.activation import ActiveFeatures, FeatureSettings, activate
 from flix_jax.adapters.injection import AdapterSpec, inject
 from flix_jax.models import decoding, losses
 
@@ -46,6 +46,8 @@ class EncoderDecoder:
       adapters: what is injected into it; None for the network alone.
       label_smoothing, z_loss: of the loss (see losses.cross_entropy).
       eos_id: the token that ends a decoded sequence.
+      settings: dropout rates and scales in place of the feature space's own, to be set within a
+        trace: arrays, so they are no part of what a model is equal by.
     """
 
     module: nn.Module
@@ -53,6 +55,7 @@ class EncoderDecoder:
     label_smoothing: float = 0.0
     z_loss: float = 0.0
     eos_id: int = 1
+    settings: FeatureSettings | None = dataclasses.field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.label_smoothing < 1.0:
@@ -264,7 +267,11 @@ class EncoderDecoder:
                 "encoder_input_tokens"
             )
         return activate(
-            self.adapters.space, ids, batch.get("feature_weights"), dropout_rng=feature_rng
+            self.adapters.space,
+            ids,
+            batch.get("feature_weights"),
+            dropout_rng=feature_rng,
+            settings=self.settings,
         )
 
     def _injected(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import optax
@@ -44,13 +45,20 @@ class Schedule:
         """Whether a longer run has another learning rate at the same step."""
         return self.kind in ("linear", "cosine")
 
-    def build(self, total_steps: int) -> Callable[[jax.typing.ArrayLike], jax.typing.ArrayLike]:
+    def build(
+        self, total_steps: int, learning_rate: Any = None
+    ) -> Callable[[jax.typing.ArrayLike], jax.typing.ArrayLike]:
         """The optax schedule of a run of ``total_steps`` steps.
+
+        Args:
+          total_steps: of the run.
+          learning_rate: the peak in place of the schedule's own; it may be traced.
 
         Raises:
           ValueError: the warm-up outlasts the run.
         """
-        peak, warmup = self.learning_rate, self.warmup_steps
+        peak = self.learning_rate if learning_rate is None else learning_rate
+        warmup = self.warmup_steps
         if warmup >= total_steps:
             raise ValueError(
                 f"Schedule.warmup_steps {warmup} is not below the run's total_steps {total_steps}"
@@ -103,8 +111,8 @@ class Optimizer:
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise ValueError(f"Optimizer.clip_norm must be positive or None, got {self.clip_norm}")
 
-    def build(self, total_steps: int) -> optax.GradientTransformation:
-        """The transformation of a run of ``total_steps`` steps."""
+    def build(self, total_steps: int, learning_rate: Any = None) -> optax.GradientTransformation:
+        """The transformation of a run; ``total_steps`` and ``learning_rate`` as in Schedule."""
         parts = []
         if self.clip_norm is not None:
             parts.append(optax.clip_by_global_norm(self.clip_norm))
@@ -116,5 +124,6 @@ class Optimizer:
             parts.append(optax.scale_by_adam(b1=self.b1, b2=self.b2, eps=self.eps))
         if self.weight_decay:
             parts.append(optax.add_decayed_weights(self.weight_decay))
-        parts.append(optax.scale_by_learning_rate(self.schedule.build(total_steps)))
+        schedule = self.schedule.build(total_steps, learning_rate)
+        parts.append(optax.scale_by_learning_rate(schedule))
         return optax.chain(*parts)

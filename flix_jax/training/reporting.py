@@ -38,6 +38,7 @@ class Reporter:
       log_every: the window in steps.
       wait_seconds: the time so far in which the loop waited for data.
       title: what is running, before the progress bar.
+      show: whether the console is written to.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Reporter:
         log_every: int,
         wait_seconds: Callable[[], float],
         title: str = "train",
+        show: bool = True,
     ) -> None:
         self._path = epath.Path(run_dir) / "metrics.jsonl"
         self._lines = [x for x in read_metrics(self._path) if x["step"] <= start_step]
@@ -65,7 +67,7 @@ class Reporter:
         self._written = 0.0
         self._total = total_steps
         self._title = title
-        self._console = Console(stderr=True)
+        self._console = Console(stderr=True, quiet=not show)
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=20),
@@ -73,7 +75,7 @@ class Reporter:
             TimeRemainingColumn(),
             TextColumn("{task.fields[values]}"),
             console=self._console,
-            disable=not self._console.is_terminal,
+            disable=not (show and self._console.is_terminal),
         )
         self._task = self._progress.add_task(
             title, total=total_steps, completed=start_step, values="compiling"
@@ -82,7 +84,7 @@ class Reporter:
         self._start_window()
         self._started = (start_step, time.monotonic())
 
-    def step(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
+    def step(self, step: int, metrics: Mapping[str, jax.typing.ArrayLike]) -> None:
         """Takes a step's metrics, still on the device."""
         if len(self._pending) >= self._log_every:
             self.flush()

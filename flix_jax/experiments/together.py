@@ -1,0 +1,361 @@
+"""Runs that are trained together as one program, each in a folder of its own.
+
+What may differ among them is told by `MAY_DIFFER`: adapters' ranks, feature dropout, alpha,
+learning rate, the optimizer's other numbers, the seed. Each folder is that of the run by itself,
+with its checkpoints, metrics and predictions: any of them may go on alone, or be evaluated again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from flix_jax.adapters import tree
+from flix_jax.adapters.activation import FeatureSettings
+from flix_jax.adapters.features import FeatureSpace
+from flix_jax.data.pipeline import PrefetchIterator, check_state
+from flix_jax.evaluation.scoreboard import Scoreboard
+from flix_jax.experiments import data_notes, inference, scoring, training
+from flix_jax.experiments.job import Job
+from flix_jax.experiments.run import FREE, RANDOM, Run
+from flix_jax.training import trials as trials_lib
+from flix_jax.training.checkpoints import Checkpoints
+from flix_jax.training.reporting import Reporter
+from flix_jax.training.step import TrainState
+
+# Values of a run, by their names in its description, that may differ within a program.
+MAY_DIFFER = re.compile(
+    r"adapters\.alpha|adapters\.space\.types\.\d+\.(rank|ranks\b.*|dropout|dropouts\b.*)"
+    r"|optimizer\.(b1|b2|eps|weight_decay|clip_norm)|optimizer\.schedule\..*|seed|data_seed"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What became of one run.
+
+    Attributes:
+      scores: by split.
+      measures: 'parameters' and 'step_seconds'.
+      error: why it failed; '' where it did not.
+    """
+
+    scores: Mapping[str, Scoreboard] = dataclasses.field(default_factory=dict)
+    measures: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    error: str = ""
+
+
+def program_of(run: Run) -> dict[str, str]:
+    """The values that runs of one program have in common, by name."""
+    values = {
+        name: text
+        for name, text in run.describe().items()
+        if not MAY_DIFFER.fullmatch(name) and not FREE.fullmatch(f"{name}={text}")
+    }
+    values["total_steps"] = str(run.total_steps)
+    values["order of the data: seed"] = str(run.order_seed)
+    if run.base == RANDOM:
+        values["base of seed"] = str(run.seed)
+    optimizer = run.optimizer
+    values["optimizer.clip_norm is None"] = str(optimizer.clip_norm is None)
+    values["optimizer.weight_decay is 0"] = str(optimizer.weight_decay == 0)
+    for name in ("evaluation.split", "evaluation.batch_size", "evaluation.every", "save_every"):
+        values[name] = run.describe().get(name, "")
+    if run.adapters is None:
+        values["whole network of"] = run.fingerprint()
+    return values
+
+
+def wide_space(spaces: Sequence[FeatureSpace]) -> FeatureSpace:
+    """The space whose banks hold those of all of ``spaces``, which differ in ranks at most."""
+    types = [
+        dataclasses.replace(
+            same[0], rank=max(t.max_rank for t in same), ranks={}, dropout=0.0, dropouts={}
+        )
+        for same in zip(*(space.types for space in spaces), strict=True)
+    ]
+    return dataclasses.replace(spaces[0], types=tuple(types))
+
+
+def train_together(
+    runs: Sequence[Run],
+    folders: Sequence[epath.PathLike],
+    *,
+    bases_dir: epath.PathLike,
+    configs: Sequence[str | None],
+    splits: Sequence[str],
+    log_dir: epath.PathLike,
+    title: str,
+    say: Callable[[str], None] = print,
+) -> list[Outcome]:
+    """Trains runs of one program in their folders, from where they stand, and scores them.
+
+    Args:
+      runs: equal in `program_of`.
+      folders: of each.
+      bases_dir: where their base lives.
+      configs: the operative gin config of each.
+      splits: on which they are scored.
+      log_dir: for the metrics of all of them together.
+      title: what the progress display calls them.
+      say: takes lines of progress of evaluations.
+
+    Returns:
+      The outcome of each; a run whose loss was not finite has failed, and the others went on.
+    """
+    group = _Group(runs, folders, bases_dir, title)
+    with contextlib.ExitStack() as stack:
+        stack.callback(group.close)
+        states = group.fit(configs, epath.Path(log_dir))
+        return group.score(states, splits, say)
+
+
+class _Group:
+    """Jobs over one base and one stream of batches."""
+
+    def __init__(
+        self,
+        runs: Sequence[Run],
+        folders: Sequence[epath.PathLike],
+        bases_dir: epath.PathLike,
+        title: str,
+    ) -> None:
+        if jax.process_count() > 1:
+            raise ValueError("trials of one program run in one process; got several")
+        self.jobs = [
+            Job(run, folder, bases_dir=bases_dir) for run, folder in zip(runs, folders, strict=True)
+        ]
+        self.lead = self.jobs[0]
+        self.run = self.lead.run
+        self.title = title
+        self.errors = [""] * len(runs)
+        self.lead.check_data()
+        training.train_base(self.lead, bases_dir=bases_dir, title=title)
+        self.base = self.lead.load_base()
+        self.pipeline = self.lead.pipeline()
+        spaces = [job.space for job in self.jobs if job.space is not None]
+        self.wide = wide_space(spaces)
+        adapters = self.lead.model.adapters
+        assert adapters is not None
+        self.model = dataclasses.replace(
+            self.lead.model, adapters=dataclasses.replace(adapters, space=self.wide, alpha=None)
+        )
+        self.optimizers = [run.optimizer.build(run.total_steps) for run in runs]
+        self.templates = [
+            job.parameters.state_template(optimizer)
+            for job, optimizer in zip(self.jobs, self.optimizers, strict=True)
+        ]
+        self.settings = [self._settings(job) for job in self.jobs]
+        self.program = trials_lib.Trials(
+            [
+                trials_lib.Trial(template, run.optimizer, run.seed, settings)
+                for template, run, settings in zip(self.templates, runs, self.settings, strict=True)
+            ],
+            lambda settings: dataclasses.replace(self.model, settings=settings).loss,
+            total_steps=self.run.total_steps,
+            mesh=self.lead.mesh,
+            microbatches=self.run.microbatches,
+        )
+        self.frozen = self.lead.frozen_parameters(self.base)
+        self.checkpoints: list[Checkpoints] = [job.checkpoints(self.base) for job in self.jobs]
+
+    def close(self) -> None:
+        for checkpoints in self.checkpoints:
+            checkpoints.close()
+
+    def _settings(self, job: Job) -> FeatureSettings:
+        adapters = job.model.adapters
+        assert adapters is not None and job.space is not None
+        widths = {t.name: t.max_rank for t in self.wide.types}
+        return FeatureSettings.of(job.space, adapters.alpha, widths)
+
+    def _start(self) -> tuple[list[TrainState], Mapping[str, Any] | None]:
+        """The states to go on from: of the newest step that all have, or of the beginning."""
+        common = set.intersection(*(set(c.all_steps()) for c in self.checkpoints))
+        if not common:
+            states = []
+            for job, optimizer in zip(self.jobs, self.optimizers, strict=True):
+                trained, _ = job.initial_parameters(self.base)
+                states.append(job.parameters.create_state(trained, optimizer))
+            return states, None
+        restored = [
+            checkpoints.restore(template, max(common))
+            for checkpoints, template in zip(self.checkpoints, self.templates, strict=True)
+        ]
+        return [state for state, _ in restored], restored[0][1]
+
+    def fit(self, configs: Sequence[str | None], log_dir: epath.Path) -> list[TrainState]:
+        """Trains to the last step; the states of all runs, failed ones where they stopped."""
+        states, data_state = self._start()
+        first, total = int(states[0].step), self.run.total_steps
+        if first == total:
+            return states
+        if data_state is not None:
+            check_state(data_state, self.pipeline.state())
+        with contextlib.ExitStack() as stack:
+            batches = stack.enter_context(
+                PrefetchIterator(self.pipeline, first, put=self.program.put_batch)
+            )
+            reporters = self._reporters(stack, batches, first, configs)
+            overall = stack.enter_context(
+                self._reporter(log_dir, batches, first, self.title, show=True)
+            )
+            overall.say(
+                f"{self.title}: {len(self.jobs)} trials as one program, "
+                f"{tree.count_parameters(self.frozen):,} parameters frozen, step {first} of {total}"
+            )
+            state = self.program.stack(states)
+            del states
+            pending: list[tuple[int, Any]] = []
+            for step in range(first + 1, total + 1):
+                state, metrics = self.program.step(state, self.frozen, next(batches))
+                if len(pending) >= self.run.log_every:
+                    self._report(pending, reporters, overall)
+                pending.append((step, metrics))
+                last = step == total
+                every = self.run.evaluation.every
+                evaluating = every and (last or step % every == 0)
+                if last or evaluating or step % self.run.save_every == 0:
+                    self._report(pending, reporters, overall)
+                    self._save(state, step, batches.state(), reporters, bool(evaluating))
+            for checkpoints in self.checkpoints:
+                checkpoints.wait()
+            return [self.program.take(state, i) for i in range(len(self.jobs))]
+
+    def _reporter(
+        self, folder: epath.Path, batches: PrefetchIterator, first: int, title: str, show: bool
+    ) -> Reporter:
+        return Reporter(
+            folder,
+            total_steps=self.run.total_steps,
+            start_step=first,
+            log_every=self.run.log_every,
+            wait_seconds=lambda: batches.wait_seconds,
+            title=title,
+            show=show,
+        )
+
+    def _reporters(
+        self,
+        stack: contextlib.ExitStack,
+        batches: PrefetchIterator,
+        first: int,
+        configs: Sequence[str | None],
+    ) -> list[Reporter]:
+        data = self.pipeline.report()
+        reporters = []
+        for job, config in zip(self.jobs, configs, strict=True):
+            job.note_folder()
+            job.share_comparison(self.lead)
+            data_notes.write(job, data)
+            training.keep_config(job, config)
+            reporter = self._reporter(job.run_dir, batches, first, job.run_dir.name, show=False)
+            reporters.append(stack.enter_context(reporter))
+        return reporters
+
+    def _report(
+        self, pending: list[tuple[int, Any]], reporters: Sequence[Reporter], overall: Reporter
+    ) -> None:
+        """Hands the metrics of a window to those of the runs that are well, and their mean on."""
+        for step, metrics in jax.device_get(pending):
+            alive = [i for i in range(len(self.jobs)) if not self.errors[i]]
+            for i in alive:
+                values = {name: float(value[i]) for name, value in metrics.items()}
+                if not np.isfinite(values["loss"]):
+                    self.errors[i] = f"the loss is {values['loss']} at step {step}"
+                    overall.say(f"{self.jobs[i].run_dir.name}: {self.errors[i]}; the others go on")
+                    continue
+                reporters[i].step(step, values)
+            well = [i for i in alive if not self.errors[i]]
+            if not well:
+                raise FloatingPointError(next(e for e in self.errors if e))
+            mean = {name: float(np.mean(value[well])) for name, value in metrics.items()}
+            overall.step(step, mean | {"tokens": mean["tokens"] * len(well)})
+        pending.clear()
+        for i, reporter in enumerate(reporters):
+            if not self.errors[i]:
+                reporter.flush()
+        overall.flush()
+
+    def _save(
+        self,
+        state: trials_lib.TrialsState,
+        step: int,
+        data_state: Mapping[str, Any],
+        reporters: Sequence[Reporter],
+        evaluating: bool,
+    ) -> None:
+        for i, (job, checkpoints) in enumerate(zip(self.jobs, self.checkpoints, strict=True)):
+            if self.errors[i]:
+                continue
+            own, value = self.program.take(state, i), None
+            if evaluating:
+                evaluation = self._evaluator(job.run.evaluation.split, while_training=True)
+                scores = evaluation.evaluate(
+                    self._predictors(i, own.trained),
+                    job.run_dir,
+                    step,
+                    fingerprint=inference.fingerprint(job, own.trained, self.frozen),
+                )
+                reporters[i].scores(step, scores)
+                judge = scoring.judge(job.run, job.split)
+                value = judge(scores) if judge else None
+            due = step == self.run.total_steps or step % self.run.save_every == 0
+            if due or checkpoints.improves(value):
+                reporters[i].sync()
+                checkpoints.save(own, data_state, value)
+
+    @functools.cached_property
+    def _wide_job(self) -> Job:
+        return self.lead.with_model(self.model)
+
+    def _evaluator(self, split: str, while_training: bool = False) -> Any:
+        key = split, while_training
+        if key not in self._evaluators:
+            limit = None
+            if while_training:
+                limit = scoring.examples_per_cell(self.run, self.lead.split.cells)
+            self._evaluators[key] = inference.evaluator(self.lead, split, limit)
+        return self._evaluators[key]
+
+    @functools.cached_property
+    def _evaluators(self) -> dict[tuple[str, bool], Any]:
+        return {}
+
+    def _predictors(self, index: int, trained: Any) -> dict[str, Any]:
+        wide = jax.tree.map(
+            lambda leaf, shape: trials_lib.pad(leaf, shape.shape),
+            trained,
+            self.program.template.trained,
+        )
+        return self._wide_job.predictors(wide, self.frozen, self.settings[index])
+
+    def score(
+        self, states: Sequence[TrainState], splits: Sequence[str], say: Callable[[str], None]
+    ) -> list[Outcome]:
+        """The outcome of every run; what was evaluated before is read."""
+        outcomes = []
+        for i, (job, state) in enumerate(zip(self.jobs, states, strict=True)):
+            if self.errors[i]:
+                outcomes.append(Outcome(error=self.errors[i]))
+                continue
+            boards = {}
+            for split in splits:
+                mark = inference.fingerprint(job, state.trained, self.frozen)
+                predictors = self._predictors(i, state.trained)
+                evaluation = self._evaluator(split)
+                step = int(state.step)
+                board, folder = inference.score(job, evaluation, predictors, step, mark, say)
+                inference.write_board(job, board, folder, step, split)
+                boards[split] = board
+            measures = training.measures(job, state.trained, share=1 / len(self.jobs))
+            outcomes.append(Outcome(boards, measures))
+        return outcomes
