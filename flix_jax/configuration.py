@@ -53,6 +53,7 @@ NAMES: dict[str, str] = {
     "Evaluation": "flix_jax.experiments.run:Evaluation",
     "Sweep": "flix_jax.experiments.sweep:Sweep",
     "Method": "flix_jax.experiments.sweep:Method",
+    "Uniform": "flix_jax.experiments.sweep:Uniform",
 }
 
 

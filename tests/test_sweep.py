@@ -6,7 +6,9 @@ import json
 import pytest
 
 from flix_jax.evaluation.scoreboard import Scoreboard
-from flix_jax.experiments.sweep import Method, Sweep, TrialRecord, read_sweep, run_sweep
+from flix_jax.experiments.sweep import Method, Sweep
+from flix_jax.experiments.trial_records import Outcome, TrialRecord, read_sweep
+from flix_jax.experiments.workers import run_sweep
 
 DROPOUT = {"0": ("features.dropout = 0.0",), "0.5": ("features.dropout = 0.5",)}
 RANK = {2: "rank = 2", 4: "rank = 4", 8: "rank = 8"}
@@ -22,11 +24,14 @@ class Runner:
     def __init__(self, error=None, at=None):
         self.calls, self.error, self.at = [], error, at
 
-    def __call__(self, bindings, folder, seed):
+    def __call__(self, assignments):
+        return [self.one(*assignment) for assignment in assignments]
+
+    def one(self, bindings, folder, seed):
         self.calls.append((bindings, folder.name, seed))
         if len(self.calls) - 1 == self.at:
             raise self.error
-        return {"validation": board(10.0 * len(self.calls))}
+        return Outcome({"validation": board(10.0 * len(self.calls))})
 
 
 def quiet(line):
@@ -108,7 +113,7 @@ def test_every_trial_runs_in_its_folder_and_is_kept(tmp_path):
     kept = json.loads((tmp_path / "trials" / "dropout=0.5,seed=3" / "trial.json").read_text())
     assert kept["state"] == "finished" and kept["bindings"] == ["features.dropout = 0.5"]
     assert lines[0] == "trial 1 of 4: dropout 0, seed 3"
-    assert lines[1].startswith("trial 1 of 4: 10.0 on seen cells (validation) in 0 s")
+    assert lines[1] == "dropout 0, seed 3: 10.0 on seen cells (validation)"
     assert read_sweep(tmp_path) == sweep
 
 
@@ -137,8 +142,11 @@ def test_an_added_label_or_seed_runs_only_what_is_new(tmp_path):
 
 @pytest.mark.parametrize("killed_at", range(4))
 def test_a_killed_sweep_goes_on_and_ends_as_if_it_had_not_been(tmp_path, killed_at):
-    def run_trial(bindings, folder, seed):
-        return {"validation": board(seed + len(bindings[0]))}
+    def run_trial(assignments):
+        return [
+            Outcome({"validation": board(seed + len(bindings[0]))})
+            for bindings, _, seed in assignments
+        ]
 
     class Killed:
         calls = 0

@@ -9,20 +9,25 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from etils import epath
-
     from flix_jax.configuration import Configuration
     from flix_jax.data.cells import Cell
-    from flix_jax.evaluation.scoreboard import Scoreboard
     from flix_jax.experiments.run import Run
     from flix_jax.experiments.sweep import Bindings, Sweep
+    from flix_jax.experiments.trial_records import Outcome
+    from flix_jax.experiments.workers import Assignment
 
 
 class UsageError(ValueError):
     """A command line that cannot be understood."""
+
+
+class _TrialRun(NamedTuple):
+    config: "Configuration"
+    run: "Run"
+    text: str
 
 
 def _configure(arguments: argparse.Namespace, gin_files: Sequence[str]) -> "Configuration":
@@ -116,35 +121,72 @@ def submission(arguments: argparse.Namespace) -> None:
 
 
 def sweep(arguments: argparse.Namespace) -> None:
-    from flix_jax import configuration
-    from flix_jax.experiments import inference, training
-    from flix_jax.experiments.sweep import run_sweep
+    from flix_jax.experiments import together
+    from flix_jax.experiments.workers import run_sweep
 
     config = _configure(arguments, arguments.gin_file)
     sweep = dataclasses.replace(config.build("Sweep"), base=config.digest(without=["Sweep"]))
-    _check_trials(arguments, config, sweep)
+    runs = _check_trials(arguments, config, sweep)
+    worker = _worker(arguments.worker)
+    at_most = min(sweep.trials_per_program, -(-len(runs) // worker[1]))
+    programs = together.programs(runs, at_most)
+    if arguments.dry_run:
+        from flix_jax.experiments import dry_run
+
+        print(dry_run.describe(sweep, runs, programs, arguments.run_dir))
+        return
     bases_dir = os.path.join(arguments.run_dir, "bases")
-    splits = {sweep.report_on, *([sweep.choose_on] if sweep.choose else [])}
+    splits = sorted({sweep.report_on, *([sweep.choose_on] if sweep.choose else [])})
 
-    def run_trial(bindings: "Bindings", folder: "epath.Path", seed: int) -> dict[str, "Scoreboard"]:
-        trial_config = _trial(arguments, bindings, seed)
-        run = trial_config.build("Run")
-        text = configuration.operative_config()
-        with trial_config.placing_errors():
-            training.train(
-                run, folder, bases_dir=bases_dir, config=text, title=folder.name, show_cells=False
+    def run_trials(assignments: Sequence["Assignment"]) -> Sequence["Outcome"]:
+        built = [_trial_run(arguments, bindings, seed) for bindings, _, seed in assignments]
+        folders = [folder for _, folder, _ in assignments]
+        with built[0].config.placing_errors():
+            if len(assignments) == 1:
+                return [
+                    together.train_alone(
+                        built[0].run, folders[0], splits, bases_dir=bases_dir, config=built[0].text
+                    )
+                ]
+            return together.train_together(
+                [one.run for one in built],
+                folders,
+                bases_dir=bases_dir,
+                configs=[one.text for one in built],
+                splits=splits,
+                log_dir=together.log_dir(arguments.run_dir, folders),
+                title=f"{len(folders)} trials",
             )
-            return {
-                split: inference.evaluate(run, folder, split=split, bases_dir=bases_dir)
-                for split in sorted(splits)
-            }
 
-    records = run_sweep(sweep, arguments.run_dir, run_trial)
+    for line in together.explain(runs, programs, sweep.trials_per_program):
+        print(line)
+    records = run_sweep(sweep, arguments.run_dir, run_trials, programs=programs, worker=worker)
     report(arguments)
     failed = [record for record in records if record.state == "failed"]
     if failed:
         first = f"{failed[0].trial} ({failed[0].error})"
         raise FloatingPointError(f"{len(failed)} of {len(records)} trials failed: {first}, …")
+
+
+def _worker(text: str | None) -> tuple[int, int]:
+    """(i, n) of `--worker=i/n`."""
+    if text is None:
+        return 1, 1
+    parts = text.split("/")
+    if len(parts) != 2 or not all(part.isdecimal() for part in parts):
+        raise UsageError(f"--worker={text}: expected i/n, such as 1/2")
+    index, count = map(int, parts)
+    if not 1 <= index <= count:
+        raise UsageError(f"--worker={text}: i counts from 1 to n")
+    return index, count
+
+
+def _trial_run(arguments: argparse.Namespace, bindings: "Bindings", seed: int) -> "_TrialRun":
+    from flix_jax import configuration
+
+    config = _trial(arguments, bindings, seed)
+    run = config.build("Run")
+    return _TrialRun(config, run, configuration.operative_config())
 
 
 def _trial(arguments: argparse.Namespace, bindings: "Bindings", seed: int) -> "Configuration":
@@ -155,16 +197,25 @@ def _trial(arguments: argparse.Namespace, bindings: "Bindings", seed: int) -> "C
     return configuration.load(arguments.gin_file, flags)
 
 
-def _check_trials(arguments: argparse.Namespace, config: "Configuration", sweep: "Sweep") -> None:
+def _check_trials(
+    arguments: argparse.Namespace, config: "Configuration", sweep: "Sweep"
+) -> list["Run"]:
     """Builds every trial's run before the first is trained.
 
     A trial's own binding must have an effect in it; any other, in the sweep or in some trial.
     """
+    from flix_jax.experiments import scoring
+
     unused = {binding.key: (binding, line) for binding, line in config.unused().items()}
     shared = {binding.key for binding in config.bindings}
+    runs = []
     for trial in sweep.trials():
-        trial_config = _trial(arguments, trial.bindings, trial.seed)
-        trial_config.build("Run")
+        try:
+            trial_config = _trial(arguments, trial.bindings, trial.seed)
+            runs.append(trial_config.build("Run"))
+            scoring.check_sweep(sweep, runs[-1])
+        except ValueError as error:
+            raise UsageError(f"sweep {sweep.name!r}, trial {trial}: {error}") from error
         idle = {binding.key: line for binding, line in trial_config.unused().items()}
         for key in idle.keys() - shared:
             raise UsageError(f"trial {trial}: {idle[key]}")
@@ -173,6 +224,7 @@ def _check_trials(arguments: argparse.Namespace, config: "Configuration", sweep:
         if binding.flag:
             raise UsageError(line)
         print(f"warning: {line}", file=sys.stderr)
+    return runs
 
 
 def report(arguments: argparse.Namespace) -> None:

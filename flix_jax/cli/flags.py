@@ -206,6 +206,17 @@ def make_parser() -> argparse.ArgumentParser:
         "  flix sweep --gin_file=configs/sweeps/babel_quickstart.gin --run_dir=runs/quickstart",
     )
     _add_run_dir(sweep, "folder for all runs of the sweep")
+    sweep.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="print the trials, the programs that they share, and what they cost, and stop",
+    )
+    sweep.add_argument(
+        "--worker",
+        metavar="I/N",
+        help="one of N workers on the same folder, which may be on several machines; each takes "
+        "trials that no other has",
+    )
     _add_gin(sweep, required=True)
 
     report = _command(

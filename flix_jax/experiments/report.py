@@ -9,7 +9,8 @@ from flix_jax.adapters import text_tables
 from flix_jax.evaluation import files
 from flix_jax.evaluation.comparison import Comparison, Estimate
 from flix_jax.evaluation.scoreboard import GROUPS, Scoreboard, csv_text
-from flix_jax.experiments.sweep import Sweep, TrialRecord, read_record, read_sweep
+from flix_jax.experiments.sweep import Sweep
+from flix_jax.experiments.trial_records import TrialRecord, read_record, read_sweep
 
 
 @dataclasses.dataclass(frozen=True)

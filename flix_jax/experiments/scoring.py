@@ -18,6 +18,7 @@ from flix_jax.evaluation import bootstrap, files
 from flix_jax.evaluation.metrics import METRICS
 from flix_jax.evaluation.scoreboard import Scoreboard
 from flix_jax.experiments.run import Run
+from flix_jax.experiments.sweep import Sweep
 from flix_jax.tasks.records import read_records
 
 Scores = Mapping[str, Mapping[str, float]]
@@ -96,6 +97,34 @@ def check_evaluation(run: Run, split: CellSplit) -> None:
             raise ValueError(
                 f"Evaluation.keep_best={evaluation.keep_best!r} is no number of an evaluation; "
                 f"{did_you_mean(evaluation.keep_best, named)}"
+            )
+
+
+def check_sweep(sweep: Sweep, run: Run) -> None:
+    """Refuses a sweep whose numbers a run of it will not have; reads no examples.
+
+    Raises:
+      ValueError: no cell has the split to report or choose by, a task is not scored by the metric,
+        or no cell is of the group to choose by.
+    """
+    split = run.split()
+    for name in {sweep.report_on, *([sweep.choose_on] if sweep.choose else [])}:
+        cells = [cell for cell in split.cells if name in run.source.splits(cell)]
+        if not cells:
+            known = {s for cell in split.cells for s in run.source.splits(cell)}
+            raise ValueError(f"no cell has the split {name!r}; {did_you_mean(name, known)}")
+        for cell in cells if sweep.metric else ():
+            metrics = _metrics(run, cell)
+            if sweep.metric not in metrics:
+                raise ValueError(
+                    f"Sweep.metric={sweep.metric!r} is no metric of the task {cell.task!r}, which "
+                    f"is scored by {', '.join(metrics)}"
+                )
+        groups = {split.group(cell) for cell in cells}
+        if name == sweep.choose_on and sweep.choose and sweep.group not in groups:
+            raise ValueError(
+                f"Sweep.group={sweep.group!r}: no cell of {name!r} is of it, only of "
+                f"{', '.join(sorted(groups))}"
             )
 
 

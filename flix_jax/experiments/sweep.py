@@ -1,29 +1,61 @@
-"""Sweeps: the trials that axes and seeds span, run one after another and never twice.
+"""Sweeps: the trials that axes, methods, random draws and seeds span.
 
-A sweep knows bindings as text and never reads them: how a trial is run is given by the caller, and
-how trials are run is decided here alone. Every trial has a folder of its own in
-`<run_dir>/trials/`, with `trial.json` beside what the trial itself writes there.
+A sweep knows bindings as text and never reads them: what they mean is the caller's to know.
 """
 
 import dataclasses
 import itertools
+import math
 import re
-import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from etils import epath
-
 from flix_jax.adapters.suggest import did_you_mean
-from flix_jax.evaluation import files
+from flix_jax.data.order import philox
 from flix_jax.evaluation.metrics import find_metric
-from flix_jax.evaluation.scoreboard import GROUPS, Scoreboard, number
+from flix_jax.evaluation.scoreboard import GROUPS
 
 Bindings = tuple[str, ...]
 Axis = Mapping[str, Bindings]
 
 METHOD = "method"
 """The name of the axis that a sweep's methods form."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Uniform:
+    """A distribution that random values of an axis are drawn from.
+
+    Attributes:
+      low, high: bounds; both may be drawn.
+      log: whether the logarithm is uniform (learning rates), rather than the value.
+      integer: whether values are integers (ranks); others have three significant digits.
+    """
+
+    low: float
+    high: float
+    log: bool = False
+    integer: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.low < self.high:
+            raise ValueError(f"Uniform.low={self.low} is not below Uniform.high={self.high}")
+        if self.log and not self.low > 0:
+            raise ValueError(f"Uniform.low={self.low}: expected above 0 where Uniform.log is set")
+
+    def value(self, *key: Any) -> float | int:
+        """The value that belongs to a key: the same on every machine."""
+        share = philox(*key).random_raw() / 2**64
+        low, high = self.low, self.high
+        if self.integer:
+            low, high = low - 0.5 * (not self.log), high + 0.5 * (not self.log)
+        if self.log:
+            drawn = math.exp(math.log(low) + share * (math.log(high) - math.log(low)))
+        else:
+            drawn = low + share * (high - low)
+        if self.integer:
+            return int(min(max(round(drawn), self.low), self.high))
+        return min(max(float(f"{drawn:.3g}"), self.low), self.high)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,11 +97,20 @@ class Trial:
 class Sweep:
     """What to vary and what to report.
 
-    The trials are every combination of the axes' labels, for every method and every seed.
+    The trials are every combination of the axes' labels, for every method, every draw of the random
+    axes, and every seed.
 
     Attributes:
       name: a sweep's folder is refused to a sweep of another name.
-      axes: {axis: {label: bindings}}; the labels are what tables show.
+      axes: what is varied, in one of two forms. {gin parameter: values}, such as
+        `{'FeatureType.dropout': (0.0, 0.5)}`; several parameters that go together are named with
+        commas between them, and every value is a tuple of one for each. Or {axis: {label:
+        bindings}}; the labels are what tables show.
+      random: {gin parameter: Uniform}, drawn together `samples` times.
+      samples: how many draws; more of them leave the first ones as they were.
+      sampling_seed: of the draws.
+      trials_per_program: at most so many trials train as one program, where they can; 1 is one
+        after another.
       methods: {name: Method}, for methods that have bindings or grids of their own.
       seeds: passed to every trial; trials of one seed are compared with each other.
       metric: what tables show; '' shows each task by its own headline metric.
@@ -84,8 +125,12 @@ class Sweep:
     """
 
     name: str
-    axes: Mapping[str, Axis] = dataclasses.field(default_factory=dict)
+    axes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     methods: Mapping[str, Method] = dataclasses.field(default_factory=dict)
+    random: Mapping[str, Uniform] = dataclasses.field(default_factory=dict)
+    samples: int = 0
+    sampling_seed: int = 0
+    trials_per_program: int = 1
     seeds: tuple[int, ...] = (0,)
     metric: str = ""
     group: str = "seen"
@@ -99,6 +144,8 @@ class Sweep:
         object.__setattr__(self, "axes", _as_axes(self.axes))
         methods = {str(name): _as_method(method) for name, method in self.methods.items()}
         object.__setattr__(self, "methods", methods)
+        random = {axis: _as_uniform(axis, value) for axis, value in self.random.items()}
+        object.__setattr__(self, "random", random)
         object.__setattr__(self, "seeds", tuple(self.seeds))
         chosen = (self.choose,) if isinstance(self.choose, str) else tuple(self.choose)
         object.__setattr__(self, "choose", chosen)
@@ -106,10 +153,23 @@ class Sweep:
             raise ValueError("a sweep needs a name, got ''")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"sweep {self.name!r}: expected distinct seeds, got {self.seeds}")
+        if bool(self.random) != (self.samples > 0):
+            raise ValueError(
+                f"sweep {self.name!r}: Sweep.random of {len(self.random)} axes needs Sweep.samples,"
+                f" and samples need it; got Sweep.samples={self.samples}"
+            )
+        if self.trials_per_program < 1:
+            raise ValueError(
+                f"Sweep.trials_per_program must be at least 1, got {self.trials_per_program}"
+            )
         if self.metric:
             find_metric(self.metric)
         self._check_known("group", self.group, GROUPS)
-        all_axes = [*self.axes, *(axis for m in self.methods.values() for axis in m.axes)]
+        all_axes = [
+            *self.axes,
+            *self.random,
+            *(axis for m in self.methods.values() for axis in m.axes),
+        ]
         for axis in self.choose:
             self._check_known("axis to choose", axis, all_axes)
         for method, settings in self.methods.items():
@@ -134,10 +194,13 @@ class Sweep:
         settings: list[tuple[dict[str, str], Bindings]] = []
         for method, own in self.methods.items() or [("", Method())]:
             axes = {**self.axes, **own.axes}
-            for labels in itertools.product(*axes.values()):
+            for labels, draw in itertools.product(itertools.product(*axes.values()), self._draws()):
                 named = dict(zip(axes, labels, strict=True))
                 bound = {f"method {method!r}": own.bindings} if method else {}
                 bound |= {f"axis {axis!r}": axes[axis][label] for axis, label in named.items()}
+                for axis, value in draw.items():
+                    bound[f"axis {axis!r}"] = (f"{axis} = {value!r}",)
+                    named[axis] = f"{value:g}"
                 self._check_bindings(bound)
                 settings.append(
                     (
@@ -148,6 +211,18 @@ class Sweep:
         return tuple(
             Trial(labels, seed, bindings) for seed in self.seeds for labels, bindings in settings
         )
+
+    def _draws(self) -> Iterable[dict[str, float | int]]:
+        if not self.random:
+            return [{}]
+        draws = [
+            {
+                axis: uniform.value("sweep", self.sampling_seed, axis, sample)
+                for axis, uniform in self.random.items()
+            }
+            for sample in range(self.samples)
+        ]
+        return {tuple(draw.values()): draw for draw in draws}.values()  # each but once
 
     def variant(self, labels: Mapping[str, str]) -> str:
         """What the comparison calls trials of these labels: all of them but the chosen axes'."""
@@ -189,191 +264,6 @@ class Sweep:
                     )
 
 
-@dataclasses.dataclass(frozen=True)
-class TrialRecord:
-    """What is known of a trial: trial.json.
-
-    Attributes:
-      trial: which one.
-      state: 'waiting', 'running' (or interrupted), 'finished', 'failed'.
-      scores: {split: scoreboard} of a finished trial.
-      seconds: what its last attempt took.
-      error: why it failed.
-      measures: numbers beside the scores: 'parameters' (trained ones) and 'step_seconds' (the
-        median over the windows of its log).
-    """
-
-    trial: Trial
-    state: str = "waiting"
-    scores: Mapping[str, Scoreboard] = dataclasses.field(default_factory=dict)
-    seconds: float = 0.0
-    error: str = ""
-    measures: Mapping[str, float] = dataclasses.field(default_factory=dict)
-
-    def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self.trial) | {
-            "state": self.state,
-            "seconds": round(self.seconds, 3),
-            "error": self.error,
-            "measures": dict(self.measures),
-            "scores": {split: board.to_json() for split, board in self.scores.items()},
-        }
-
-
-RunTrial = Callable[[Bindings, epath.Path, int], Mapping[str, Scoreboard]]
-"""(bindings, folder of the trial, seed) -> {split: scoreboard}. It may find its folder with what
-an interrupted attempt left there. FloatingPointError says that the trial has diverged."""
-
-
-def run_sweep(
-    sweep: Sweep,
-    run_dir: epath.PathLike,
-    run_trial: RunTrial,
-    *,
-    log: Callable[[str], None] = print,
-) -> tuple[TrialRecord, ...]:
-    """Runs the trials that are not finished yet, one after another.
-
-    A sweep that was interrupted goes on; one to which labels or seeds were added runs the new
-    trials only. A trial that diverges is recorded as failed and the others go on; any other error
-    is recorded and raised, for the next trial would most likely meet it too. Failed trials are run
-    again when the sweep is.
-
-    Args:
-      sweep: what to run.
-      run_dir: its folder, local or in a bucket.
-      run_trial: runs one trial and returns its scoreboards.
-      log: takes progress, a line at a time.
-
-    Returns:
-      A record of every trial of the sweep, in the order of `sweep.trials()`.
-
-    Raises:
-      ValueError: the folder holds another sweep; a trial has no scores for the splits that the
-        sweep chooses by and reports.
-    """
-    run_dir = epath.Path(run_dir)
-    _claim_folder(sweep, run_dir)
-    records = [read_record(run_dir, trial) for trial in sweep.trials()]
-    waiting = [place for place, record in enumerate(records) if record.state != "finished"]
-    if len(waiting) < len(records):
-        log(f"{len(records) - len(waiting)} of {len(records)} trials are finished already")
-    spent = 0.0
-    for done, place in enumerate(waiting):
-        trial = records[place].trial
-        title = f"trial {place + 1} of {len(records)}"
-        log(f"{title}: {trial}")
-        record = records[place] = _run(sweep, trial, run_dir, run_trial)
-        spent += record.seconds
-        left = (len(waiting) - done - 1) * spent / (done + 1)
-        more = f"; about {_duration(left)} left" if left else ""
-        log(f"{title}: {_outcome(sweep, record)} in {_duration(record.seconds)}{more}")
-    return tuple(records)
-
-
-def read_sweep(run_dir: epath.PathLike) -> Sweep:
-    """The sweep whose folder this is.
-
-    Raises:
-      ValueError: it is no sweep's.
-    """
-    path = epath.Path(run_dir) / "sweep.json"
-    record = files.read_json(path)
-    if record is None:
-        raise ValueError(f"{path}: no such file; not the folder of a sweep")
-    return Sweep.from_json(record)
-
-
-def read_record(run_dir: epath.PathLike, trial: Trial) -> TrialRecord:
-    """What a sweep's folder knows of a trial.
-
-    Raises:
-      ValueError: it knows a trial of the same name and other bindings.
-    """
-    path = _trial_dir(run_dir, trial) / "trial.json"
-    record = files.read_json(path)
-    if record is None:
-        return TrialRecord(trial)
-    if tuple(record["bindings"]) != trial.bindings:
-        raise ValueError(
-            f"{path}: was run with {'; '.join(record['bindings'])}, not"
-            f" {'; '.join(trial.bindings)}; choose another folder"
-        )
-    boards = {split: Scoreboard.from_json(board) for split, board in record["scores"].items()}
-    return TrialRecord(
-        trial,
-        record["state"],
-        boards,
-        record["seconds"],
-        record["error"],
-        record.get("measures", {}),
-    )
-
-
-def _run(sweep: Sweep, trial: Trial, run_dir: epath.Path, run_trial: RunTrial) -> TrialRecord:
-    folder = _trial_dir(run_dir, trial)
-    started = time.monotonic()
-
-    def keep(state: str, scores: Mapping[str, Scoreboard], error: str = "") -> TrialRecord:
-        record = TrialRecord(trial, state, scores, time.monotonic() - started, error)
-        files.write_json(folder / "trial.json", record.to_json())
-        return record
-
-    keep("running", {})
-    try:
-        scores = {
-            split: dataclasses.replace(board, metric=sweep.metric)
-            for split, board in run_trial(trial.bindings, folder, trial.seed).items()
-        }
-        _check_scores(sweep, trial, scores)
-    except FloatingPointError as error:
-        return keep("failed", {}, str(error) or "diverged")
-    except Exception as error:
-        keep("failed", {}, f"{type(error).__name__}: {error}")
-        raise
-    return keep("finished", scores)
-
-
-def _check_scores(sweep: Sweep, trial: Trial, scores: Mapping[str, Scoreboard]) -> None:
-    for split in {sweep.report_on, *([sweep.choose_on] if sweep.choose else [])}:
-        if split not in scores:
-            raise ValueError(
-                f"sweep {sweep.name!r}: trial {trial} has no scores of {split!r}, only of"
-                f" {', '.join(scores) or 'nothing'}"
-            )
-    if sweep.choose and scores[sweep.choose_on].mean(sweep.group) is None:
-        raise ValueError(
-            f"sweep {sweep.name!r}: cannot choose by {GROUPS[sweep.group]}, of which trial {trial}"
-            f" evaluated none on {sweep.choose_on!r}"
-        )
-
-
-def _claim_folder(sweep: Sweep, run_dir: epath.Path) -> None:
-    record = files.read_json(run_dir / "sweep.json")
-    if record is not None:
-        for field in ("name", "base"):
-            if record.get(field) != getattr(sweep, field):
-                raise ValueError(
-                    f"{run_dir}: holds a sweep of {field} {record.get(field)!r}, not"
-                    f" {getattr(sweep, field)!r}; choose another folder"
-                )
-    for trial in sweep.trials():
-        read_record(run_dir, trial)
-    files.write_json(run_dir / "sweep.json", sweep.to_json())
-
-
-def _outcome(sweep: Sweep, record: TrialRecord) -> str:
-    if record.state != "finished":
-        return f"{record.state} ({record.error})"
-    board = record.scores[sweep.report_on]
-    means = [f"{number(board.mean(group))} on {GROUPS[group]}" for group in board.present_groups]
-    return f"{', '.join(means)} ({sweep.report_on})"
-
-
-def _trial_dir(run_dir: epath.PathLike, trial: Trial) -> epath.Path:
-    return epath.Path(run_dir) / "trials" / trial.name
-
-
 def _labels_text(labels: Mapping[str, str]) -> list[str]:
     return [label if axis == METHOD else f"{axis} {label}" for axis, label in labels.items()]
 
@@ -382,27 +272,51 @@ def _slug(text: str) -> str:
     return re.sub(r"[^\w.+-]+", "-", text).strip("-")
 
 
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
 def _as_bindings(bindings: Any) -> Bindings:
     return (bindings,) if isinstance(bindings, str) else tuple(bindings)
 
 
-def _as_axes(axes: Mapping[str, Mapping[Any, Any]]) -> dict[str, dict[str, Bindings]]:
-    for axis, labels in axes.items():
-        if not isinstance(labels, Mapping) or not labels:
+def _as_uniform(axis: str, value: Any) -> Uniform:
+    if isinstance(value, Mapping):
+        value = Uniform(**value)
+    if not isinstance(value, Uniform):
+        raise ValueError(f"sweep axis {axis!r}: expected a Uniform to draw from, got {value!r}")
+    return value
+
+
+def _as_axes(axes: Mapping[str, Any]) -> dict[str, dict[str, Bindings]]:
+    return {axis: _as_axis(axis, values) for axis, values in axes.items()}
+
+
+def _as_axis(axis: str, values: Any) -> dict[str, Bindings]:
+    """{label: bindings} of an axis in either form."""
+    if isinstance(values, str) or not isinstance(values, Mapping | Sequence) or not values:
+        raise ValueError(
+            f"sweep axis {axis!r}: expected {{label: bindings}} with at least one label, or values,"
+            f" got {values!r}"
+        )
+    if isinstance(values, Mapping):
+        return {str(label): _as_bindings(bindings) for label, bindings in values.items()}
+    parameters = [name.strip() for name in axis.split(",")]
+    labels: dict[str, Bindings] = {}
+    for value in values:
+        together = value if len(parameters) > 1 else (value,)
+        if not isinstance(together, Sequence) or len(together) != len(parameters):
             raise ValueError(
-                f"sweep axis {axis!r}: expected {{label: bindings}} with at least one label, got"
-                f" {labels!r}"
+                f"sweep axis {axis!r}: expected a value for each of {len(parameters)} parameters,"
+                f" got {value!r}"
             )
-    return {
-        axis: {str(label): _as_bindings(bindings) for label, bindings in labels.items()}
-        for axis, labels in axes.items()
-    }
+        label = ", ".join(map(_label, together))
+        if label in labels:
+            raise ValueError(f"sweep axis {axis!r}: {label} is there twice")
+        labels[label] = tuple(f"{p} = {v!r}" for p, v in zip(parameters, together, strict=True))
+    return labels
+
+
+def _label(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    return f"{value:g}" if isinstance(value, float) else repr(value)
 
 
 def _as_method(method: Any) -> Method:

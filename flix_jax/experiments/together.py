@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -22,10 +23,10 @@ from flix_jax.adapters import tree
 from flix_jax.adapters.activation import FeatureSettings
 from flix_jax.adapters.features import FeatureSpace
 from flix_jax.data.pipeline import PrefetchIterator, check_state
-from flix_jax.evaluation.scoreboard import Scoreboard
 from flix_jax.experiments import data_notes, inference, scoring, training
 from flix_jax.experiments.job import Job
 from flix_jax.experiments.run import FREE, RANDOM, Run
+from flix_jax.experiments.trial_records import Outcome
 from flix_jax.training import trials as trials_lib
 from flix_jax.training.checkpoints import Checkpoints
 from flix_jax.training.reporting import Reporter
@@ -36,21 +37,6 @@ MAY_DIFFER = re.compile(
     r"adapters\.alpha|adapters\.space\.types\.\d+\.(rank|ranks\b.*|dropout|dropouts\b.*)"
     r"|optimizer\.(b1|b2|eps|weight_decay|clip_norm)|optimizer\.schedule\..*|seed|data_seed"
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    """What became of one run.
-
-    Attributes:
-      scores: by split.
-      measures: 'parameters' and 'step_seconds'.
-      error: why it failed; '' where it did not.
-    """
-
-    scores: Mapping[str, Scoreboard] = dataclasses.field(default_factory=dict)
-    measures: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    error: str = ""
 
 
 def program_of(run: Run) -> dict[str, str]:
@@ -72,6 +58,56 @@ def program_of(run: Run) -> dict[str, str]:
     if run.adapters is None:
         values["whole network of"] = run.fingerprint()
     return values
+
+
+def programs(runs: Sequence[Run], at_most: int) -> list[list[int]]:
+    """Which runs train together, by their places: as few groups as can be, of nearly one size."""
+    alike: dict[str, list[int]] = {}
+    for place, run in enumerate(runs):
+        key = str(place) if run.adapters is None else repr(sorted(program_of(run).items()))
+        alike.setdefault(key, []).append(place)
+    found = []
+    for places in alike.values():
+        parts = -(-len(places) // at_most)
+        found += [
+            places[i * len(places) // parts : (i + 1) * len(places) // parts] for i in range(parts)
+        ]
+    return found
+
+
+def why_apart(one: Run, other: Run) -> str:
+    """Why two runs cannot share a program; '' where they can."""
+    if one.adapters is None or other.adapters is None:
+        return "a whole network is trained"
+    ours, theirs = program_of(one), program_of(other)
+    names = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
+
+    def short(text: str) -> str:
+        return text if len(text) <= 40 else f"{text[:37]}…"
+
+    texts = [
+        f"{name} is {short(ours.get(name, '–'))} and {short(theirs.get(name, '–'))}"
+        for name in names[:2]
+    ]
+    return "; ".join(texts) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
+
+
+def explain(runs: Sequence[Run], groups: Sequence[Sequence[int]], at_most: int) -> list[str]:
+    """A line for every program after the first that says why it is one of its own."""
+    if at_most == 1:
+        return []
+    lines = []
+    for number, places in enumerate(groups[1:], 2):
+        reasons = [why_apart(runs[before[0]], runs[places[0]]) for before in groups[: number - 1]]
+        reason = min(reasons, key=len) or f"at most {at_most} trials a program"
+        lines.append(f"program {number}, {len(places)} trials, is one of its own: {reason}")
+    return lines
+
+
+def log_dir(run_dir: epath.PathLike, folders: Sequence[epath.PathLike]) -> epath.Path:
+    """Where the metrics of a program go: named after its trials."""
+    names = "\n".join(sorted(epath.Path(folder).name for folder in folders))
+    return epath.Path(run_dir) / "programs" / hashlib.sha256(names.encode()).hexdigest()[:12]
 
 
 def wide_space(spaces: Sequence[FeatureSpace]) -> FeatureSpace:
@@ -116,6 +152,24 @@ def train_together(
         stack.callback(group.close)
         states = group.fit(configs, epath.Path(log_dir))
         return group.score(states, splits, say)
+
+
+def train_alone(
+    run: Run,
+    folder: epath.Path,
+    splits: Sequence[str],
+    *,
+    bases_dir: epath.PathLike,
+    config: str | None,
+) -> Outcome:
+    """One run by itself; raises FloatingPointError where its loss is not finite."""
+    job = training.train(
+        run, folder, bases_dir=bases_dir, config=config, title=folder.name, show_cells=False
+    )
+    boards = {
+        split: inference.evaluate(run, folder, split=split, bases_dir=bases_dir) for split in splits
+    }
+    return Outcome(boards, training.measures(job, job.parameters.templates[0]))
 
 
 class _Group:
