@@ -6,7 +6,7 @@ import json
 import pytest
 
 from flix_jax.evaluation.scoreboard import Scoreboard
-from flix_jax.experiments.sweep import Method, Sweep
+from flix_jax.experiments.sweep import Method, Sweep, Uniform
 from flix_jax.experiments.trial_records import Outcome, TrialRecord, read_sweep
 from flix_jax.experiments.workers import run_sweep
 
@@ -72,9 +72,64 @@ def test_methods_have_bindings_and_grids_of_their_own():
     assert sweep.variants() == ("LoRA, steps 9", "FLix, steps 9", "full, frozen, steps 9")
 
 
+def test_an_axis_may_be_a_parameter_and_its_values():
+    sweep = Sweep(
+        "grid",
+        axes={
+            "FeatureType.dropout": (0.0, 0.25),
+            "task/FeatureType.rank, language/FeatureType.rank": ((1, 4), (2, 2)),
+            "Optimizer.name": ("sgd",),
+        },
+    )
+    assert sweep.trials()[1].bindings == (
+        "FeatureType.dropout = 0.0",
+        "task/FeatureType.rank = 2",
+        "language/FeatureType.rank = 2",
+        "Optimizer.name = 'sgd'",
+    )
+    assert sweep.trials()[2].labels == {
+        "FeatureType.dropout": "0.25",
+        "task/FeatureType.rank, language/FeatureType.rank": "1, 4",
+        "Optimizer.name": "sgd",
+    }
+    assert Sweep.from_json(json.loads(json.dumps(sweep.to_json()))) == sweep
+
+
+def test_random_axes_are_drawn_together_and_more_draws_keep_the_first():
+    random = {
+        "lr": Uniform(1e-4, 1e-1, log=True),
+        "rank": Uniform(1, 8, integer=True),
+        "dropout": Uniform(0.0, 0.9),
+    }
+
+    def values(samples, seed=0):
+        sweep = Sweep("random", random=random, samples=samples, sampling_seed=seed, seeds=(0, 1))
+        assert Sweep.from_json(json.loads(json.dumps(sweep.to_json()))) == sweep
+        return [trial.bindings for trial in sweep.trials() if trial.seed == 0]
+
+    assert values(200)[:20] == values(20)
+    assert values(5) != values(5, seed=1)
+    drawn = [[float(b.split("=")[1]) for b in bindings] for bindings in values(200)]
+    rates, ranks, dropouts = zip(*drawn, strict=True)
+    assert all(1e-4 <= rate <= 1e-1 for rate in rates)
+    # As many in the lower half of the logarithms as in the upper.
+    assert 70 < sum(rate < 10**-2.5 for rate in rates) < 130
+    assert set(ranks) == set(range(1, 9))
+    assert all(15 < ranks.count(rank) < 40 for rank in range(1, 9))
+    assert 0.4 < sum(dropouts) / len(dropouts) < 0.5
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"axes": {"rank": ()}}, "axis 'rank': expected {label: bindings} with at least one"),
+        ({"axes": {"rank": "12"}}, "axis 'rank': expected {label: bindings} with at least one"),
+        ({"axes": {"rank": (1, 1)}}, "axis 'rank': 1 is there twice"),
+        ({"axes": {"a, b": ((1, 2), (3,))}}, "expected a value for each of 2 parameters"),
+        ({"axes": {"rank": (1, 2), "a, rank": ((1, 2),)}}, "rank is set by axis 'rank' and by"),
+        ({"random": {"lr": 3}, "samples": 2}, "axis 'lr': expected a Uniform to draw from, got 3"),
+        ({"samples": 2}, "Sweep.random of 0 axes needs Sweep.samples"),
+        ({"trials_per_program": 0}, "Sweep.trials_per_program must be at least 1"),
         ({"axes": {"rank": {}}}, "axis 'rank': expected {label: bindings} with at least one"),
         ({"seeds": ()}, "expected distinct seeds, got \\(\\)"),
         ({"seeds": (1, 1)}, "expected distinct seeds"),
