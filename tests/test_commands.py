@@ -3,34 +3,9 @@
 import json
 
 import pytest
+from tiny_runs import write_gin
 
 from flix_jax import cli
-
-CONFIG = """
-include 'configs/runs/adapt.gin'
-include 'configs/adapters/flix.gin'
-DATA_DIR = %gin.REQUIRED  # folder
-T5Config.vocab_size = 384
-T5Config.emb_dim = 16
-T5Config.num_heads = 2
-T5Config.head_dim = 8
-T5Config.mlp_dim = 32
-T5Config.num_encoder_layers = 1
-T5Config.num_decoder_layers = 1
-Run.source = @XtremeUp()
-XtremeUp.data_dir = %DATA_DIR
-Run.vocabulary = @ByteVocabulary()
-Mixture.held_out = ('up/y',)
-Evaluation.batch_size = 8
-Run.inputs_length = 8
-Run.targets_length = 6
-Run.batch_size = 8
-Run.total_steps = 4
-Run.base = @base/Run()
-base/Run.base = 'random'
-base/Run.adapters = None
-base/Run.total_steps = 2
-"""
 
 SWEEP = """
 include 'run.gin'
@@ -46,17 +21,7 @@ Sweep.axes = {'rank': {'1': ('FeatureType.rank = 1',), '2': ('FeatureType.rank =
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for task in ("up", "same"):
-        for language in ("x", "y"):
-            for split in ("train", "validation"):
-                path = tmp_path / "data" / task / split / f"{language}.jsonl"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                words = ["ab", "ba", "cab", "cc"]
-                lines = [{"input": w, "target": w.upper() if task == "up" else w} for w in words]
-                path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (tmp_path / "run.gin").write_text(CONFIG)
-    (tmp_path / "sweep.gin").write_text(SWEEP)
-    return tmp_path
+    return write_gin(tmp_path, sweep=SWEEP)
 
 
 @pytest.mark.slow

@@ -54,3 +54,46 @@ def make_base_run(data_dir):
         log_every=10,
         evaluation=Evaluation(batch_size=8),
     )
+
+
+# The same kind of run as gin files, which read data from `data`.
+CONFIG = """
+include 'configs/runs/adapt.gin'
+include 'configs/adapters/flix.gin'
+DATA_DIR = %gin.REQUIRED  # folder
+T5Config.vocab_size = 384
+T5Config.emb_dim = 16
+T5Config.num_heads = 2
+T5Config.head_dim = 8
+T5Config.mlp_dim = 32
+T5Config.num_encoder_layers = 1
+T5Config.num_decoder_layers = 1
+Run.source = @XtremeUp()
+XtremeUp.data_dir = %DATA_DIR
+Run.vocabulary = @ByteVocabulary()
+Mixture.held_out = ('up/y',)
+Evaluation.batch_size = 8
+Run.inputs_length = 8
+Run.targets_length = 6
+Run.batch_size = 8
+Run.total_steps = 4
+Run.base = @base/Run()
+base/Run.base = 'random'
+base/Run.adapters = None
+base/Run.total_steps = 2
+"""
+
+
+def write_gin(folder, **others):
+    """Writes run.gin, other files of that name with their text, and a folder `data`."""
+    for task in ("up", "same"):
+        for language in ("x", "y"):
+            for split in ("train", "validation"):
+                path = folder / "data" / task / split / f"{language}.jsonl"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                words = ["ab", "ba", "cab", "cc"]
+                lines = [{"input": w, "target": w.upper() if task == "up" else w} for w in words]
+                path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for name, text in {"run": CONFIG, **others}.items():
+        (folder / f"{name}.gin").write_text(text)
+    return folder
