@@ -3,8 +3,8 @@
     python benchmarks/batched_sweep.py [--trials 8] [--steps 200] [--rounds 3] [--devices 1]
 
 The trials are FLix of ranks 1 and 2 with four rates of feature dropout, on Babel over a random
-base, evaluated on the validation data. Every side runs in a process of its own, the sides in turn, on
-XLA's one-threaded CPU backend; with `--devices 2` the trials of the program are spread over two
+base, evaluated on the validation data. Every side runs in a process of its own, the sides in turn,
+on XLA's one-threaded CPU backend; with `--devices 2` the trials of the program are spread over two
 virtual devices, one a core. Prints, as medians over the rounds with their range,
 
     whole      time of one after another / together: data, compilation, training, evaluation

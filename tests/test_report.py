@@ -9,7 +9,9 @@ import pytest
 
 from flix_jax.evaluation.scoreboard import Scoreboard
 from flix_jax.experiments.report import make_report
-from flix_jax.experiments.sweep import Method, Sweep, run_sweep
+from flix_jax.experiments.sweep import Method, Sweep
+from flix_jax.experiments.trial_records import Outcome
+from flix_jax.experiments.workers import run_sweep
 
 RATES = {rate: f"lr = {rate}" for rate in ("2e-3", "5e-3", "1.2e-2")}
 # Exact match on seen development cells; LoRA is best at 5e-3, FLix at the edge.
@@ -54,7 +56,10 @@ def run_trial(bindings, folder, seed):
 
 
 def report_of(sweep, folder, trial=run_trial):
-    run_sweep(sweep, folder, trial, log=lambda line: None)
+    def run_trials(assignments):
+        return [Outcome(trial(*assignment)) for assignment in assignments]
+
+    run_sweep(sweep, folder, run_trials, log=lambda line: None)
     return make_report(folder)
 
 

@@ -1,7 +1,6 @@
 """Methods side by side over paired seeds: means, standard errors, paired differences, a picture."""
 
 import dataclasses
-import io
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -11,9 +10,8 @@ from etils import epath
 from flix_jax.adapters import text_tables
 from flix_jax.adapters.suggest import did_you_mean
 from flix_jax.evaluation import files
+from flix_jax.evaluation.figures import COLOURS, write_figure
 from flix_jax.evaluation.scoreboard import GROUPS, MISSING, Scoreboard, csv_text
-
-_COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +160,6 @@ class Comparison:
           title: above the bars.
         """
         # Without pyplot, which keeps state and looks for a display.
-        from matplotlib import rc_context
         from matplotlib.figure import Figure
 
         methods, groups = list(self.boards), self.groups
@@ -182,7 +179,7 @@ class Comparison:
                     width * 0.92,
                     yerr=error,
                     capsize=3,
-                    color=_COLOURS[index % len(_COLOURS)],
+                    color=COLOURS[index % len(COLOURS)],
                     ecolor="#333333",
                 )
                 top = estimate.mean + (error or 0.0)
@@ -195,7 +192,7 @@ class Comparison:
                     fontsize=8,
                 )
         handles = [
-            axes.bar(0, 0, color=_COLOURS[index % len(_COLOURS)]) for index in range(len(methods))
+            axes.bar(0, 0, color=COLOURS[index % len(COLOURS)]) for index in range(len(methods))
         ]
         axes.legend(
             handles,
@@ -214,16 +211,7 @@ class Comparison:
         count = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
         note = "1 seed, no error known" if seeds == [1] else f"{count} seeds, ± standard error"
         axes.set_title(f"{title}\n({note})" if title else note, fontsize=10)
-        path = epath.Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # A fixed salt and no date: the same numbers give the same file.
-        with rc_context({"svg.hashsalt": "flix_jax"}):
-            for ending, metadata in (("png", {}), ("svg", {"Date": None})):
-                picture = io.BytesIO()
-                figure.savefig(
-                    picture, format=ending, dpi=160, bbox_inches="tight", metadata=metadata
-                )
-                (path.parent / f"{path.name}.{ending}").write_bytes(picture.getvalue())
+        write_figure(figure, path)
 
     def write(self, folder: epath.PathLike, name: str = "comparison", title: str = "") -> None:
         """Writes `<name>.md` (with the picture in it), `.csv`, `.png` and `.svg` into a folder."""

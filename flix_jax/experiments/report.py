@@ -1,16 +1,22 @@
 """What a sweep found: the best of the axes to choose, and the comparison of what is left."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 
 from etils import epath
+from flax.core import FrozenDict
 
 from flix_jax.adapters import text_tables
 from flix_jax.evaluation import files
 from flix_jax.evaluation.comparison import Comparison, Estimate
-from flix_jax.evaluation.scoreboard import GROUPS, Scoreboard, csv_text
+from flix_jax.evaluation.scoreboard import GROUPS, MISSING, Scoreboard, csv_text
+from flix_jax.experiments import pictures
+from flix_jax.experiments.pictures import Setting
 from flix_jax.experiments.sweep import Sweep
 from flix_jax.experiments.trial_records import TrialRecord, read_record, read_sweep
+
+_COSTS = ("parameters", "step_seconds")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,11 +45,23 @@ class Report:
     records: tuple[TrialRecord, ...]
     choices: tuple[Choice, ...]
     comparison: Comparison
+    run_dir: epath.PathLike
 
-    def to_markdown(self) -> str:
-        """The choices, the comparison with its picture, and what is not finished."""
+    @functools.cached_property
+    def settings(self) -> tuple[Setting, ...]:
+        """The finished trials by the settings of the axes."""
+        return pictures.settings(self.records, self.sweep.report_on)
+
+    def to_markdown(self, shown: Mapping[str, str] = FrozenDict()) -> str:
+        """Best setting, choices, comparison, settings, pictures, and what is not finished.
+
+        Args:
+          shown: pictures beside the comparison's, by name without ending, and what they show.
+        """
         sweep = self.sweep
         parts = [f"# {sweep.name}"]
+        if len(self.settings) > 1 and not sweep.choose:  # else chosen by other examples, below
+            parts.append(self._best_text())
         if self.choices:
             parts.append(self._choices_text())
         parts += [
@@ -51,6 +69,9 @@ class Report:
             f"![{sweep.name}](comparison.svg)",
             self.comparison.to_markdown().strip(),
         ]
+        if len(self.settings) > 1:
+            parts.append(self._settings_text())
+        parts += [f"![{text}]({name}.svg)" for name, text in shown.items()]
         unfinished = [r for r in self.records if r.state != "finished"]
         if unfinished:
             parts.append(f"{len(unfinished)} of {len(self.records)} trials are not finished:")
@@ -77,7 +98,7 @@ class Report:
         return csv_text([*axes, "seed", "state", "seconds", "split", *GROUPS], rows)
 
     def write(self, folder: epath.PathLike) -> None:
-        """Writes report.md, comparison.{csv,png,svg}, trials.csv, and chosen.json if any was."""
+        """Writes report.md, its pictures, comparison.csv, settings.csv, trials.csv, chosen.json."""
         folder = epath.Path(folder)
         self.comparison.write_picture(folder / "comparison", self.sweep.name)
         files.write_text(folder / "comparison.csv", self.comparison.to_csv())
@@ -85,7 +106,63 @@ class Report:
         if self.choices:
             chosen = {choice.variant: dict(choice.labels) for choice in self.choices}
             files.write_json(folder / "chosen.json", chosen)
-        files.write_text(folder / "report.md", self.to_markdown())
+        files.write_text(folder / "settings.csv", self.settings_csv())
+        shown = pictures.write_pictures(folder, self.settings, self.run_dir, self.sweep.name)
+        files.write_text(folder / "report.md", self.to_markdown(shown))
+
+    def settings_csv(self) -> str:
+        """A line per setting and group: mean, standard error, seeds, and what it costs."""
+        axes = list(dict.fromkeys(axis for setting in self.settings for axis in setting.labels))
+        rows = []
+        for setting in self.settings:
+            known = [setting.labels.get(axis, "") for axis in axes]
+            costs = [setting.measure(name) for name in _COSTS]
+            for group in GROUPS:
+                estimate = setting.estimate(group)
+                if estimate is not None:
+                    rows.append([*known, group, *dataclasses.astuple(estimate), *costs])
+        return csv_text([*axes, "group", "mean", "standard_error", "seeds", *_COSTS], rows)
+
+    def _best_text(self) -> str:
+        """The best setting of every group, with the interval of Student's t over its seeds."""
+        lines = []
+        for group in self.comparison.groups:
+            found = [(s, e) for s in self.settings if (e := s.estimate(group)) is not None]
+            if not found:
+                continue
+            best, estimate = max(found, key=lambda item: item[1].mean)
+            name = ", ".join(f"{axis} {label}" for axis, label in best.labels.items())
+            interval = student_interval(estimate)
+            within = "one seed, no interval"
+            if interval is not None:
+                low, high = interval
+                within = f"95 % interval {low:.1f} to {high:.1f} over {estimate.seeds} seeds"
+            lines.append(f"- {GROUPS[group]}: {name}, {estimate.mean:.1f} ({within})")
+        return (
+            f"The best of {len(self.settings)} settings, by the mean over tasks:\n\n"
+            + "\n".join(lines)
+            + "\n\nThe best of many is flattered by the choice: its interval does not know of the"
+            " others."
+        )
+
+    def _settings_text(self) -> str:
+        axes = list(dict.fromkeys(axis for setting in self.settings for axis in setting.labels))
+        groups = self.comparison.groups
+        header = [*axes, *(GROUPS[group] for group in groups), "parameters", "ms a step", "seeds"]
+        rows = []
+        for setting in self.settings:
+            estimates = [setting.estimate(group) for group in groups]
+            count, seconds = (setting.measure(name) for name in _COSTS)
+            rows.append(
+                [setting.labels.get(axis, "") for axis in axes]
+                + [MISSING if estimate is None else estimate.text() for estimate in estimates]
+                + [MISSING if count is None else f"{count:,.0f}"]
+                + [MISSING if seconds is None else f"{1000 * seconds:.1f}"]
+                + [str(len(setting.records))]
+            )
+        return "Every setting, mean over tasks ± standard error over seeds:\n\n" + (
+            text_tables.markdown([header, *rows])
+        )
 
     def _choices_text(self) -> str:
         sweep = self.sweep
@@ -154,7 +231,17 @@ def make_report(run_dir: epath.PathLike, *, more_seeds: str = "") -> Report:
     if not boards:
         raise ValueError(f"{run_dir}: too few of the {len(records)} trials are finished to compare")
     baseline = sweep.baseline if sweep.baseline in boards else ""
-    return Report(sweep, records, tuple(choices), Comparison(boards, baseline, more_seeds))
+    return Report(sweep, records, tuple(choices), Comparison(boards, baseline, more_seeds), run_dir)
+
+
+def student_interval(estimate: Estimate, confidence: float = 0.95) -> tuple[float, float] | None:
+    """The interval of a mean over seeds by Student's t; None of one seed."""
+    from scipy.stats import t
+
+    if estimate.standard_error is None:
+        return None
+    reach = float(t.ppf((1 + confidence) / 2, estimate.seeds - 1)) * estimate.standard_error
+    return estimate.mean - reach, estimate.mean + reach
 
 
 def _choose(sweep: Sweep, variant: str, records: Sequence[TrialRecord]) -> Choice | None:

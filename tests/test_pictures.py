@@ -1,0 +1,107 @@
+"""Settings of a sweep, their intervals, and that the pictures are there for what was varied."""
+
+import csv
+import io
+import json
+
+import pytest
+
+from flix_jax.evaluation.comparison import Estimate
+from flix_jax.evaluation.scoreboard import Scoreboard
+from flix_jax.experiments import pictures
+from flix_jax.experiments.report import make_report, student_interval
+from flix_jax.experiments.sweep import Sweep
+from flix_jax.experiments.trial_records import Outcome
+from flix_jax.experiments.workers import run_sweep
+
+AXES = {"FeatureType.dropout": (0.0, 0.5), "language/FeatureType.rank": (1, 2, 64)}
+
+
+def run_trials(assignments):
+    outcomes = []
+    for bindings, folder, seed in assignments:
+        dropout, rank = (float(binding.split("=")[1]) for binding in bindings)
+        if (dropout, rank, seed) == (0.5, 64, 1):
+            outcomes.append(Outcome(error="the loss is nan at step 3"))
+            continue
+        seen = 40 + rank + 10 * dropout + 2 * seed
+        scores = {"ner/sw": seen, "topic/sw": seen, "ner/yo": 7.0}
+        groups = {"ner/sw": "seen", "topic/sw": "seen", "ner/yo": "unseen"}
+        board = Scoreboard(
+            {cell: {"exact_match": value, "examples": 9} for cell, value in scores.items()}, groups
+        )
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = [{"step": step, "loss": 1 / step + seed} for step in (1, 2, 4)]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+        measures = {"parameters": 100 * rank, "step_seconds": 0.01 * (seed + 1)}
+        outcomes.append(Outcome({"validation": board}, measures))
+    return outcomes
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sweep")
+    run_sweep(Sweep("grid", axes=AXES, seeds=(0, 1)), folder, run_trials, log=lambda line: None)
+    make_report(folder).write(folder)
+    return folder
+
+
+def test_settings_have_means_errors_and_costs(folder):
+    rows = list(csv.DictReader(io.StringIO((folder / "settings.csv").read_text())))
+    by = {(r["FeatureType.dropout"], r["language/FeatureType.rank"], r["group"]): r for r in rows}
+    assert len(by) == len(rows) == 12
+    row = by["0.5", "2", "seen"]
+    # 47 and 49 under the two seeds: mean 48, standard error 1.
+    assert (float(row["mean"]), float(row["standard_error"]), row["seeds"]) == (48.0, 1.0, "2")
+    assert (float(row["parameters"]), float(row["step_seconds"])) == (200.0, 0.015)
+    assert (by["0.5", "64", "seen"]["seeds"], by["0.5", "64", "seen"]["standard_error"]) == (
+        "1",
+        "",
+    )
+
+
+def test_the_best_setting_has_an_interval_and_the_report_its_pictures(folder):
+    text = (folder / "report.md").read_text()
+    assert "- seen cells: FeatureType.dropout 0.5, language/FeatureType.rank 64, 109.0 (one" in text
+    assert "1 of 12 trials are not finished:" in text
+    for name in (
+        "score_FeatureType_dropout",
+        "score_language_FeatureType_rank",
+        "map_FeatureType_dropout_language_FeatureType_rank",
+        "cost_language_FeatureType_rank",
+        "languages",
+        "learning_curves",
+    ):
+        assert f"({name}.svg)" in text
+        assert (folder / f"{name}.png").stat().st_size > 5000
+        assert (folder / f"{name}.svg").exists()
+
+
+def test_the_same_scores_give_the_same_pictures(folder, tmp_path):
+    make_report(folder).write(tmp_path)
+    for path in tmp_path.glob("*.svg"):
+        assert path.read_bytes() == (folder / path.name).read_bytes()
+
+
+def test_a_map_shows_the_mean_of_each_pair(folder):
+    shown = make_report(folder).settings
+    svg = (folder / "map_FeatureType_dropout_language_FeatureType_rank.svg").read_text()
+    assert "<!-- 48.0 -->" in svg  # matplotlib writes each text as a comment beside its shapes
+    assert pictures.numeric_axes(shown) == tuple(AXES)
+
+
+def test_axes_that_are_no_numbers_or_do_not_vary_have_no_lines():
+    def setting(**labels):
+        return pictures.Setting(labels, (), "validation")
+
+    shown = [setting(kind="a", rank="2", rate="1"), setting(kind="b", rank="2", rate="1e-3")]
+    assert pictures.numeric_axes(shown) == ("rate",)
+
+
+def test_intervals_are_those_of_student_t():
+    # Quantiles of a printed table: 12.706 with one degree of freedom, 4.303 with two.
+    low, high = student_interval(Estimate(50.0, 1.0, 2))
+    assert (low, high) == pytest.approx((37.294, 62.706), abs=1e-3)
+    low, high = student_interval(Estimate(50.0, 2.0, 3))
+    assert (low, high) == pytest.approx((41.395, 58.605), abs=1e-3)
+    assert student_interval(Estimate(50.0, None, 1)) is None
