@@ -11,6 +11,8 @@ import io
 import os
 import re
 import tokenize
+import types
+import typing
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
@@ -22,6 +24,7 @@ from gin import config_parser
 from flix_jax.adapters.suggest import did_you_mean
 from flix_jax.configs import find_config
 
+_SCALARS = (int, float, str, bool, type(None))
 MACRO = "gin.macro"
 MODULE = "flix"  # what gin files every name of ours under; never needs writing
 
@@ -74,6 +77,30 @@ def _parameters(selector: str) -> tuple[list[str], bool]:
         [parameter.name for parameter in parameters if parameter.kind in keywords],
         any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters),
     )
+
+
+def _scalar_types(selector: str, parameter: str) -> tuple[type, ...]:
+    """The types that a parameter takes, where its annotation says no more than plain ones."""
+    target = gin_config._REGISTRY[selector].wrapped
+    try:
+        hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    except (NameError, TypeError, AttributeError):
+        return ()
+    hint = hints.get(parameter)
+    union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+    found = typing.get_args(hint) if union else (hint,)
+    return found if all(item in _SCALARS for item in found) else ()
+
+
+def _check_type(selector: str, name: str, parameter: str, value: Any, place: str) -> None:
+    """An error for a literal of a type that the parameter does not take."""
+    allowed = _scalar_types(selector, parameter)
+    if not allowed or isinstance(value, Reference):
+        return
+    fits = type(value) in allowed or (type(value) is int and float in allowed)
+    if not fits:
+        names = " or ".join("None" if t is type(None) else t.__name__ for t in allowed)
+        fail(place, f"{name} is {value!r}, expected {names}")
 
 
 def short(selector: str) -> str:
@@ -253,6 +280,8 @@ class Reader:
                     f"{short(selector)} has no parameter '{parameter}'"
                     f"; {did_you_mean(parameter, names)}",
                 )
+            name = f"{short(selector)}.{parameter}"
+            _check_type(selector, scoped(scope, name), parameter, value, place)
         for reference in references(value):
             if not reference.macro:
                 self._check_reference(reference, place)
@@ -294,6 +323,14 @@ class Reader:
 
         for binding in self.bindings.values():
             visit(binding, (binding.scope,) if binding.selector == MACRO else ())
+        for binding in self.bindings.values():
+            value = binding.value
+            if binding.selector == MACRO or not isinstance(value, Reference) or not value.macro:
+                continue
+            while isinstance(value, Reference) and value.macro and value.name in macros:
+                place, value = macros[value.name].place, macros[value.name].value
+            if not isinstance(value, Reference):
+                _check_type(binding.selector, binding.name, binding.parameter, value, place)
 
 
 def _import(module: str, place: str) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import re
 import subprocess
 import sys
 
@@ -166,7 +167,7 @@ MISTAKES = {
         " least 1 (in scope 'big')"),
     "refused, from a block": (
         RAILWAY.replace("power = 3", "power = -3"), ["POWER=1"], "x.gin:9: Engine: power is -3"),
-    "of the wrong type": ("Engine.power = 'much'\n", [], "x.gin:1: Engine: '<' not supported"),
+    "of the wrong type": ("Engine.power = 'much'\n", [], "x.gin:1: Engine.power is 'much', expected int"),
     "a file that is not there": (
         "Engine.power = 1\nEngine.fuel = 'file'\n", [], "No such file or directory"),
     "a parameter without value": (
@@ -290,3 +291,25 @@ def test_an_error_after_building_gets_the_place_of_the_value_that_it_names():
     with pytest.raises(ValueError, match="^no name in it$"):
         with config.placing_errors():
             raise ValueError("no name in it")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["FeatureType.rank='two'"], "--gin.FeatureType.rank='two': FeatureType.rank is 'two'"),
+        (["FeatureType.rank=4.0"], "FeatureType.rank is 4.0, expected int"),
+        (["FeatureType.rank=True"], "FeatureType.rank is True, expected int"),
+        (["base/Run.seed=None"], "base/Run.seed is None, expected int"),
+        (["Optimizer.clip_norm='1'"], "Optimizer.clip_norm is '1', expected float or None"),
+        (["R='two'", "FeatureType.rank=%R"], "--gin.R='two': FeatureType.rank is 'two', expected"),
+    ],
+)
+def test_a_value_of_another_type_is_refused_when_it_is_read(flags, message):
+    with pytest.raises(ConfigurationError, match=re.escape(message)) as error:
+        configuration.load((), flags)
+    assert "\n" not in str(error.value)
+
+
+def test_an_int_is_a_float_and_none_where_it_may_be():
+    configuration.load((), ["Optimizer.clip_norm=1", "Optimizer.eps=1", "AdapterSpec.alpha=None"])
+    configuration.load((), ["R=None", "Optimizer.clip_norm=%R", "FeatureType.values=('a',)"])
