@@ -167,7 +167,8 @@ MISTAKES = {
         " least 1 (in scope 'big')"),
     "refused, from a block": (
         RAILWAY.replace("power = 3", "power = -3"), ["POWER=1"], "x.gin:9: Engine: power is -3"),
-    "of the wrong type": ("Engine.power = 'much'\n", [], "x.gin:1: Engine.power is 'much', expected int"),
+    "of the wrong type": (
+        "Engine.power = 'much'\n", [], "x.gin:1: Engine.power is 'much', expected int"),
     "a file that is not there": (
         "Engine.power = 1\nEngine.fuel = 'file'\n", [], "No such file or directory"),
     "a parameter without value": (
