@@ -44,3 +44,25 @@ def test_a_torn_last_line_is_left_out_and_any_other_is_an_error(tmp_path):
     with pytest.raises(ValueError, match=r"metrics.jsonl:2"):
         read_metrics(path)
     assert read_metrics(tmp_path / "absent.jsonl") == []
+
+
+def test_tensorboard_reads_the_hyperparameters(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams import metadata
+
+    given = {"optimizer.name": "sgd", "seed": 3.0}
+    reporter = Reporter(
+        tmp_path,
+        total_steps=1,
+        start_step=0,
+        log_every=1,
+        wait_seconds=lambda: 0.0,
+        hparams=given,
+    )
+    reporter.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    content = events.SummaryMetadata(metadata.SESSION_START_INFO_TAG).plugin_data.content
+    start = metadata.parse_session_start_info_plugin_data(content)
+    read = {k: v.string_value or v.number_value for k, v in start.hparams.items()}
+    assert read == given and start.group_name == tmp_path.name

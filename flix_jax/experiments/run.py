@@ -190,6 +190,19 @@ class Run:
             del values["total_steps"]
         return values
 
+    def hparams(self) -> dict[str, str | float]:
+        """The values of the description that are not at their default, numbers as numbers."""
+        plain = self.defaults()
+        found: dict[str, str | float] = {}
+        for name, text in self.describe().items():
+            if name in plain or name.startswith("base."):
+                continue
+            try:
+                found[name] = float(text)
+            except ValueError:
+                found[name] = text
+        return found
+
     def fingerprint(self) -> str:
         """A short digest of the description: equal for runs with equal results.
 

@@ -259,9 +259,7 @@ class _Group:
                 PrefetchIterator(self.pipeline, first, put=self.program.put_batch)
             )
             reporters = self._reporters(stack, batches, first, configs)
-            overall = stack.enter_context(
-                self._reporter(log_dir, batches, first, self.title, show=True)
-            )
+            overall = stack.enter_context(self._reporter(log_dir, batches, first, self.title))
             overall.say(
                 f"{self.title}: {len(self.jobs)} trials as one program, "
                 f"{tree.count_parameters(self.frozen):,} parameters frozen, step {first} of {total}"
@@ -285,8 +283,14 @@ class _Group:
             return [self.program.take(state, i) for i in range(len(self.jobs))]
 
     def _reporter(
-        self, folder: epath.Path, batches: PrefetchIterator, first: int, title: str, show: bool
+        self,
+        folder: epath.Path,
+        batches: PrefetchIterator,
+        first: int,
+        title: str,
+        of: Run | None = None,
     ) -> Reporter:
+        """A reporter of one run, which writes files alone; or of all, which shows them too."""
         return Reporter(
             folder,
             total_steps=self.run.total_steps,
@@ -294,7 +298,8 @@ class _Group:
             log_every=self.run.log_every,
             wait_seconds=lambda: batches.wait_seconds,
             title=title,
-            show=show,
+            show=of is None,
+            hparams=None if of is None else of.hparams(),
         )
 
     def _reporters(
@@ -311,7 +316,7 @@ class _Group:
             job.share_comparison(self.lead)
             data_notes.write(job, data)
             training.keep_config(job, config)
-            reporter = self._reporter(job.run_dir, batches, first, job.run_dir.name, show=False)
+            reporter = self._reporter(job.run_dir, batches, first, job.run_dir.name, job.run)
             reporters.append(stack.enter_context(reporter))
         return reporters
 

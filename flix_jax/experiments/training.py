@@ -78,6 +78,7 @@ def train(
                 log_every=run.log_every,
                 wait_seconds=lambda: batches.wait_seconds,
                 title=title,
+                hparams=run.hparams(),
             )
         )
         reporter.say(f"{title}: {_summary(job, state, frozen)}, in {job.run_dir}")

@@ -17,7 +17,11 @@ from etils import epath
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+from tensorboard.compat.proto.tensor_pb2 import TensorProto
+from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
+from tensorboard.compat.proto.types_pb2 import DT_FLOAT
+from tensorboard.plugins.hparams import plugin_data_pb2
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from flix_jax.evaluation import files
@@ -39,6 +43,7 @@ class Reporter:
       wait_seconds: the time so far in which the loop waited for data.
       title: what is running, before the progress bar.
       show: whether the console is written to.
+      hparams: what TensorBoard's page of hyperparameters shows of the run, by name.
     """
 
     def __init__(
@@ -51,6 +56,7 @@ class Reporter:
         wait_seconds: Callable[[], float],
         title: str = "train",
         show: bool = True,
+        hparams: Mapping[str, str | float] | None = None,
     ) -> None:
         self._path = epath.Path(run_dir) / "metrics.jsonl"
         self._lines = [x for x in read_metrics(self._path) if x["step"] <= start_step]
@@ -60,6 +66,9 @@ class Reporter:
         self._events.add_event(
             Event(wall_time=time.time(), step=start_step + 1, session_log=restart)
         )
+        if hparams:
+            summary = _hparams_summary(hparams, group=epath.Path(run_dir).name)
+            self._events.add_event(Event(wall_time=time.time(), summary=summary))
         self._log_every = log_every
         self._wait_seconds = wait_seconds
         self._pending: list[tuple[int, Any]] = []
@@ -185,6 +194,30 @@ class Reporter:
         rate = (line["step"] - first) / (time.monotonic() - then)
         left = (self._total - line["step"]) / rate
         self.say(f"{self._title}: step {line['step']}/{self._total}  {values}  {left:.0f} s left")
+
+
+def _hparams_summary(hparams: Mapping[str, str | float], group: str) -> Summary:
+    """TensorBoard's record of a session's hyperparameters (plugin 'hparams', data version 0).
+
+    Made of the protocol buffers alone: the helpers around them import TensorFlow.
+    """
+    start = plugin_data_pb2.SessionStartInfo(group_name=group, start_time_secs=time.time())
+    for name, value in hparams.items():
+        if isinstance(value, str):
+            start.hparams[name].string_value = value
+        else:
+            start.hparams[name].number_value = value
+    content = plugin_data_pb2.HParamsPluginData(version=0, session_start_info=start)
+    plugin = SummaryMetadata.PluginData(plugin_name="hparams", content=content.SerializeToString())
+    return Summary(
+        value=[
+            Summary.Value(
+                tag="_hparams_/session_start_info",
+                metadata=SummaryMetadata(plugin_data=plugin),
+                tensor=TensorProto(dtype=DT_FLOAT, tensor_shape=TensorShapeProto()),
+            )
+        ]
+    )
 
 
 def read_metrics(path: epath.PathLike) -> list[dict[str, Any]]:
