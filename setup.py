@@ -81,6 +81,7 @@ setup(
         "gpu": [JAX.replace("jax", "jax[cuda12]", 1)],
         # T5X is not on the package index; its own set-up names further git dependencies.
         "t5x": ["t5x @ git+https://github.com/google-research/t5x.git"],
+        "wandb": ["wandb>=0.19"],
         "test": TEST,
         "dev": [*TEST, "build>=1.2", "pre-commit>=3.8"],
     },

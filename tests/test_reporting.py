@@ -1,9 +1,14 @@
 """What a run writes down: windows, restarts and torn files."""
 
+import importlib.util
+import sys
+import types
+
 import jax.numpy as jnp
 import pytest
 
 from flix_jax.training.reporting import Reporter, read_metrics
+from flix_jax.training.wandb_sink import check_installed
 
 
 def report(run_dir, steps, *, start=0, log_every=2, scores_at=()):
@@ -66,3 +71,58 @@ def test_tensorboard_reads_the_hyperparameters(tmp_path):
     start = metadata.parse_session_start_info_plugin_data(content)
     read = {k: v.string_value or v.number_value for k, v in start.hparams.items()}
     assert read == given and start.group_name == tmp_path.name
+
+
+def report_to_wandb(folder):
+    reporter = Reporter(
+        folder,
+        total_steps=2,
+        start_step=0,
+        log_every=1,
+        wait_seconds=lambda: 0.0,
+        hparams={"seed": 3.0},
+        wandb_project="tests",
+    )
+    for step in (1, 2):
+        values = {"loss": step, "accuracy": 0.5, "tokens": 8}
+        reporter.step(step, {name: jnp.float32(value) for name, value in values.items()})
+    reporter.close()
+
+
+def test_wandb_gets_what_tensorboard_gets_in_one_run_over_restarts(tmp_path, monkeypatch):
+    runs = []
+
+    class Recorded:
+        def __init__(self, **options):
+            self.options, self.logged, self.finished = options, [], False
+            runs.append(self)
+
+        def log(self, values, step):
+            self.logged.append((step, values))
+
+        def finish(self):
+            self.finished = True
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=Recorded))
+    report_to_wandb(tmp_path)
+    report_to_wandb(tmp_path)
+    first, second = runs
+    assert [(step, values["train/loss"]) for step, values in first.logged] == [(1, 1.0), (2, 2.0)]
+    assert first.options["config"] == {"seed": 3.0} and first.options["name"] == tmp_path.name
+    assert first.options["id"] == second.options["id"] and first.finished
+
+
+def test_wandb_writes_offline(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    report_to_wandb(tmp_path)
+    (folder,) = (tmp_path / "wandb").glob("offline-run-*")
+    assert (tmp_path / "wandb_id.txt").read_text().strip() in folder.name
+    assert list(folder.glob("*.wandb"))
+
+
+def test_wandb_that_is_not_installed_is_one_line(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="Run.wandb_project='x': wandb is not installed"):
+        check_installed("x")
+    check_installed(None)

@@ -37,6 +37,7 @@ from flix_jax.training import partitioning
 from flix_jax.training.checkpoints import Checkpoints, digest
 from flix_jax.training.host_memory import keep_freed_memory
 from flix_jax.training.parameters import Parameters
+from flix_jax.training.wandb_sink import check_installed
 
 # Entries in the identity of checkpoints.
 NONE = "none"
@@ -80,6 +81,7 @@ class Job:
         self.run = run
         self.run_dir = epath.Path(run_dir)
         check_folder(run, self.run_dir)
+        check_installed(run.wandb_project)
         self._bases_dir = _bases_dir(self.run_dir, bases_dir)
         self.mesh = run.mesh.make()
         if jax.default_backend() == "cpu":

@@ -24,7 +24,7 @@ RANDOM = "random"
 # What may change between two starts of a run, as name=value: it decides what is seen of the result,
 # or where the same data lie, but not what the result is.
 FREE = re.compile(
-    r"(base\.)*((log_every|save_every|keep|evaluation\..*|mesh\..*|source\.(data|cache)_dir"
+    r"(base\.)*((log_every|save_every|keep|wandb_project|evaluation\..*|mesh\..*|source\.(data|cache)_dir"
     r"|vocabulary\.path)=.*|mixture\.overlap='(report|ignore)')",
     re.DOTALL,
 )
@@ -112,6 +112,8 @@ class Run:
       save_every, log_every: in steps.
       keep: how many of the newest checkpoints are kept.
       evaluation: how the run is evaluated.
+      wandb_project: of Weights & Biases, which then gets what TensorBoard gets;
+        `WANDB_MODE=offline` keeps it in the run's folder. None does without.
     """
 
     model: T5Config
@@ -140,6 +142,7 @@ class Run:
     log_every: int = 50
     keep: int = 2
     evaluation: Evaluation = Evaluation()
+    wandb_project: str | None = None
 
     def __post_init__(self) -> None:
         sizes = "inputs_length targets_length total_steps batch_size microbatches save_every"

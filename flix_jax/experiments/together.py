@@ -300,6 +300,7 @@ class _Group:
             title=title,
             show=of is None,
             hparams=None if of is None else of.hparams(),
+            wandb_project=None if of is None else of.wandb_project,
         )
 
     def _reporters(

@@ -79,6 +79,7 @@ def train(
                 wait_seconds=lambda: batches.wait_seconds,
                 title=title,
                 hparams=run.hparams(),
+                wandb_project=run.wandb_project,
             )
         )
         reporter.say(f"{title}: {_summary(job, state, frozen)}, in {job.run_dir}")

@@ -25,6 +25,7 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from flix_jax.evaluation import files
+from flix_jax.training.wandb_sink import WandbSink
 
 
 class Reporter:
@@ -44,6 +45,7 @@ class Reporter:
       title: what is running, before the progress bar.
       show: whether the console is written to.
       hparams: what TensorBoard's page of hyperparameters shows of the run, by name.
+      wandb_project: of Weights & Biases, which gets the same numbers; None does without.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class Reporter:
         title: str = "train",
         show: bool = True,
         hparams: Mapping[str, str | float] | None = None,
+        wandb_project: str | None = None,
     ) -> None:
         self._path = epath.Path(run_dir) / "metrics.jsonl"
         self._lines = [x for x in read_metrics(self._path) if x["step"] <= start_step]
@@ -69,6 +72,7 @@ class Reporter:
         if hparams:
             summary = _hparams_summary(hparams, group=epath.Path(run_dir).name)
             self._events.add_event(Event(wall_time=time.time(), summary=summary))
+        self._wandb = wandb_project and WandbSink(run_dir, wandb_project, hparams or {})
         self._log_every = log_every
         self._wait_seconds = wait_seconds
         self._pending: list[tuple[int, Any]] = []
@@ -155,6 +159,8 @@ class Reporter:
         finally:
             self._progress.stop()
             self._events.close()
+            if self._wandb:
+                self._wandb.close()
 
     def __enter__(self) -> Reporter:
         return self
@@ -174,6 +180,8 @@ class Reporter:
         self._events.add_event(
             Event(wall_time=time.time(), step=line["step"], summary=Summary(value=values))
         )
+        if self._wandb:
+            self._wandb.write(line["step"], {value.tag: value.simple_value for value in values})
         if time.monotonic() - self._written > 10:
             self._store()
 
