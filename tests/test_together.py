@@ -179,3 +179,13 @@ def test_predictions_of_a_padded_trial_are_those_of_its_folder(base_run, bases_d
         board = inference.evaluate(run, tmp_path / str(i), bases_dir=bases_dir, say=lambda _: None)
         assert {p.name: p.read_text() for p in folder.glob("*.jsonl")} == there
         assert json.dumps(board.to_json()) == json.dumps(outcomes[i].scores["validation"].to_json())
+
+
+def test_runs_go_on_together_from_a_step_that_they_have_in_common():
+    def parts(*steps):
+        return together.with_common_step([frozenset(of) for of in steps])
+
+    assert parts((), (), ()) == [[0, 1, 2]]
+    assert parts((3, 6), (3,), (3, 6)) == [[0, 1, 2]]
+    assert parts((3, 6), (), (3, 6), ()) == [[0, 2], [1, 3]]
+    assert parts((9, 12), (3, 6), (9,)) == [[0, 2], [1]]

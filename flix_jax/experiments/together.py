@@ -147,11 +147,39 @@ def train_together(
     Returns:
       The outcome of each; a run whose loss was not finite has failed, and the others went on.
     """
-    group = _Group(runs, folders, bases_dir, title)
-    with contextlib.ExitStack() as stack:
-        stack.callback(group.close)
-        states = group.fit(configs, epath.Path(log_dir))
-        return group.score(states, splits, say)
+    outcomes: dict[int, Outcome] = {}
+    for part in with_common_step([saved_steps(folder) for folder in folders]):
+        group = _Group([runs[i] for i in part], [folders[i] for i in part], bases_dir, title)
+        with contextlib.closing(group):
+            states = group.fit([configs[i] for i in part], epath.Path(log_dir))
+            outcomes |= zip(part, group.score(states, splits, say), strict=True)
+    return [outcomes[i] for i in range(len(runs))]
+
+
+def saved_steps(folder: epath.PathLike) -> frozenset[int]:
+    """The steps of a run's checkpoints."""
+    directory = epath.Path(folder) / "checkpoints"
+    if not directory.exists():
+        return frozenset()
+    return frozenset(int(path.name) for path in directory.iterdir() if path.name.isdecimal())
+
+
+def with_common_step(steps: Sequence[frozenset[int]]) -> list[list[int]]:
+    """Places of runs that can go on from one step: all that have it, or all that have none.
+
+    Runs that were interrupted together have a step in common; one that was added later, or had
+    failed before, need not hold the others up.
+    """
+    parts: list[tuple[frozenset[int], list[int]]] = []
+    for place in sorted(range(len(steps)), key=lambda i: -max(steps[i], default=0)):
+        for number, (common, places) in enumerate(parts):
+            both = common & steps[place]
+            if both or not (common or steps[place]):
+                parts[number] = both, [*places, place]
+                break
+        else:
+            parts.append((steps[place], [place]))
+    return [sorted(places) for _, places in parts]
 
 
 def train_alone(
