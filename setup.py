@@ -75,6 +75,7 @@ setup(
         "rich>=13.7",
         "tensorboard>=2.18",  # TensorFlow no longer brings it along
         "matplotlib>=3.9,<4",
+        "scipy>=1.13",
     ],
     extras_require={
         "tpu": [JAX.replace("jax", "jax[tpu]", 1)],
