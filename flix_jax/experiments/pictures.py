@@ -47,11 +47,13 @@ class Setting:
         return statistics.median(found) if found else None
 
 
-def settings(records: Sequence[TrialRecord], split: str) -> tuple[Setting, ...]:
-    """The settings of finished trials, in order of appearance."""
+def settings(records: Sequence[TrialRecord], split: str, metric: str = "") -> tuple[Setting, ...]:
+    """The settings of finished trials, in order of appearance, all shown by `metric`."""
     found: dict[Labels, list[TrialRecord]] = {}
     for record in records:
         if record.state == "finished" and split in record.scores:
+            board = dataclasses.replace(record.scores[split], metric=metric)
+            record = dataclasses.replace(record, scores={split: board})
             found.setdefault(tuple(record.trial.labels.items()), []).append(record)
     return tuple(Setting(dict(key), tuple(of), split) for key, of in found.items())
 
@@ -74,23 +76,31 @@ def write_pictures(
     folder, found = epath.Path(folder), {}
     axes = numeric_axes(shown)
     groups = [g for g in GROUPS if any(setting.estimate(g) for setting in shown)]
+
+    def free(name: str) -> str:
+        """`name`, or it with a number where axes that differ in punctuation share it."""
+        others = (f"{name}_{number}" for number in itertools.count(2))
+        return next(n for n in itertools.chain([name], others) if n not in found)
+
     for axis in axes:
-        name = f"score_{_slug(axis)}"
+        name = free(f"score_{_slug(axis)}")
         _against(folder / name, shown, axis, groups, title)
         found[name] = f"score against {axis}"
         if any(setting.measure("step_seconds") for setting in shown):
-            name = f"cost_{_slug(axis)}"
+            name = free(f"cost_{_slug(axis)}")
             _costs(folder / name, shown, axis, title)
             found[name] = f"parameters and step time against {axis}"
     for first, second in itertools.combinations(axes, 2):
-        name = f"map_{_slug(first)}_{_slug(second)}"
+        name = free(f"map_{_slug(first)}_{_slug(second)}")
         _map(folder / name, shown, first, second, groups, title)
         found[name] = f"{first} and {second}"
     if 1 < len(shown) <= len(COLOURS):
         _languages(folder / "languages", shown, title)
         found["languages"] = "languages, means over tasks († held out in some task or all)"
-    if _curves(folder / "learning_curves", shown, run_dir, title):
-        found["learning_curves"] = "learning curves"
+    drawn, unreadable = _curves(folder / "learning_curves", shown, run_dir, title)
+    if drawn:
+        without = f", without what cannot be read: {'; '.join(unreadable)}" if unreadable else ""
+        found["learning_curves"] = f"learning curves{without}"
     return found
 
 
@@ -120,7 +130,10 @@ def _against(
             panel.errorbar(
                 [x for x, _ in points],
                 [estimate.mean for _, estimate in points],
-                yerr=[estimate.standard_error or 0.0 for _, estimate in points],
+                yerr=[
+                    math.nan if estimate.standard_error is None else estimate.standard_error
+                    for _, estimate in points
+                ],
                 marker="o",
                 markersize=4,
                 capsize=3,
@@ -172,14 +185,15 @@ def _map(
     groups: Sequence[str],
     title: str,
 ) -> None:
-    """Means over seeds, and over whatever else is varied, of each pair of values."""
+    """Means of each pair of values, over the seeds and other settings that all pairs have."""
     rows, columns = (
         sorted({s.labels[a] for s in shown if a in s.labels}, key=float) for a in (first, second)
     )
     width = max(3.2, 0.8 * len(columns) + 1.4)
     figure, panels = _figure(len(groups), width, max(2.6, 0.5 * len(rows) + 1.5))
     for group, panel in zip(groups, panels, strict=True):
-        cells = [[_mean_of(shown, group, {first: r, second: c}) for c in columns] for r in rows]
+        means = _pair_means(shown, group, first, second)
+        cells = [[means.get((r, c), math.nan) for c in columns] for r in rows]
         panel.imshow(cells, cmap="cividis", aspect="auto")
         known = [value for row in cells for value in row if not math.isnan(value)]
         middle = (min(known) + max(known)) / 2 if known else 0.0
@@ -196,14 +210,27 @@ def _map(
     write_figure(figure, path)
 
 
-def _mean_of(shown: Sequence[Setting], group: str, labels: Mapping[str, str]) -> float:
-    values = [
-        estimate.mean
-        for setting in shown
-        if labels.items() <= setting.labels.items()
-        and (estimate := setting.estimate(group)) is not None
-    ]
-    return statistics.fmean(values) if values else math.nan
+def _pair_means(
+    shown: Sequence[Setting], group: str, first: str, second: str
+) -> dict[tuple[str, str], float]:
+    """Means by the labels of two axes, over trials that differ from pair to pair in these alone.
+
+    A trial that failed would otherwise shift the mean of its pair by what it was set to beside.
+    """
+    values: dict[tuple[str, str], dict[tuple[Labels, int], float]] = {}
+    for setting in shown:
+        if first not in setting.labels or second not in setting.labels:
+            continue
+        pair = setting.labels[first], setting.labels[second]
+        rest = tuple(item for item in setting.labels.items() if item[0] not in (first, second))
+        for record in setting.records:
+            mean = record.scores[setting.split].mean(group)
+            if mean is not None:
+                values.setdefault(pair, {})[rest, record.trial.seed] = mean
+    common = set.intersection(*(set(of) for of in values.values())) if values else set()
+    if not common:
+        return {}
+    return {pair: statistics.fmean(of[key] for key in common) for pair, of in values.items()}
 
 
 def _languages(path: epath.Path, shown: Sequence[Setting], title: str) -> None:
@@ -240,14 +267,19 @@ def _languages(path: epath.Path, shown: Sequence[Setting], title: str) -> None:
 
 def _curves(
     path: epath.Path, shown: Sequence[Setting], run_dir: epath.PathLike, title: str
-) -> bool:
-    """Training loss against the step, mean over seeds; whether there is any."""
+) -> tuple[int, list[str]]:
+    """Training loss against the step, mean over seeds: (curves drawn, logs that are damaged)."""
     figure, (panel,) = _figure(1, 5.2, 3.6)
-    drawn = 0
+    drawn, unreadable = 0, []
     for setting in shown:
         curves: dict[int, list[float]] = {}
         for record in setting.records:
-            for line in read_metrics(trial_dir(run_dir, record.trial) / "metrics.jsonl"):
+            try:
+                lines = read_metrics(trial_dir(run_dir, record.trial) / "metrics.jsonl")
+            except ValueError as error:  # what was scored is to be reported all the same
+                unreadable.append(str(error))
+                continue
+            for line in lines:
                 if "loss" in line:
                     curves.setdefault(line["step"], []).append(line["loss"])
         if curves and drawn < MOST_LINES:
@@ -263,7 +295,7 @@ def _curves(
             )
             drawn += 1
     if not drawn:
-        return False
+        return 0, unreadable
     panel.set_xlabel("step")
     panel.set_ylabel("training loss")
     if any(setting.labels for setting in shown):
@@ -271,7 +303,7 @@ def _curves(
     left = len(shown) - drawn
     figure.suptitle(f"{title} (the first {drawn} settings)" if left else title, fontsize=10)
     write_figure(figure, path)
-    return True
+    return drawn, unreadable
 
 
 def _lines(shown: Sequence[Setting], axis: str) -> dict[str, list[Setting]]:

@@ -50,7 +50,7 @@ class Report:
     @functools.cached_property
     def settings(self) -> tuple[Setting, ...]:
         """The finished trials by the settings of the axes."""
-        return pictures.settings(self.records, self.sweep.report_on)
+        return pictures.settings(self.records, self.sweep.report_on, self.sweep.metric)
 
     def to_markdown(self, shown: Mapping[str, str] = FrozenDict()) -> str:
         """Best setting, choices, comparison, settings, pictures, and what is not finished.
@@ -130,6 +130,9 @@ class Report:
             found = [(s, e) for s in self.settings if (e := s.estimate(group)) is not None]
             if not found:
                 continue
+            most = max(estimate.seeds for _, estimate in found)
+            fewer = sum(estimate.seeds < most for _, estimate in found)
+            found = [(s, e) for s, e in found if e.seeds == most]
             best, estimate = max(found, key=lambda item: item[1].mean)
             name = ", ".join(f"{axis} {label}" for axis, label in best.labels.items())
             interval = student_interval(estimate)
@@ -137,6 +140,8 @@ class Report:
             if interval is not None:
                 low, high = interval
                 within = f"95 % interval {low:.1f} to {high:.1f} over {estimate.seeds} seeds"
+            if fewer:
+                within += f"; {fewer} settings with fewer seeds do not compete"
             lines.append(f"- {GROUPS[group]}: {name}, {estimate.mean:.1f} ({within})")
         return (
             f"The best of {len(self.settings)} settings, by the mean over tasks:\n\n"
