@@ -4,6 +4,7 @@ import importlib.util
 import sys
 import types
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -110,6 +111,16 @@ def test_wandb_gets_what_tensorboard_gets_in_one_run_over_restarts(tmp_path, mon
     assert [(step, values["train/loss"]) for step, values in first.logged] == [(1, 1.0), (2, 2.0)]
     assert first.options["config"] == {"seed": 3.0} and first.options["name"] == tmp_path.name
     assert first.options["id"] == second.options["id"] and first.finished
+
+
+def test_of_several_processes_the_first_alone_reports_to_wandb(tmp_path, monkeypatch):
+    def refused(**options):
+        raise AssertionError("another process has reported")
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=refused))
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    report_to_wandb(tmp_path)
+    assert not (tmp_path / "wandb_id.txt").exists()
 
 
 def test_wandb_writes_offline(tmp_path, monkeypatch):

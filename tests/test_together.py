@@ -189,3 +189,12 @@ def test_runs_go_on_together_from_a_step_that_they_have_in_common():
     assert parts((3, 6), (3,), (3, 6)) == [[0, 1, 2]]
     assert parts((3, 6), (), (3, 6), ()) == [[0, 2], [1, 3]]
     assert parts((9, 12), (3, 6), (9,)) == [[0, 2], [1]]
+
+
+def test_hyperparameters_are_what_is_not_at_its_default_in_types_of_its_own(base_run):
+    found = trials(base_run, OPTIMIZERS["adamw"])[1].hparams()
+    assert found["seed"] == 1 and isinstance(found["seed"], int)
+    assert found["optimizer.schedule.kind"] == "linear"
+    assert found["model.scan_layers"] is True
+    assert found["optimizer.schedule.learning_rate"] == 3e-3
+    assert "optimizer.b1" not in found and not [name for name in found if name.startswith("base.")]

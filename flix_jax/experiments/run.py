@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import hashlib
 import json
@@ -194,16 +195,17 @@ class Run:
         return values
 
     def hparams(self) -> dict[str, str | float]:
-        """The values of the description that are not at their default, numbers as numbers."""
+        """The values of the description that are not at their default, of their own types."""
         plain = self.defaults()
         found: dict[str, str | float] = {}
         for name, text in self.describe().items():
             if name in plain or name.startswith("base."):
                 continue
             try:
-                found[name] = float(text)
-            except ValueError:
-                found[name] = text
+                value = ast.literal_eval(text)
+            except (ValueError, SyntaxError):  # a name, such as that of a class
+                value = text
+            found[name] = value if isinstance(value, str | bool | int | float) else text
         return found
 
     def fingerprint(self) -> str:

@@ -72,7 +72,10 @@ class Reporter:
         if hparams:
             summary = _hparams_summary(hparams, group=epath.Path(run_dir).name)
             self._events.add_event(Event(wall_time=time.time(), summary=summary))
-        self._wandb = wandb_project and WandbSink(run_dir, wandb_project, hparams or {})
+        first = jax.process_index() == 0  # several processes are one W&B run
+        self._wandb = None
+        if wandb_project and first:
+            self._wandb = WandbSink(run_dir, wandb_project, hparams or {})
         self._log_every = log_every
         self._wait_seconds = wait_seconds
         self._pending: list[tuple[int, Any]] = []
@@ -213,6 +216,8 @@ def _hparams_summary(hparams: Mapping[str, str | float], group: str) -> Summary:
     for name, value in hparams.items():
         if isinstance(value, str):
             start.hparams[name].string_value = value
+        elif isinstance(value, bool):
+            start.hparams[name].bool_value = value
         else:
             start.hparams[name].number_value = value
     content = plugin_data_pb2.HParamsPluginData(version=0, session_start_info=start)

@@ -23,7 +23,8 @@ def check_installed(project: str | None) -> None:
     """ValueError where W&B is asked for and not there."""
     if project is not None and importlib.util.find_spec("wandb") is None:
         raise ValueError(
-            f"Run.wandb_project={project!r}: wandb is not installed; pip install wandb"
+            f"Run.wandb_project={project!r}: wandb is not installed; pip install wandb (or the "
+            "extra 'wandb' of flix_jax)"
         )
 
 
