@@ -12,10 +12,19 @@ from flix_jax.training.reporting import Reporter, read_metrics
 from flix_jax.training.wandb_sink import check_installed
 
 
-def report(run_dir, steps, *, start=0, log_every=2, scores_at=()):
-    reporter = Reporter(
-        run_dir, total_steps=10, start_step=start, log_every=log_every, wait_seconds=lambda: 0.0
+def make_reporter(run_dir, *, start=0, log_every=1, **options):
+    return Reporter(
+        run_dir,
+        total_steps=10,
+        start_step=start,
+        log_every=log_every,
+        wait_seconds=lambda: 0.0,
+        **options,
     )
+
+
+def report(run_dir, steps, *, start=0, log_every=2, scores_at=()):
+    reporter = make_reporter(run_dir, start=start, log_every=log_every)
     for step in steps:
         reporter.step(
             step,
@@ -57,15 +66,7 @@ def test_tensorboard_reads_the_hyperparameters(tmp_path):
     from tensorboard.plugins.hparams import metadata
 
     given = {"optimizer.name": "sgd", "seed": 3.0}
-    reporter = Reporter(
-        tmp_path,
-        total_steps=1,
-        start_step=0,
-        log_every=1,
-        wait_seconds=lambda: 0.0,
-        hparams=given,
-    )
-    reporter.close()
+    make_reporter(tmp_path, hparams=given).close()
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     content = events.SummaryMetadata(metadata.SESSION_START_INFO_TAG).plugin_data.content
@@ -75,15 +76,7 @@ def test_tensorboard_reads_the_hyperparameters(tmp_path):
 
 
 def report_to_wandb(folder):
-    reporter = Reporter(
-        folder,
-        total_steps=2,
-        start_step=0,
-        log_every=1,
-        wait_seconds=lambda: 0.0,
-        hparams={"seed": 3.0},
-        wandb_project="tests",
-    )
+    reporter = make_reporter(folder, hparams={"seed": 3.0}, wandb_project="tests")
     for step in (1, 2):
         values = {"loss": step, "accuracy": 0.5, "tokens": 8}
         reporter.step(step, {name: jnp.float32(value) for name, value in values.items()})

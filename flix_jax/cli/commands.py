@@ -136,7 +136,6 @@ def sweep(arguments: argparse.Namespace) -> None:
         print(dry_run.describe(sweep, runs, programs, arguments.run_dir))
         return
     bases_dir = os.path.join(arguments.run_dir, "bases")
-    splits = sorted({sweep.report_on, *([sweep.choose_on] if sweep.choose else [])})
 
     def run_trials(assignments: Sequence["Assignment"]) -> Sequence["Outcome"]:
         built = [_trial_run(arguments, bindings, seed) for bindings, _, seed in assignments]
@@ -145,7 +144,11 @@ def sweep(arguments: argparse.Namespace) -> None:
             if len(assignments) == 1:
                 return [
                     together.train_alone(
-                        built[0].run, folders[0], splits, bases_dir=bases_dir, config=built[0].text
+                        built[0].run,
+                        folders[0],
+                        sweep.splits,
+                        bases_dir=bases_dir,
+                        config=built[0].text,
                     )
                 ]
             return together.train_together(
@@ -153,13 +156,14 @@ def sweep(arguments: argparse.Namespace) -> None:
                 folders,
                 bases_dir=bases_dir,
                 configs=[one.text for one in built],
-                splits=splits,
+                splits=sweep.splits,
                 log_dir=together.log_dir(arguments.run_dir, folders),
                 title=f"{len(folders)} trials",
             )
 
-    for line in together.explain(runs, programs, sweep.trials_per_program):
-        print(line)
+    if sweep.trials_per_program > 1:
+        for line in together.explain(runs, programs):
+            print(line)
     records = run_sweep(sweep, arguments.run_dir, run_trials, programs=programs, worker=worker)
     report(arguments)
     failed = [record for record in records if record.state == "failed"]

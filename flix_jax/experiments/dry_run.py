@@ -10,11 +10,12 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
-from flix_jax.adapters import text_tables, tree
+from flix_jax.adapters import text_tables
 from flix_jax.experiments.job import Job
 from flix_jax.experiments.run import Run
 from flix_jax.experiments.sweep import Sweep
-from flix_jax.experiments.together import why_apart
+from flix_jax.experiments.together import reasons
+from flix_jax.experiments.training import trained_parameters
 from flix_jax.experiments.trial_records import read_record, trial_dir
 from flix_jax.experiments.workers import duration
 from flix_jax.training.step import train_step
@@ -67,14 +68,13 @@ def describe(
     parts.append(text_tables.plain(rows))
     rows = [["program", "trials", "memory", "compile", "training", "of its own, because"]]
     total: float | None = 0.0
-    for n, (places, found) in enumerate(zip(programs, costs, strict=True), 1):
+    told = zip(programs, costs, reasons(runs, programs), strict=True)
+    for n, (places, found, reason) in enumerate(told, 1):
         seconds = None
         if found.step_seconds is not None:
             steps = runs[places[0]].total_steps * len(places)
             seconds = found.compile_seconds + found.step_seconds * steps
         total = None if seconds is None or total is None else total + seconds
-        before = [why_apart(runs[programs[i][0]], runs[places[0]]) for i in range(n - 1)]
-        reason = min(before, key=len, default="")
         rows.append(
             [
                 str(n),
@@ -82,7 +82,7 @@ def describe(
                 f"{found.memory / 2**20:,.0f} MiB",
                 duration(found.compile_seconds),
                 "too large to time here" if seconds is None else duration(seconds),
-                reason or ("" if n == 1 else "the number of trials in a program"),
+                reason,
             ]
         )
     parts.append(text_tables.plain(rows))
@@ -98,7 +98,7 @@ def cost(runs: Sequence[Run], run_dir: epath.PathLike, trial: object) -> Cost:
     """What the runs of a program cost, from the step of the widest of them by itself."""
     bases_dir = os.path.join(run_dir, "bases")
     jobs = [Job(run, trial_dir(run_dir, trial), bases_dir=bases_dir) for run in runs]  # type: ignore[arg-type]
-    counts = tuple(tree.count_parameters(job.parameters.templates[0]) for job in jobs)
+    counts = tuple(trained_parameters(job) for job in jobs)
     job = jobs[counts.index(max(counts))]
     run = job.run
     optimizer = run.optimizer.build(run.total_steps)

@@ -332,20 +332,27 @@ class Job:
             return self.parameters.random(self.run.seed, self.run.frozen_dtype)[1]
         return self.parameters.frozen_of(base, self.run.frozen_dtype)
 
-    def checkpoints(self, base: Any | None, *, create: bool = True) -> Checkpoints:
-        """This run's checkpoints, bound to all that their arrays depend on."""
+    def base_digest(self, base: Any | None) -> str:
+        """Names the base in the identity of checkpoints."""
+        if self.run.trains_everything:
+            return NONE
+        return f"random, seed {self.run.seed}" if base is None else digest(base)
+
+    def checkpoints(
+        self, base: Any | None, *, create: bool = True, origin: str | None = None
+    ) -> Checkpoints:
+        """This run's checkpoints, bound to all that their arrays depend on.
+
+        `origin` is the base's `base_digest`, where that is known already.
+        """
         adapters = self.model.adapters
         if adapters is not None:
             trained = f"adapters of {list(adapters.targets)}, alpha {adapters.alpha}"
         else:
             trained = str(list(self.run.trainable)) if self.run.trainable else WHOLE
-        if self.run.trains_everything:
-            origin = NONE
-        else:
-            origin = f"random, seed {self.run.seed}" if base is None else digest(base)
         identity = {
             "trained": trained,
-            "base": origin,
+            "base": self.base_digest(base) if origin is None else origin,
             "features": NONE if self.space is None else self.space.to_json(),
             "vocabulary": self.run.vocabulary.digest,
         }

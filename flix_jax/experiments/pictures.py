@@ -47,13 +47,11 @@ class Setting:
         return statistics.median(found) if found else None
 
 
-def settings(records: Sequence[TrialRecord], split: str, metric: str = "") -> tuple[Setting, ...]:
-    """The settings of finished trials, in order of appearance, all shown by `metric`."""
+def settings(records: Sequence[TrialRecord], split: str) -> tuple[Setting, ...]:
+    """The settings of finished trials, in order of appearance."""
     found: dict[Labels, list[TrialRecord]] = {}
     for record in records:
         if record.state == "finished" and split in record.scores:
-            board = dataclasses.replace(record.scores[split], metric=metric)
-            record = dataclasses.replace(record, scores={split: board})
             found.setdefault(tuple(record.trial.labels.items()), []).append(record)
     return tuple(Setting(dict(key), tuple(of), split) for key, of in found.items())
 

@@ -14,7 +14,7 @@ from flix_jax.evaluation.scoreboard import GROUPS, MISSING, Scoreboard, csv_text
 from flix_jax.experiments import pictures
 from flix_jax.experiments.pictures import Setting
 from flix_jax.experiments.sweep import Sweep
-from flix_jax.experiments.trial_records import TrialRecord, read_record, read_sweep
+from flix_jax.experiments.trial_records import TrialRecord, read_record, read_sweep, shown_by
 
 _COSTS = ("parameters", "step_seconds")
 
@@ -50,7 +50,7 @@ class Report:
     @functools.cached_property
     def settings(self) -> tuple[Setting, ...]:
         """The finished trials by the settings of the axes."""
-        return pictures.settings(self.records, self.sweep.report_on, self.sweep.metric)
+        return pictures.settings(self.records, self.sweep.report_on)
 
     def to_markdown(self, shown: Mapping[str, str] = FrozenDict()) -> str:
         """Best setting, choices, comparison, settings, pictures, and what is not finished.
@@ -85,8 +85,7 @@ class Report:
 
     def trials_csv(self) -> str:
         """A line per trial and split, with the mean over tasks of every group."""
-        axes = list(dict.fromkeys(axis for record in self.records for axis in record.trial.labels))
-        rows = []
+        axes, rows = self._axes, []
         for record in self.records:
             trial = record.trial
             known = [trial.labels.get(axis, "") for axis in axes]
@@ -112,8 +111,7 @@ class Report:
 
     def settings_csv(self) -> str:
         """A line per setting and group: mean, standard error, seeds, and what it costs."""
-        axes = list(dict.fromkeys(axis for setting in self.settings for axis in setting.labels))
-        rows = []
+        axes, rows = self._axes, []
         for setting in self.settings:
             known = [setting.labels.get(axis, "") for axis in axes]
             costs = [setting.measure(name) for name in _COSTS]
@@ -122,6 +120,11 @@ class Report:
                 if estimate is not None:
                     rows.append([*known, group, *dataclasses.astuple(estimate), *costs])
         return csv_text([*axes, "group", "mean", "standard_error", "seeds", *_COSTS], rows)
+
+    @functools.cached_property
+    def _axes(self) -> list[str]:
+        """The axes of all trials, in order of appearance."""
+        return list(dict.fromkeys(axis for r in self.records for axis in r.trial.labels))
 
     def _best_text(self) -> str:
         """The best setting of every group, with the interval of Student's t over its seeds."""
@@ -134,7 +137,7 @@ class Report:
             fewer = sum(estimate.seeds < most for _, estimate in found)
             found = [(s, e) for s, e in found if e.seeds == most]
             best, estimate = max(found, key=lambda item: item[1].mean)
-            name = ", ".join(f"{axis} {label}" for axis, label in best.labels.items())
+            name = self.sweep.variant(best.labels)
             interval = student_interval(estimate)
             within = "one seed, no interval"
             if interval is not None:
@@ -151,7 +154,7 @@ class Report:
         )
 
     def _settings_text(self) -> str:
-        axes = list(dict.fromkeys(axis for setting in self.settings for axis in setting.labels))
+        axes = self._axes
         groups = self.comparison.groups
         header = [*axes, *(GROUPS[group] for group in groups), "parameters", "ms a step", "seeds"]
         rows = []
@@ -213,7 +216,11 @@ def make_report(run_dir: epath.PathLike, *, more_seeds: str = "") -> Report:
       ValueError: not the folder of a sweep, or too little in it to compare yet.
     """
     sweep = read_sweep(run_dir)
-    records = tuple(read_record(run_dir, trial) for trial in sweep.trials())
+    read = (read_record(run_dir, trial) for trial in sweep.trials())
+    # A sweep's metric may have changed since its trials ran.
+    records = tuple(
+        dataclasses.replace(record, scores=shown_by(sweep.metric, record.scores)) for record in read
+    )
     boards: dict[str, dict[int, Scoreboard]] = {}
     choices = []
     for variant in sweep.variants():
@@ -225,9 +232,7 @@ def make_report(run_dir: epath.PathLike, *, more_seeds: str = "") -> Report:
             choices.append(choice)
             own = [record for record in own if _candidate(sweep, record) == choice.labels]
         found = {
-            record.trial.seed: dataclasses.replace(
-                record.scores[sweep.report_on], metric=sweep.metric
-            )
+            record.trial.seed: record.scores[sweep.report_on]
             for record in own
             if record.state == "finished"
         }
@@ -256,8 +261,7 @@ def _choose(sweep: Sweep, variant: str, records: Sequence[TrialRecord]) -> Choic
         candidate = _candidate(sweep, record)
         if record.state != "finished" or candidate in failed:
             continue
-        board = dataclasses.replace(record.scores[sweep.choose_on], metric=sweep.metric)
-        mean = board.mean(sweep.group)
+        mean = record.scores[sweep.choose_on].mean(sweep.group)
         if mean is not None:
             scores.setdefault(tuple(candidate.items()), {})[record.trial.seed] = mean
     common = set.intersection(*(set(seeds) for seeds in scores.values())) if scores else set()

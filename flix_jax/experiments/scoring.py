@@ -108,7 +108,7 @@ def check_sweep(sweep: Sweep, run: Run) -> None:
         or no cell is of the group to choose by.
     """
     split = run.split()
-    for name in {sweep.report_on, *([sweep.choose_on] if sweep.choose else [])}:
+    for name in sweep.splits:
         cells = [cell for cell in split.cells if name in run.source.splits(cell)]
         if not cells:
             known = {s for cell in split.cells for s in run.source.splits(cell)}

@@ -189,6 +189,11 @@ class Sweep:
         if self.baseline:
             self._check_known("baseline", self.baseline, self.variants())
 
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The splits that trials are scored on: to report, and to choose by where that is done."""
+        return tuple(sorted({self.report_on, *([self.choose_on] if self.choose else [])}))
+
     def trials(self) -> tuple[Trial, ...]:
         """All trials; seeds vary slowest, so that what is done first compares everything once."""
         settings: list[tuple[dict[str, str], Bindings]] = []

@@ -92,16 +92,24 @@ def why_apart(one: Run, other: Run) -> str:
     return "; ".join(texts) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
 
 
-def explain(runs: Sequence[Run], groups: Sequence[Sequence[int]], at_most: int) -> list[str]:
+def reasons(runs: Sequence[Run], groups: Sequence[Sequence[int]]) -> list[str]:
+    """Why each program is not a part of one before it: the shortest reason, '' for the first."""
+    leads = [runs[places[0]] for places in groups]
+    number = "the number of trials in a program"
+    return [
+        min((why_apart(before, lead) for before in leads[:i]), key=len) or number if i else ""
+        for i, lead in enumerate(leads)
+    ]
+
+
+def explain(runs: Sequence[Run], groups: Sequence[Sequence[int]]) -> list[str]:
     """A line for every program after the first that says why it is one of its own."""
-    if at_most == 1:
-        return []
-    lines = []
-    for number, places in enumerate(groups[1:], 2):
-        reasons = [why_apart(runs[before[0]], runs[places[0]]) for before in groups[: number - 1]]
-        reason = min(reasons, key=len) or f"at most {at_most} trials a program"
-        lines.append(f"program {number}, {len(places)} trials, is one of its own: {reason}")
-    return lines
+    told = zip(groups, reasons(runs, groups), strict=True)
+    return [
+        f"program {number}, {len(places)} trials, is one of its own: {reason}"
+        for number, (places, reason) in enumerate(told, 1)
+        if reason
+    ]
 
 
 def log_dir(run_dir: epath.PathLike, folders: Sequence[epath.PathLike]) -> epath.Path:
@@ -197,7 +205,7 @@ def train_alone(
     boards = {
         split: inference.evaluate(run, folder, split=split, bases_dir=bases_dir) for split in splits
     }
-    return Outcome(boards, training.measures(job, job.parameters.templates[0]))
+    return Outcome(boards, training.measures(job))
 
 
 class _Group:
@@ -247,7 +255,10 @@ class _Group:
             microbatches=self.run.microbatches,
         )
         self.frozen = self.lead.frozen_parameters(self.base)
-        self.checkpoints: list[Checkpoints] = [job.checkpoints(self.base) for job in self.jobs]
+        origin = self.lead.base_digest(self.base)  # hashed once: a base may be large
+        self.checkpoints: list[Checkpoints] = [
+            job.checkpoints(self.base, origin=origin) for job in self.jobs
+        ]
 
     def close(self) -> None:
         for checkpoints in self.checkpoints:
@@ -435,15 +446,14 @@ class _Group:
             if self.errors[i]:
                 outcomes.append(Outcome(error=self.errors[i]))
                 continue
-            boards = {}
+            boards, step = {}, int(state.step)
+            mark = inference.fingerprint(job, state.trained, self.frozen)
+            predictors = self._predictors(i, state.trained)
             for split in splits:
-                mark = inference.fingerprint(job, state.trained, self.frozen)
-                predictors = self._predictors(i, state.trained)
                 evaluation = self._evaluator(split)
-                step = int(state.step)
                 board, folder = inference.score(job, evaluation, predictors, step, mark, say)
                 inference.write_board(job, board, folder, step, split)
                 boards[split] = board
-            measures = training.measures(job, state.trained, share=1 / len(self.jobs))
+            measures = training.measures(job, share=1 / len(self.jobs))
             outcomes.append(Outcome(boards, measures))
         return outcomes

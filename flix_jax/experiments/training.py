@@ -139,19 +139,22 @@ def keep_config(job: Job, config: str | None) -> None:
         files.write_text(job.run_dir / "config.gin", config)
 
 
-def measures(job: Job, trained: Any, share: float = 1.0) -> dict[str, float]:
+def trained_parameters(job: Job) -> int:
+    """How many parameters a run trains; columns beyond the rank of a feature do not count."""
+    shapes = job.parameters.templates[0]
+    if job.space is None:
+        return tree.count_parameters(shapes)
+    return sum(sum(of.values()) for of in tree.adapter_counts(shapes, job.space).values())
+
+
+def measures(job: Job, share: float = 1.0) -> dict[str, float]:
     """How many parameters are trained, and the median time of a step in the run's log.
 
     Args:
       job: a run that is trained.
-      trained: its trained parameters.
       share: of a step's time that is this run's, where several ran as one program.
     """
-    count = tree.count_parameters(trained)
-    if job.space is not None:
-        by_type = tree.adapter_counts(trained, job.space).values()
-        count = sum(sum(values.values()) for values in by_type)
-    found = {"parameters": float(count)}
+    found = {"parameters": float(trained_parameters(job))}
     lines = read_metrics(job.run_dir / "metrics.jsonl")
     rates = [line["steps_per_second"] for line in lines if line.get("steps_per_second")]
     if rates:  # the first window holds the compilation

@@ -102,6 +102,11 @@ def read_record(run_dir: epath.PathLike, trial: Trial) -> TrialRecord:
     )
 
 
+def shown_by(metric: str, scores: Mapping[str, Scoreboard]) -> dict[str, Scoreboard]:
+    """Scores by split, with every task shown by a metric, or by its own for ''."""
+    return {split: dataclasses.replace(board, metric=metric) for split, board in scores.items()}
+
+
 def trial_dir(run_dir: epath.PathLike, trial: Trial) -> epath.Path:
     """The folder of a trial."""
     return epath.Path(run_dir) / "trials" / trial.name

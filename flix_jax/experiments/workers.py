@@ -14,6 +14,7 @@ from flix_jax.experiments.trial_records import (
     Outcome,
     TrialRecord,
     read_record,
+    shown_by,
     trial_dir,
     write_record,
     write_summary,
@@ -164,7 +165,10 @@ def _run(
         outcomes = run_trials(
             [(trial.bindings, trial_dir(run_dir, trial), trial.seed) for trial in trials]
         )
-        outcomes = [_with_metric(sweep, outcome) for outcome in outcomes]
+        outcomes = [
+            dataclasses.replace(outcome, scores=shown_by(sweep.metric, outcome.scores))
+            for outcome in outcomes
+        ]
         for trial, outcome in zip(trials, outcomes, strict=True):
             if not outcome.error:
                 _check_scores(sweep, trial, outcome.scores)
@@ -181,16 +185,8 @@ def _run(
     ]
 
 
-def _with_metric(sweep: Sweep, outcome: Outcome) -> Outcome:
-    scores = {
-        split: dataclasses.replace(board, metric=sweep.metric)
-        for split, board in outcome.scores.items()
-    }
-    return dataclasses.replace(outcome, scores=scores)
-
-
 def _check_scores(sweep: Sweep, trial: Trial, scores: Mapping[str, Scoreboard]) -> None:
-    for split in {sweep.report_on, *([sweep.choose_on] if sweep.choose else [])}:
+    for split in sweep.splits:
         if split not in scores:
             raise ValueError(
                 f"sweep {sweep.name!r}: trial {trial} has no scores of {split!r}, only of"
