@@ -29,6 +29,7 @@ from flix_jax.experiments.run import FREE, RANDOM, Run
 from flix_jax.experiments.trial_records import Outcome
 from flix_jax.training import trials as trials_lib
 from flix_jax.training.checkpoints import Checkpoints
+from flix_jax.training.parameters import Parameters
 from flix_jax.training.reporting import Reporter
 from flix_jax.training.step import TrainState
 
@@ -274,9 +275,13 @@ class _Group:
         """The states to go on from: of the newest step that all have, or of the beginning."""
         common = set.intersection(*(set(c.all_steps()) for c in self.checkpoints))
         if not common:
-            states = []
+            states: list[TrainState] = []
+            makers: dict[str, Parameters] = {}
             for job, optimizer in zip(self.jobs, self.optimizers, strict=True):
-                trained, _ = job.initial_parameters(self.base)
+                assert job.space is not None
+                ranks = repr([(t.rank, t.ranks) for t in job.space.types])
+                maker = makers.setdefault(ranks, job.parameters)  # compiled once for equal ranks
+                trained = maker.fresh_adapters(job.run.seed)
                 states.append(job.parameters.create_state(trained, optimizer))
             return states, None
         restored = [
@@ -319,7 +324,7 @@ class _Group:
                     self._save(state, step, batches.state(), reporters, bool(evaluating))
             for checkpoints in self.checkpoints:
                 checkpoints.wait()
-            return [self.program.take(state, i) for i in range(len(self.jobs))]
+            return list(self.program.unstack(state))
 
     def _reporter(
         self,
@@ -392,10 +397,10 @@ class _Group:
         reporters: Sequence[Reporter],
         evaluating: bool,
     ) -> None:
-        for i, (job, checkpoints) in enumerate(zip(self.jobs, self.checkpoints, strict=True)):
+        for i, own in enumerate(self.program.unstack(state)):
             if self.errors[i]:
                 continue
-            own, value = self.program.take(state, i), None
+            job, checkpoints, value = self.jobs[i], self.checkpoints[i], None
             if evaluating:
                 evaluation = self._evaluator(job.run.evaluation.split, while_training=True)
                 scores = evaluation.evaluate(

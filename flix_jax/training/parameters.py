@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -86,16 +86,19 @@ class Parameters:
           seed: of the adapters.
           dtype: to which the frozen part is cast; None leaves it.
         """
-        if self.adapters:
-            # Compiled for the adapters alone, so that the base's own initial values are not made.
-            shardings = jax.tree.map(lambda x: x.sharding, self.templates[0])
-            init = jax.jit(
-                lambda key: self.split(nn.unbox(self._init(key)))[0], out_shardings=shardings
-            )
-            trained = init(jax.random.key(seed))
-        else:
-            trained, _ = self.split(base)
+        trained = self.fresh_adapters(seed) if self.adapters else self.split(base)[0]
         return trained, self.frozen_of(base, dtype)
+
+    def fresh_adapters(self, seed: int) -> Any:
+        """The adapters of ``random``, made without the base's own initial values."""
+        return self._adapters_program(jax.random.key(seed))
+
+    @functools.cached_property
+    def _adapters_program(self) -> Callable[[jax.Array], Any]:
+        shardings = jax.tree.map(lambda x: x.sharding, self.templates[0])
+        return jax.jit(
+            lambda key: self.split(nn.unbox(self._init(key)))[0], out_shardings=shardings
+        )
 
     def frozen_of(self, base: Any, dtype: str | None = None) -> Any:
         """What of a base stays as it is; the second half of ``from_base``."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -112,15 +112,15 @@ class Trials:
         alive = jax.device_put(np.ones(self._rows, bool), self._split)
         return TrialsState(jax.tree.map(together, self.template, *filled), alive)
 
-    def take(self, state: TrialsState, index: int) -> TrainState:
-        """The state of one run, of its own shapes, on every device."""
-        own = self.trials[index].template
-        taken = jax.tree.map(lambda leaf: np.asarray(leaf[index]), state.state)
+    def unstack(self, state: TrialsState) -> Iterator[TrainState]:
+        """The states of the runs in turn, each of its own shapes and on every device."""
+        leaves = jax.device_get(state.state)  # once: a leaf at a time, a run at a time is slow
+        for index, trial in enumerate(self.trials):
 
-        def cropped(leaf: np.ndarray, shape: Any) -> jax.Array:
-            return jax.device_put(crop(leaf, shape.shape), shape.sharding)
+            def own(leaf: np.ndarray, shape: Any, index: int = index) -> jax.Array:
+                return jax.device_put(crop(leaf[index], shape.shape), shape.sharding)
 
-        return jax.tree.map(cropped, taken, own)
+            yield jax.tree.map(own, leaves, trial.template)
 
     def put_batch(self, batch: dict[str, np.ndarray]) -> Batch:
         """A batch where every run sees it."""
