@@ -109,7 +109,8 @@ def activate(
       settings: dropout rates and scales in place of the space's own.
 
     Returns:
-      ActiveFeatures; weights are exactly 0 where a feature is absent or dropped.
+      ActiveFeatures; weights are exactly 0 where a feature is absent or dropped. Those of a type
+      whose values combine by their 'mean' are divided by the number of values present.
 
     Raises:
       ValueError: for shapes or dtypes other than the above, and for ids out of range where they
@@ -134,9 +135,21 @@ def activate(
         if space.rescale:
             weights = weights / (1.0 - rates)
     weights = jnp.where(present, weights, 0.0)
+    if any(t.combine == "mean" for t in space.types):
+        weights = weights / _divisors(space, present)
     bounds = jnp.asarray([t.num_values for t in space.slot_types], jnp.int32)
     weights = jnp.where((ids < ABSENT) | (ids >= bounds), jnp.nan, weights)
     return ActiveFeatures(ids, weights, None if settings is None else settings.scales)
+
+
+def _divisors(space: FeatureSpace, present: Array) -> Float[Array, "batch slots"]:
+    """What each slot's weight is divided by: the values present, of types that take their mean."""
+    columns = []
+    for t in space.types:
+        slots = present[:, space.slots(t).start : space.slots(t).stop]
+        count = jnp.maximum(slots.sum(axis=1, keepdims=True), 1).astype(jnp.float32)
+        columns.append(jnp.broadcast_to(count if t.combine == "mean" else 1.0, slots.shape))
+    return jnp.concatenate(columns, axis=1)
 
 
 def _rates(

@@ -157,6 +157,8 @@ def fold(
 ) -> dict[str, Any]:
     """Folds the updates of one set of features into the base: kernel + Σ s_f A_f B_f.
 
+    Of a type whose values combine by their 'mean', that of the values given.
+
     The result is a base that computes, without adapters, what the adapted model computes for
     examples of these features.
 
@@ -213,7 +215,10 @@ def _folded_kernel(kernel, banks, spec: AdapterSpec, ids: np.ndarray, layers_axi
                 f"(layers_axis is {layers_axis})"
             )
         scales = t.scales(spec.alpha)
-        for value in ids[spec.space.slots(t).start : spec.space.slots(t).stop]:
+        values = ids[spec.space.slots(t).start : spec.space.slots(t).stop]
+        if t.combine == "mean":
+            scales = scales / max(1, int((values != ABSENT).sum()))
+        for value in values:
             if value != ABSENT:
                 wide = jnp.promote_types(a.dtype, jnp.float32)
                 scaled = a[:, value].astype(wide) * jnp.asarray(scales[value], wide)
