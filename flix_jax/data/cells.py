@@ -44,7 +44,7 @@ class Cell:
     language: str
     file: str = ""
     variant: str = ""
-    extra: tuple[tuple[str, str], ...] = field(default=(), compare=False, repr=False)
+    extra: tuple[tuple[str, Any], ...] = field(default=(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
         for name in ("task", "language", "variant"):

@@ -17,7 +17,7 @@ from flix_jax.data import cells as cells_lib
 from flix_jax.evaluation import files
 from flix_jax.evaluation.bootstrap import check_confidence
 from flix_jax.evaluation.scoreboard import Scoreboard
-from flix_jax.experiments import scoring
+from flix_jax.experiments import ensembles, scoring
 from flix_jax.experiments.job import Job
 from flix_jax.experiments.run import Run
 from flix_jax.tasks.xtreme_up import read_records
@@ -44,8 +44,10 @@ def evaluator(
     from flix_jax.data.converter import FlixFeatureConverter
     from flix_jax.evaluation.evaluator import CellEvaluator
 
+    job = ensembles.evaluated(job)
     chosen = job.split.cells if cells is None else cells_lib.match(cells, job.split.cells)
     job.check_split(split, chosen)
+    ensembles.check_kinds(job.run, chosen)
     source, vocabulary = job.run.source, job.run.vocabulary
     having = [cell for cell in chosen if split in source.splits(cell)]
     return CellEvaluator(
@@ -61,8 +63,12 @@ def evaluator(
 
 
 def fingerprint(job: Job, trained: Any, frozen: Any) -> str:
-    """What predictions depend on, beside the examples: the parameters and the network."""
-    return f"{digest([trained, frozen])} {job.run.model}"
+    """What predictions depend on, beside the examples: parameters, network and ensemble."""
+    made = f"{digest([trained, frozen])} {job.run.model}"
+    evaluation = job.run.evaluation
+    if evaluation.ensemble is None:
+        return made
+    return f"{made} ensemble of {evaluation.ensemble}, {evaluation.ensemble_of}"
 
 
 def restore(job: Job, step: Step = None) -> tuple[Any, Any, int]:
@@ -118,6 +124,7 @@ def evaluate(
     job = Job(run, run_dir, bases_dir=bases_dir)
     split = split or run.evaluation.split
     trained, frozen, found = restore(job, step)
+    job = ensembles.evaluated(job)
     evaluation = evaluator(job, split, cells=cells)
     predictors = job.predictors(trained, frozen)
     mark = fingerprint(job, trained, frozen)
@@ -201,7 +208,7 @@ def infer(
 
     A line is an object with ``input``; its fields named as feature types (``task``, ``language``)
     are its features, before those of ``features``. A feature that is not known is absent, and
-    counted.
+    counted. `Evaluation.ensemble` is of evaluations: a line runs on its own cell's adapter alone.
 
     Args:
       run, run_dir, step, bases_dir: as in ``evaluate``.

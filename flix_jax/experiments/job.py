@@ -23,6 +23,7 @@ from flix_jax.data.examples import CellData, DataReport
 from flix_jax.data.pipeline import PrefetchIterator, TrainPipeline, check_state
 from flix_jax.evaluation import files
 from flix_jax.evaluation.batches import GUESSES
+from flix_jax.experiments import ensembles
 from flix_jax.experiments.run import RANDOM, Run
 from flix_jax.experiments.run_folder import (
     check_base_folder,
@@ -102,6 +103,9 @@ class Job:
             adapters = dataclasses.replace(adapters, space=self.space)
             for cell in self.split.cells:
                 self.space.encode(cell.annotations())  # an unknown value may be an error
+        ensembles.check(run, self.space)
+        if run.evaluation.every:
+            ensembles.check_kinds(run, self.split.cells)
         self.model = EncoderDecoder(
             Transformer(run.model),
             adapters,

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from flix_jax.adapters.injection import AdapterSpec
+from flix_jax.adapters.suggest import did_you_mean
 from flix_jax.data.cells import CellSplit, Mixture, Source
 from flix_jax.data.vocabularies import Vocabulary
 from flix_jax.models.config import T5Config
@@ -18,6 +19,10 @@ from flix_jax.training.optimizers import Optimizer
 from flix_jax.training.partitioning import MeshSpec
 
 FROZEN_DTYPES = ("float32", "bfloat16", "float16")
+
+# What an ensemble takes the mean of, and which trained cells are its members.
+ENSEMBLES = ("weights", "logits")
+MEMBERS = ("related", "task", "language")
 
 #: ``Run.base`` of a run that starts from random parameters.
 RANDOM = "random"
@@ -47,6 +52,11 @@ class Evaluation:
         in evaluations while training: `'mean_seen'`, `'mean_unseen'`, `'mean_unseen_language'` or
         `'mean_under_represented'` over tasks, `'ner/mean_seen'` of one, `'ner/sw'` of a cell, or
         `'ner/sw:exact_match'`. Error rates count as 100 - rate. None keeps the newest alone.
+      ensemble: of a run whose every cell has its own adapter (features of one type, 'cell'): how
+        cells that are not trained on run on several adapters, by the mean of their 'weights' or of
+        their 'logits' (see `experiments.ensembles`); None runs them on the base alone.
+      ensemble_of: which trained cells are the members: those of a cell's 'task', of its 'language',
+        or 'related', of either.
     """
 
     split: str = "validation"
@@ -55,6 +65,8 @@ class Evaluation:
     examples_per_cell: int | None = None
     examples: int | None = None
     keep_best: str | None = None
+    ensemble: str | None = None
+    ensemble_of: str = "related"
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "every", "examples_per_cell", "examples"):
@@ -69,6 +81,18 @@ class Evaluation:
             raise ValueError(
                 f"Evaluation.keep_best={self.keep_best!r} has no effect without Evaluation.every"
             )
+        for name, known in (("ensemble", ENSEMBLES), ("ensemble_of", MEMBERS)):
+            value = getattr(self, name)
+            if value not in known and not (name == "ensemble" and value is None):
+                raise ValueError(
+                    f"Evaluation.{name}={value!r}: expected one of {', '.join(map(repr, known))}; "
+                    + did_you_mean(str(value), known)
+                )
+        if self.ensemble is None and self.ensemble_of != "related":
+            raise ValueError(
+                f"Evaluation.ensemble_of={self.ensemble_of!r} has no effect without "
+                "Evaluation.ensemble"
+            )
 
     @property
     def best_by(self) -> dict[str, Any] | None:
@@ -76,7 +100,10 @@ class Evaluation:
         if self.keep_best is None:
             return None
         names = ("keep_best", "split", "examples_per_cell", "examples")
-        return {name: getattr(self, name) for name in names}
+        best = {name: getattr(self, name) for name in names}
+        if self.ensemble is not None:
+            best |= {"ensemble": self.ensemble, "ensemble_of": self.ensemble_of}
+        return best
 
 
 @dataclasses.dataclass(frozen=True)

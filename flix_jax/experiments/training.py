@@ -12,7 +12,7 @@ from etils import epath
 
 from flix_jax.adapters import tree
 from flix_jax.evaluation import files
-from flix_jax.experiments import data_notes, inference, scoring
+from flix_jax.experiments import data_notes, ensembles, inference, scoring
 from flix_jax.experiments.job import Job
 from flix_jax.experiments.run import Run
 from flix_jax.training import partitioning
@@ -169,9 +169,11 @@ def _evaluation(job: Job, frozen: Any) -> Callable[[int, Any], Mapping[str, Mapp
         scoring.examples_per_cell(job.run, job.split.cells),
     )
 
+    evaluated = ensembles.evaluated(job)
+
     def evaluate(step: int, trained: Any) -> Mapping[str, Mapping[str, float]]:
         return evaluator.evaluate(
-            job.predictors(trained, frozen),
+            evaluated.predictors(trained, frozen),
             job.run_dir,
             step,
             fingerprint=inference.fingerprint(job, trained, frozen),

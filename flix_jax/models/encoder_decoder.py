@@ -16,6 +16,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from flix_jax.adapters.activation import ActiveFeatures, FeatureSettings, activate
+from flix_jax.adapters.features import ABSENT
 from flix_jax.adapters.injection import AdapterSpec, inject
 from flix_jax.models import decoding, losses
 
@@ -46,6 +47,9 @@ class EncoderDecoder:
       adapters: what is injected into it; None for the network alone.
       label_smoothing, z_loss: of the loss (see losses.cross_entropy).
       eos_id: the token that ends a decoded sequence.
+      members: with more than one, an ensemble: `feature_ids` are [batch, members], each row is
+        decoded with one id at a time, and every token is taken by the mean of the logits of the
+        ids that are present (of the network alone where none is). For `predict` only.
       settings: dropout rates and scales in place of the feature space's own, to be set within a
         trace: arrays, so they are no part of what a model is equal by.
     """
@@ -55,6 +59,7 @@ class EncoderDecoder:
     label_smoothing: float = 0.0
     z_loss: float = 0.0
     eos_id: int = 1
+    members: int = 1
     settings: FeatureSettings | None = dataclasses.field(default=None, compare=False)
 
     def __post_init__(self) -> None:
@@ -64,6 +69,12 @@ class EncoderDecoder:
             )
         if self.z_loss < 0.0:
             raise ValueError(f"EncoderDecoder.z_loss = {self.z_loss!r}: expected at least 0")
+        if self.members < 1:
+            raise ValueError(f"EncoderDecoder.members = {self.members!r}: expected at least 1")
+        if self.members > 1 and (self.adapters is None or self.adapters.space.num_slots != 1):
+            raise ValueError(
+                f"EncoderDecoder.members = {self.members!r}: expected adapters of one slot"
+            )
 
     def init(self, rng: Array, batch_shapes: Mapping[str, tuple[int, ...]]) -> Params:
         """Initial parameters of network and adapters, boxed with their logical axes.
@@ -138,6 +149,8 @@ class EncoderDecoder:
           int32 [batch, max_length]: tokens up to and including `eos_id`, then 0.
         """
         check_tokens(batch, ("encoder_input_tokens",))
+        if self.members > 1:
+            return self._predict_by_mean(params, batch, max_length)
         tokens = batch["encoder_input_tokens"]
         with self._injected(self._active(batch, None), deterministic=True):
             encoded = self._encode(params, tokens)
@@ -145,6 +158,40 @@ class EncoderDecoder:
                 self._step_function(params, encoded, tokens, max_length),
                 self._empty_cache(params, encoded, tokens, max_length),
                 tokens.shape[0],
+                max_length,
+                self.eos_id,
+                finished=jnp.all(tokens == 0, axis=1),
+            )
+
+    def _predict_by_mean(self, params: Params, batch: Batch, max_length: int) -> Array:
+        """`predict` by the mean of the members' logits: each is a row of its own to the network."""
+        tokens = batch["encoder_input_tokens"]
+        rows, members = tokens.shape[0], self.members
+        ids = batch["feature_ids"]
+        if ids.shape != (rows, members):
+            raise ValueError(
+                f"feature_ids has shape {ids.shape}: expected [batch, members] = "
+                f"({rows}, {members})"
+            )
+        present = ids != ABSENT
+        alone = jnp.zeros_like(present).at[:, 0].set(~present.any(axis=1))
+        counted = (present | alone)[:, :, None]
+        repeated = jnp.repeat(tokens, members, axis=0)
+        each = {"encoder_input_tokens": repeated, "feature_ids": ids.reshape(-1, 1)}
+        with self._injected(self._active(each, None), deterministic=True):
+            encoded = self._encode(params, repeated)
+            step = self._step_function(params, encoded, repeated, max_length)
+
+            def mean_step(step_tokens: Array, cache: Any) -> tuple[Array, Any]:
+                logits, cache = step(jnp.repeat(step_tokens, members), cache)
+                logits = logits.astype(jnp.float32).reshape(rows, members, -1)
+                total = jnp.sum(jnp.where(counted, logits, 0.0), axis=1)
+                return total / jnp.sum(counted, axis=1), cache
+
+            return decoding.greedy(
+                mean_step,
+                self._empty_cache(params, encoded, repeated, max_length),
+                rows,
                 max_length,
                 self.eos_id,
                 finished=jnp.all(tokens == 0, axis=1),
@@ -260,6 +307,11 @@ class EncoderDecoder:
                 f"it has {', '.join(sorted(batch))}"
             )
         ids, rows = batch["feature_ids"], batch["encoder_input_tokens"].shape[0]
+        if self.members > 1 and ids.shape == (rows, self.members):
+            raise ValueError(
+                f"EncoderDecoder.members = {self.members}: the mean of logits is for greedy "
+                "decoding (predict) only"
+            )
         if ids.shape != (rows, self.adapters.space.num_slots):
             raise ValueError(
                 f"feature_ids has shape {ids.shape}: expected [batch, slots] = "
