@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -71,6 +72,16 @@ def test_a_claim_from_another_machine_is_believed(tmp_path):
         (tmp_path / "claims" / "elsewhere-1.json").write_text(json.dumps(record))
         assert not claims.take(tmp_path)
         assert claims.holder(tmp_path) == "elsewhere-1"
+
+
+def test_one_who_waits_comes_after_the_one_who_has_it(tmp_path):
+    said = []
+    with Claims() as first, Claims() as second:
+        assert first.take(tmp_path)
+        threading.Timer(0.3, first.give_back, [tmp_path]).start()
+        second.wait_for(tmp_path, poll=0.05, say=said.append)
+        assert not first.take(tmp_path)
+    assert said == [f"{tmp_path}: waiting for {first.name}"]
 
 
 def work(folder, index, count):

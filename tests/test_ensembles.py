@@ -20,6 +20,7 @@ from flix_jax.data.vocabularies import ByteVocabulary
 from flix_jax.experiments import ensembles, inference, training
 from flix_jax.experiments.job import Job
 from flix_jax.experiments.run import Evaluation, Run
+from flix_jax.models import decoding
 from flix_jax.models.config import T5Config
 from flix_jax.models.encoder_decoder import EncoderDecoder
 from flix_jax.models.t5 import Transformer
@@ -110,7 +111,8 @@ def test_the_mean_of_weights_is_that_folded_into_the_base_by_hand(case):
     for row, ids in enumerate(IDS):
         plain = folded_by_numpy(params, present(ids))
         single = row_of(batch, row)
-        np.testing.assert_allclose(logits[row], network.logits(plain, single)[0], atol=1e-5)
+        expected = network.logits(plain, single)[0]
+        np.testing.assert_allclose(logits[row], expected, atol=1e-5)
         np.testing.assert_array_equal(tokens[row], predict(network, plain, single)[0])
         assert len(set(tokens[row].tolist())) > 1
 
@@ -150,6 +152,30 @@ def test_the_mean_of_logits_is_that_of_the_members_run_alone(case):
             if decoded[0, step] == 1:
                 break
         np.testing.assert_array_equal(tokens[row], decoded[0])
+
+
+def test_logits_are_the_mean_of_those_of_the_members(case, monkeypatch):
+    one, _, model, params, batch = case
+    inputs, seen = batch["decoder_input_tokens"], []
+
+    def forced(tokens_to_logits, cache, rows, max_length, eos_id, *, finished):
+        """Decodes given tokens and keeps the logits [rows, length, vocab]."""
+        steps = []
+        for step in range(max_length):
+            logits, cache = tokens_to_logits(inputs[:, step], cache)
+            steps.append(logits)
+        seen.append(np.asarray(jnp.stack(steps, axis=1)))
+        return jnp.zeros((rows, max_length), jnp.int32)
+
+    monkeypatch.setattr(decoding, "greedy", forced)
+    for i in range(-1, len(CELLS)):
+        ids = jnp.full((ROWS, 1), i, jnp.int32)
+        one.predict(params, dict(batch, feature_ids=ids), max_length=LENGTH)
+    model.predict(params, batch, max_length=LENGTH)
+    *alone, got = seen
+    for row, ids in enumerate(IDS):
+        expected = np.mean([alone[i + 1][row] for i in present(ids) or [-1]], axis=0)
+        np.testing.assert_allclose(got[row], expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", [1, 2])

@@ -168,6 +168,20 @@ def test_what_runs_of_a_program_have_in_common(base_run):
     assert together.program_of(reseeded) != together.program_of(runs[0])
 
 
+def test_whole_networks_and_ensembles_are_programs_of_their_own(base_run):
+    runs = trials(base_run, OPTIMIZERS["adamw"])[:2]
+    evaluation = dataclasses.replace(runs[0].evaluation, ensemble="weights")
+    runs += [dataclasses.replace(runs[0], evaluation=evaluation)] * 2
+    runs += [dataclasses.replace(runs[0], adapters=None)] * 2
+    groups = together.programs(runs, 16)
+    assert groups == [[0, 1], [2], [3], [4], [5]]
+    assert together.reasons(runs, groups) == [
+        "",
+        *["an ensemble is evaluated"] * 2,
+        *["a whole network is trained"] * 2,
+    ]
+
+
 def test_predictions_of_a_padded_trial_are_those_of_its_folder(base_run, bases_dir, tmp_path):
     runs = trials(base_run, OPTIMIZERS["adamw"], 8)
     outcomes = run_together(runs, tmp_path, bases_dir)

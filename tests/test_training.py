@@ -4,6 +4,8 @@ import dataclasses
 import json
 import re
 import shutil
+import threading
+import time
 
 import jax
 import numpy as np
@@ -16,6 +18,7 @@ from flix_jax.adapters.injection import AdapterSpec
 from flix_jax.data.cells import Mixture
 from flix_jax.data.vocabularies import ByteVocabulary
 from flix_jax.experiments import inference, training
+from flix_jax.experiments.claims import Claims
 from flix_jax.experiments.job import Job
 from flix_jax.experiments.run import Evaluation
 from flix_jax.tasks.xtreme_up import TaskFormat, XtremeUp
@@ -208,6 +211,23 @@ def test_inference_with_a_lora_uses_it_and_refuses_lines_without_features(
     first, cut, whole_one = (tmp_path / "out.jsonl").read_text().splitlines()
     assert first == predicted
     assert json.loads(cut)["prediction"] == json.loads(whole_one)["prediction"]
+
+
+def test_a_base_that_another_worker_trains_is_waited_for(run, base_run, tmp_path):
+    base = dataclasses.replace(base_run, total_steps=2, save_every=2)
+    job = Job(dataclasses.replace(run, base=base), tmp_path / "trial", bases_dir=tmp_path)
+    mine = threading.Thread(
+        target=training.train_base, args=[job], kwargs={"bases_dir": tmp_path, "title": "mine"}
+    )
+    with Claims() as other:
+        assert other.take(job.base_dir)
+        mine.start()
+        time.sleep(1.0)
+        assert mine.is_alive() and not (job.base_dir / "run.json").exists()
+        training.train(base, job.base_dir)
+        made = (job.base_dir / "metrics.jsonl").read_text()
+    mine.join(30)
+    assert not mine.is_alive() and (job.base_dir / "metrics.jsonl").read_text() == made
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(run, bases_dir, tmp_path):

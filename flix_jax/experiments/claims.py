@@ -1,8 +1,8 @@
-"""Claims: which worker runs which trial, by files in a shared folder.
+"""Claims: which worker trains which trial or base, by files in a shared folder.
 
-A worker writes a file of its own into the trial's folder of claims, then lists that folder. If it
-finds its own alone, the trial is its; if it finds another's, it takes its own back. Of two that
-come at the same time at least one sees the other, so that a trial never has two. That needs a
+A worker writes a file of its own into the run's folder of claims, then lists that folder. If it
+finds its own alone, the run is its; if it finds another's, it takes its own back. Of two that
+come at the same time at least one sees the other, so that a run never has two. That needs a
 listing that shows what was written before it, as local disks and buckets have (and NFS, if it does
 not cache folders), and neither renaming nor exclusive creation.
 
@@ -12,11 +12,12 @@ process is gone from this machine, has expired.
 
 import json
 import os
+import random
 import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from etils import epath
 
@@ -37,7 +38,7 @@ class Claims:
         self._thread = threading.Thread(target=self._beat, daemon=True, name="claims")
 
     def take(self, folder: epath.PathLike) -> bool:
-        """Whether the trial of this folder is now this worker's."""
+        """Whether the run of this folder is now this worker's."""
         place = epath.Path(folder) / "claims"
         own = place / f"{self.name}.json"
         with self._lock:
@@ -48,15 +49,27 @@ class Claims:
             self._held.add(own)
         return True
 
+    def wait_for(
+        self, folder: epath.PathLike, *, poll: float = 2.0, say: Callable[[str], None] = print
+    ) -> None:
+        """Takes a folder as soon as no other worker has it; `say` is told of who has."""
+        told = None
+        while not self.take(folder):
+            holder = self.holder(folder)
+            if holder not in (None, told):
+                say(f"{folder}: waiting for {holder}")
+                told = holder
+            time.sleep(poll * random.uniform(0.5, 1.0))  # two that come at once part
+
     def give_back(self, folder: epath.PathLike) -> None:
-        """Frees a trial."""
+        """Frees a run."""
         own = epath.Path(folder) / "claims" / f"{self.name}.json"
         with self._lock:
             self._held.discard(own)
             own.unlink(missing_ok=True)
 
     def holder(self, folder: epath.PathLike) -> str | None:
-        """The worker that has the trial of this folder, None if it is free."""
+        """The worker that has the run of this folder, None if it is free."""
         return next(iter(self._others(epath.Path(folder) / "claims")), None)
 
     def __enter__(self) -> "Claims":

@@ -56,16 +56,21 @@ def program_of(run: Run) -> dict[str, str]:
     values["optimizer.weight_decay is 0"] = str(optimizer.weight_decay == 0)
     for name in ("evaluation.split", "evaluation.batch_size", "evaluation.every", "save_every"):
         values[name] = run.describe().get(name, "")
-    if run.adapters is None:
-        values["whole network of"] = run.fingerprint()
     return values
+
+
+def alone(run: Run) -> str:
+    """Why a run is always a program of its own; '' where it is not."""
+    if run.adapters is None:
+        return "a whole network is trained"
+    return "an ensemble is evaluated" if run.evaluation.ensemble is not None else ""
 
 
 def programs(runs: Sequence[Run], at_most: int) -> list[list[int]]:
     """Which runs train together, by their places: as few groups as can be, of nearly one size."""
     alike: dict[str, list[int]] = {}
     for place, run in enumerate(runs):
-        key = str(place) if run.adapters is None else repr(sorted(program_of(run).items()))
+        key = str(place) if alone(run) else repr(sorted(program_of(run).items()))
         alike.setdefault(key, []).append(place)
     found = []
     for places in alike.values():
@@ -78,8 +83,8 @@ def programs(runs: Sequence[Run], at_most: int) -> list[list[int]]:
 
 def why_apart(one: Run, other: Run) -> str:
     """Why two runs cannot share a program; '' where they can."""
-    if one.adapters is None or other.adapters is None:
-        return "a whole network is trained"
+    if reason := alone(other) or alone(one):
+        return reason
     ours, theirs = program_of(one), program_of(other)
     names = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 from etils import epath
+from jax.experimental import multihost_utils
 
 from flix_jax.adapters import tree
 from flix_jax.evaluation import files
 from flix_jax.experiments import data_notes, ensembles, inference, scoring
+from flix_jax.experiments.claims import Claims
 from flix_jax.experiments.job import Job
 from flix_jax.experiments.run import Run
 from flix_jax.training import partitioning
@@ -119,11 +121,18 @@ def train(
 def train_base(
     job: Job, *, bases_dir: epath.PathLike | None, title: str, show_cells: bool = False
 ) -> None:
-    """Trains the base of a job, where that is a run which is not finished."""
+    """Trains the base of a job, where that is a run which is not finished; one worker does.
+
+    Others that need the same base wait until it is there, or until that worker is gone.
+    """
     base = job.run.base
-    if isinstance(base, Run):
-        assert job.base_dir is not None
-        if not _is_finished(base, job.base_dir):
+    if not isinstance(base, Run):
+        return
+    assert job.base_dir is not None
+    if _is_finished(base, job.base_dir):
+        return
+    with claim(job.base_dir):
+        if not _is_finished(base, job.base_dir):  # another may have been before us
             train(
                 base,
                 job.base_dir,
@@ -131,6 +140,17 @@ def train_base(
                 title=f"{title}: base",
                 show_cells=show_cells,
             )
+
+
+@contextlib.contextmanager
+def claim(folder: epath.Path) -> Iterator[None]:
+    """Holds a folder for the processes of this run, of which the first one claims it."""
+    with contextlib.ExitStack() as stack:
+        if jax.process_index() == 0:
+            stack.enter_context(Claims()).wait_for(folder)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"claim of {folder}")
+        yield
 
 
 def keep_config(job: Job, config: str | None) -> None:
@@ -163,17 +183,13 @@ def measures(job: Job, share: float = 1.0) -> dict[str, float]:
 
 
 def _evaluation(job: Job, frozen: Any) -> Callable[[int, Any], Mapping[str, Mapping[str, float]]]:
-    evaluator = inference.evaluator(
-        job,
-        job.run.evaluation.split,
-        scoring.examples_per_cell(job.run, job.split.cells),
-    )
-
-    evaluated = ensembles.evaluated(job)
+    job = ensembles.evaluated(job)
+    limit = scoring.examples_per_cell(job.run, job.split.cells)
+    evaluator = inference.evaluator(job, job.run.evaluation.split, limit)
 
     def evaluate(step: int, trained: Any) -> Mapping[str, Mapping[str, float]]:
         return evaluator.evaluate(
-            evaluated.predictors(trained, frozen),
+            job.predictors(trained, frozen),
             job.run_dir,
             step,
             fingerprint=inference.fingerprint(job, trained, frozen),
