@@ -33,6 +33,7 @@ from flix_jax.gin_reader import (
 NAMES: dict[str, str] = {
     "T5Config": "flix_jax.models.config:T5Config",
     "FeatureType": "flix_jax.adapters.features:FeatureType",
+    "first_values": "flix_jax.adapters.features:first_values",
     "FeatureSpace": "flix_jax.adapters.features:FeatureSpace",
     "AdapterSpec": "flix_jax.adapters.injection:AdapterSpec",
     "Mixture": "flix_jax.data.cells:Mixture",

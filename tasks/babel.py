@@ -87,15 +87,27 @@ def held_out_language(seed: int) -> str:
     return Draw("babel", seed, "held out").shuffled(LANGUAGES)[0].code
 
 
-def held_out(seed: int) -> tuple[str, ...]:
+def held_out(seed: int, tasks: Sequence[str] = TASKS) -> tuple[str, ...]:
     """Patterns of the held-out cells of a seed, as `Mixture(held_out=...)` takes them.
 
     All cells of one language, and three of each task spread evenly over the eight others, so
     that each of those is still seen in at least three tasks and each task in five languages.
+
+    Args:
+      seed: of the data.
+      tasks: those of the mixture; which cells of a task are held out does not depend on the others.
+
+    Raises:
+      ValueError: a task that Babel has not.
     """
+    for task in tasks:
+        if task not in TASKS:
+            raise ValueError(f"babel_held_out.tasks names {task!r}; {did_you_mean(task, TASKS)}")
     first, *others = (t.code for t in Draw("babel", seed, "held out").shuffled(LANGUAGES))
-    patterns = [f"{_TASK_PATTERN}/{first}"]
+    patterns = [f"{{{','.join(tasks)}}}/{first}"]
     for i, task in enumerate(TASKS):
+        if task not in tasks:
+            continue
         unseen = [
             others[(i * HELD_OUT_PER_TASK + j) % len(others)] for j in range(HELD_OUT_PER_TASK)
         ]

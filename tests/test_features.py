@@ -5,7 +5,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 
-from flix_jax.adapters.features import FeatureSpace, FeatureType
+from flix_jax.adapters.features import FeatureSpace, FeatureType, first_values
 
 TASK = FeatureType("task", ("ner", "qa", "topic"), rank=4, dropout=0.5)
 LANGUAGE = FeatureType("language", ("am", "sw", "yo"), rank=2, ranks={"sw": 3}, slots=2)
@@ -156,3 +156,11 @@ def test_a_space_checks_its_types():
         FeatureSpace((TASK, TASK))
     with pytest.raises(ValueError, match="no type 'tsak'; did you mean 'task'"):
         SPACE.type("tsak")
+
+
+def test_the_first_of_some_values():
+    assert first_values(("a", "b", "c"), 2) == ("a", "b")
+    with pytest.raises(ValueError, match="first_values.count=4: expected 1 to 3"):
+        first_values(("a", "b", "c"), 4)
+    with pytest.raises(ValueError, match="first_values.count=0"):
+        first_values(("a",), 0)

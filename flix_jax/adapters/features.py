@@ -31,6 +31,17 @@ _UNKNOWN = ("absent", "error")
 _COMBINE = ("sum", "mean")
 
 
+def first_values(values: Sequence[str], count: int) -> tuple[str, ...]:
+    """The first `count` of some values, for sweeps over the number of a type's values.
+
+    Raises:
+      ValueError: fewer than `count` values, or `count` below 1.
+    """
+    if not 1 <= count <= len(values):
+        raise ValueError(f"first_values.count={count}: expected 1 to {len(values)}, the values")
+    return tuple(values[:count])
+
+
 def _check_rank(rank: Any, place: str) -> None:
     if isinstance(rank, bool) or not isinstance(rank, numbers.Integral) or rank < 1:
         raise ValueError(f"{place}: rank is {rank!r}, expected an integer of at least 1")

@@ -1,0 +1,61 @@
+"""Every shipped sweep file builds: its trials are runs, and those of a program what is meant."""
+
+import pathlib
+
+import pytest
+
+from flix_jax import configuration
+from flix_jax.experiments import together
+
+SWEEPS = pathlib.Path(__file__).parent.parent / "configs" / "sweeps"
+BABEL = sorted(path.name for path in SWEEPS.glob("babel_*.gin"))
+OTHERS = sorted(path.name for path in SWEEPS.glob("*.gin") if f"babel_{path.name}" in BABEL)
+
+
+def trials(files, flags=()):
+    """(sweep, the run of every trial)."""
+    sweep = configuration.load(files, flags).build("Sweep")
+    runs = [
+        configuration.load(files, [*flags, *trial.bindings, f"SEED={trial.seed}"]).build("Run")
+        for trial in sweep.trials()
+    ]
+    return sweep, runs
+
+
+@pytest.fixture(scope="module")
+def babel_dir(tmp_path_factory):
+    return f"BABEL_DIR='{tmp_path_factory.mktemp('babel')}'"
+
+
+@pytest.mark.parametrize("name", BABEL)
+def test_every_sweep_on_babel_builds(name, babel_dir):
+    sweep, runs = trials([f"configs/sweeps/{name}"], [babel_dir])
+    assert len({run.fingerprint() + str(run.evaluation) for run in runs}) == len(runs)
+    for run in runs:
+        split = run.split()
+        assert split.train and split.held_out
+    groups = together.programs(runs, sweep.trials_per_program)
+    assert sorted(place for places in groups for place in places) == list(range(len(runs)))
+    if sweep.trials_per_program == 1:
+        assert len(groups) == len(runs)
+
+
+@pytest.mark.parametrize("name", [name for name in OTHERS if name != "mixtures.gin"])
+def test_a_question_is_put_to_any_experiment(name):
+    more = []
+    if name == "ensembles.gin":
+        more = ["FLIX_RANK=2", "CELL_RANK=4", "FLIX_LEARNING_RATE=0.1", "CELL_LEARNING_RATE=0.1"]
+    files = ["configs/experiments/xtreme_up_tiny.gin", f"configs/sweeps/{name}"]
+    flags = ["DATA_DIR='nowhere'", "SEEDS=(0, 1)", *more]
+    _, runs = trials(files, flags)
+    assert len(runs) > 2 and {run.seed for run in runs} == {0, 1}
+    assert {run.base.seed for run in runs} == {0}  # one base for all
+
+
+def test_one_task_of_babel_holds_out_the_cells_that_all_tasks_do(babel_dir):
+    _, runs = trials(["configs/sweeps/babel_mixtures.gin"], [babel_dir, "SEEDS=(3,)"])
+    one, many, *_ = (run.split() for run in runs)
+    task = one.cells[0].task
+    assert {cell.task for cell in one.cells} == {task}
+    assert set(one.held_out) == {cell for cell in many.held_out if cell.task == task}
+    assert set(one.train) == {cell for cell in many.train if cell.task == task}
