@@ -76,6 +76,8 @@ setup(
         "tensorboard>=2.18",  # TensorFlow no longer brings it along
         "matplotlib>=3.9,<4",
         "scipy>=1.13",
+        "safetensors>=0.4.5",
+        "tensorstore>=0.1.60",
     ],
     extras_require={
         "tpu": [JAX.replace("jax", "jax[tpu]", 1)],

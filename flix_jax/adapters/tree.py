@@ -31,15 +31,17 @@ def _unbox(leaf: Any) -> Any:
     return jax.tree.leaves(leaf)[0] if isinstance(leaf, nn.meta.AxisMetadata) else leaf
 
 
-def _leaves(tree: Tree, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+def named_leaves(tree: Tree, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """(path, leaf) of every leaf; `from_named` makes the tree again."""
     for name, child in tree.items():
         if isinstance(child, Mapping):
-            yield from _leaves(child, (*path, name))
+            yield from named_leaves(child, (*path, name))
         else:
             yield (*path, name), child
 
 
-def _from_leaves(leaves: Iterator[tuple[Path, Any]] | Sequence[tuple[Path, Any]]) -> dict[str, Any]:
+def from_named(leaves: Iterator[tuple[Path, Any]] | Sequence[tuple[Path, Any]]) -> dict[str, Any]:
+    """The tree of leaves by path."""
     tree: dict[str, Any] = {}
     for path, leaf in leaves:
         node = tree
@@ -50,9 +52,9 @@ def _from_leaves(leaves: Iterator[tuple[Path, Any]] | Sequence[tuple[Path, Any]]
 
 
 def _split(tree: Tree, first: Callable[[Path], bool]) -> tuple[dict[str, Any], dict[str, Any]]:
-    leaves = [(first(path), path, leaf) for path, leaf in _leaves(tree)]
+    leaves = [(first(path), path, leaf) for path, leaf in named_leaves(tree)]
     return tuple(  # type: ignore[return-value]
-        _from_leaves([(path, leaf) for chosen, path, leaf in leaves if chosen is side])
+        from_named([(path, leaf) for chosen, path, leaf in leaves if chosen is side])
         for side in (True, False)
     )
 
@@ -76,7 +78,7 @@ def split_by_pattern(
       ValueError: when a pattern is malformed or matches nothing, with the nearest paths.
     """
     patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
-    names = ["/".join(path) for path, _ in _leaves(params)]
+    names = ["/".join(path) for path, _ in named_leaves(params)]
     compiled = []
     for pattern in patterns:
         try:
@@ -121,7 +123,7 @@ def adapter_counts(adapters: Tree, space: FeatureSpace) -> dict[str, dict[str, i
       ValueError: when a bank is not of a type of `space`, or has not its values and rank.
     """
     counts = {t.name: dict.fromkeys(t.known_values, 0) for t in space.types}
-    for path, leaf in _leaves(adapters):
+    for path, leaf in named_leaves(adapters):
         if CHILD not in path:
             continue
         t = space.type(path[-2])
@@ -140,7 +142,7 @@ def adapter_counts(adapters: Tree, space: FeatureSpace) -> dict[str, dict[str, i
 def _dense_banks(adapters: Tree) -> dict[Path, dict[str, dict[str, Any]]]:
     """Path of every adapted dense layer -> type -> {'a': …, 'b': …}."""
     banks: dict[Path, dict[str, dict[str, Any]]] = {}
-    for path, leaf in _leaves(adapters):
+    for path, leaf in named_leaves(adapters):
         if CHILD in path:
             at = path.index(CHILD)
             banks.setdefault(path[:at], {}).setdefault(path[at + 1], {})[path[-1]] = _unbox(leaf)
@@ -175,15 +177,9 @@ def fold(
       ValueError: when no feature is known, or an adapter's layer is missing in the base or has
         another shape.
     """
-    ids = spec.space.encode(features)
-    if (ids == ABSENT).all():
-        raise ValueError(
-            f"fold: none of {dict(features)!r} is a known feature; types are "
-            + ", ".join(repr(n) for n in spec.space.names)
-        )
-    kernels = {path[:-1]: leaf for path, leaf in _leaves(base) if path[-1] == "kernel"}
+    kernels = {path[:-1]: leaf for path, leaf in named_leaves(base) if path[-1] == "kernel"}
     folded = {}
-    for path, banks in _dense_banks(adapters).items():
+    for path, (first, second) in updates(adapters, spec, features, layers_axis=layers_axis).items():
         if path not in kernels:
             raise ValueError(
                 f"fold: {'/'.join(path)} is adapted but has no kernel in the base; "
@@ -191,27 +187,55 @@ def fold(
             )
         kernel = kernels[path]
         try:
-            value = _folded_kernel(_unbox(kernel), banks, spec, ids, layers_axis)
+            value = _folded_kernel(_unbox(kernel), first, second, layers_axis)
         except ValueError as error:
             raise ValueError(f"fold: {'/'.join(path)}: {error}") from error
         boxed = isinstance(kernel, nn.meta.AxisMetadata)
         folded[(*path, "kernel")] = kernel.replace_boxed(value) if boxed else value
-    return _from_leaves([(path, folded.get(path, leaf)) for path, leaf in _leaves(base)])
+    return from_named([(path, folded.get(path, leaf)) for path, leaf in named_leaves(base)])
 
 
-def _folded_kernel(kernel, banks, spec: AdapterSpec, ids: np.ndarray, layers_axis: int):
-    update = None
+def updates(
+    adapters: Tree, spec: AdapterSpec, features: Mapping[str, Any], *, layers_axis: int = 1
+) -> dict[Path, tuple[Any, Any]]:
+    """The update of one set of features as one product per adapted layer: Σ s_f A_f B_f = A B.
+
+    Args:
+      adapters, spec, features, layers_axis: as in `fold`.
+
+    Returns:
+      {path of the dense layer: (A [in, Σ r], B [Σ r, out])}, both float32 or wider, scales in A;
+      of scanned layers with the stack before these axes.
+
+    Raises:
+      ValueError: when no feature is known, or a bank is of another shape than its type says.
+    """
+    ids = spec.space.encode(features)
+    if (ids == ABSENT).all():
+        raise ValueError(
+            f"fold: none of {dict(features)!r} is a known feature; types are "
+            + ", ".join(repr(n) for n in spec.space.names)
+        )
+    found = {}
+    for path, banks in _dense_banks(adapters).items():
+        try:
+            found[path] = _product(banks, spec, ids, layers_axis)
+        except ValueError as error:
+            raise ValueError(f"fold: {'/'.join(path)}: {error}") from error
+    return found
+
+
+def _product(banks, spec: AdapterSpec, ids: np.ndarray, layers_axis: int) -> tuple[Any, Any]:
+    firsts, seconds = [], []
     for t in spec.space.types:
         a, b = banks[t.name]["a"], banks[t.name]["b"]
         if a.ndim == 4:  # stacked by a scan: the stack goes first
             a, b = jnp.moveaxis(a, layers_axis, 0), jnp.moveaxis(b, layers_axis, 0)
-        elif a.ndim == 3:
-            a, b = a[None], b[None]
-        else:
+        elif a.ndim != 3:
             raise ValueError(f"bank {t.name!r} has {a.ndim} axes, expected 3, or 4 when scanned")
-        if a.shape[1] != t.num_values:
+        if a.shape[-3] != t.num_values:
             raise ValueError(
-                f"bank {t.name!r} has {a.shape[1]} values, expected {t.num_values} "
+                f"bank {t.name!r} has {a.shape[-3]} values, expected {t.num_values} "
                 f"(layers_axis is {layers_axis})"
             )
         scales = t.scales(spec.alpha)
@@ -220,20 +244,22 @@ def _folded_kernel(kernel, banks, spec: AdapterSpec, ids: np.ndarray, layers_axi
             scales = scales / max(1, int((values != ABSENT).sum()))
         for value in values:
             if value != ABSENT:
+                rank = t.value_ranks[value]
                 wide = jnp.promote_types(a.dtype, jnp.float32)
-                scaled = a[:, value].astype(wide) * jnp.asarray(scales[value], wide)
-                product = jnp.einsum(
-                    "kdr,kro->kdo", scaled, b[:, value].astype(wide), precision="highest"
-                )
-                update = product if update is None else update + product
-    if update is None:
-        return kernel
-    stacked = banks[spec.space.types[0].name]["a"].ndim == 4
-    first = jnp.moveaxis(kernel, layers_axis, 0) if stacked else kernel[None]
-    if first.size != update.size or first.shape[0] != update.shape[0]:
-        raise ValueError(f"kernel {kernel.shape} does not take an update of {update.shape[1:]}")
-    total = (first + update.reshape(first.shape)).astype(kernel.dtype)
-    return jnp.moveaxis(total, 0, layers_axis) if stacked else total[0]
+                scale = jnp.asarray(scales[value, :rank], wide)
+                firsts.append(a[..., value, :, :rank].astype(wide) * scale)
+                seconds.append(b[..., value, :rank, :].astype(wide))
+    return jnp.concatenate(firsts, axis=-1), jnp.concatenate(seconds, axis=-2)
+
+
+def _folded_kernel(kernel, first, second, layers_axis: int):
+    update = jnp.matmul(first, second, precision="highest")
+    stacked = update.ndim == 3
+    moved = jnp.moveaxis(kernel, layers_axis, 0) if stacked else kernel
+    if moved.size != update.size or (stacked and moved.shape[0] != update.shape[0]):
+        raise ValueError(f"kernel {kernel.shape} does not take an update of {update.shape[-2:]}")
+    total = (moved + update.reshape(moved.shape)).astype(kernel.dtype)
+    return jnp.moveaxis(total, 0, layers_axis) if stacked else total
 
 
 def adapter_logical_axes(
@@ -258,9 +284,9 @@ def adapter_logical_axes(
     Raises:
       ValueError: when an adapter's layer has no kernel in `base_axes`.
     """
-    kernels = {p[:-1]: leaf for p, leaf in _leaves(base_axes) if p[-1] == "kernel"}
+    kernels = {p[:-1]: leaf for p, leaf in named_leaves(base_axes) if p[-1] == "kernel"}
     named = []
-    for path, leaf in _leaves(adapters):
+    for path, leaf in named_leaves(adapters):
         dense = path[: path.index(CHILD)]
         if dense not in kernels:
             raise ValueError(
@@ -275,4 +301,4 @@ def adapter_logical_axes(
             at = kernel.index(layers) if layers in kernel else 1
             axes = (*axes[:at], layers, *axes[at:])
         named.append((path, axes))
-    return _from_leaves(named)
+    return from_named(named)

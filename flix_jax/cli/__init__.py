@@ -1,4 +1,4 @@
-"""The command line: `flix train | evaluate | infer | submission | sweep | report | data`."""
+"""The command line: `flix train | evaluate | infer | export | convert | sweep | …`."""
 
 import argparse
 import logging

@@ -120,6 +120,35 @@ def submission(arguments: argparse.Namespace) -> None:
     print(f"{len(done.files)} files of step {done.step} in {arguments.out}")
 
 
+def convert(arguments: argparse.Namespace) -> None:
+    from flix_jax.experiments import exchange
+
+    exchange.convert(
+        arguments.source,
+        arguments.out,
+        form=arguments.format,
+        dtype=arguments.dtype,
+        family=arguments.family,
+    )
+
+
+def export(arguments: argparse.Namespace) -> None:
+    run, config = _build(arguments, _saved_config(arguments))
+    from flix_jax.experiments import exchange
+
+    with config.placing_errors():
+        exchange.export(
+            run,
+            arguments.run_dir,
+            arguments.out,
+            form=arguments.format,
+            features=arguments.features,
+            step=arguments.step,
+            dtype=arguments.dtype,
+            family=arguments.family,
+        )
+
+
 def sweep(arguments: argparse.Namespace) -> None:
     from flix_jax.experiments import together
     from flix_jax.experiments.workers import run_sweep

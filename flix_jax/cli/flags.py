@@ -91,6 +91,22 @@ def _add_step(parser: Parser) -> None:
     )
 
 
+def _add_exchange(parser: Parser, formats: tuple[str, ...]) -> None:
+    parser.add_argument("--out", required=True, metavar="DIR", help="new or empty folder")
+    parser.add_argument("--format", required=True, choices=formats)
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of what is written (default: as it is)",
+    )
+    parser.add_argument(
+        "--family",
+        default="",
+        metavar="NAME",
+        help="of Hugging Face's: t5, mt5 or umt5 (default: as the network is)",
+    )
+
+
 def _step(text: str) -> "Step":
     if text == "best":
         return "best"
@@ -169,6 +185,41 @@ def make_parser() -> argparse.ArgumentParser:
     )
     _add_step(infer)
     _add_gin(infer, required=False)
+
+    export = _command(
+        parsers,
+        "export",
+        commands.export,
+        "write what a run has trained, for others to load",
+        "Writes the adapters alone (flix), a LoRA that is one set of features (peft), or a whole\n"
+        "network with one set of features folded into it (huggingface, t5x, t5x_scanned).",
+        "  flix export --run_dir=runs/ner_tiny --out=exports/ner_sw --format=peft \\\n"
+        "      --features=task=ner,language=sw",
+    )
+    _add_run_dir(export, "folder of a trained run")
+    _add_exchange(export, ("flix", "huggingface", "t5x", "t5x_scanned", "peft"))
+    export.add_argument(
+        "--features",
+        default="",
+        metavar="TYPE=VALUE,...",
+        help="the set of features, for example task=ner,language=sw",
+    )
+    _add_step(export)
+    _add_gin(export, required=False)
+
+    convert = _command(
+        parsers,
+        "convert",
+        commands.convert,
+        "write a network in another format",
+        "Reads a folder of Hugging Face's or a checkpoint of T5X's, in any of its layouts, and\n"
+        "writes it as one of them. Nothing of it is computed, and little held in memory.",
+        "  flix convert --from=mt5_base/checkpoint_1000000 --out=mt5_base_hf --format=huggingface",
+    )
+    convert.add_argument(
+        "--from", dest="source", required=True, metavar="PATH", help="local or in a bucket"
+    )
+    _add_exchange(convert, ("huggingface", "t5x", "t5x_scanned"))
 
     submission = _command(
         parsers,

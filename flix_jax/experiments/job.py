@@ -32,6 +32,7 @@ from flix_jax.experiments.run_folder import (
     note_folder,
 )
 from flix_jax.experiments.scoring import check_evaluation
+from flix_jax.interop import bases
 from flix_jax.models.encoder_decoder import EncoderDecoder
 from flix_jax.models.t5 import Transformer
 from flix_jax.training import partitioning
@@ -188,16 +189,29 @@ class Job:
     def load_base(self) -> Any | None:
         """The parameters of the base, whole; None for random ones.
 
+        Of a run's folder they are its newest checkpoint; a folder of Hugging Face's or a checkpoint
+        of T5X's is read into this run's network, in the dtype that frozen parameters have.
+
         Raises:
-          ValueError: the base's folder holds no checkpoint of a whole model like this one.
+          ValueError: the base's folder holds no network like this one.
         """
         if self.base_dir is None:
             return None
+        template = self.parameters.base_template
+        if not isinstance(self.run.base, Run) and bases.kind(self.base_dir) is not None:
+            if self.run.frozen_dtype is not None and self.run.adapters is not None:
+                template = _of_dtype(template, self.run.frozen_dtype)
+            return bases.load_parameters(self.base_dir, self.run.model, template)
+        if not (self.base_dir / "checkpoints").exists():
+            raise ValueError(
+                f"{self.base_dir} holds no trained run, no network of Hugging Face's (config.json) "
+                "and no checkpoint of T5X's"
+            )
         check_base_folder(self.run, self.base_dir)
         whole = {"trained": WHOLE, "vocabulary": self.run.vocabulary.digest}
         step = self.run.base.total_steps if isinstance(self.run.base, Run) else None
         with Checkpoints(self.base_dir / "checkpoints", whole, create=False) as checkpoints:
-            base, _ = checkpoints.restore_trained(self.parameters.base_template, step)
+            base, _ = checkpoints.restore_trained(template, step)
         return base
 
     @functools.cached_property
@@ -417,3 +431,9 @@ class Job:
             ),
             RETRIEVE: program(lambda m, p, batch: m.embed(p, batch, normalize=True)),
         }
+
+
+def _of_dtype(template: Any, dtype: str) -> Any:
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding), template
+    )

@@ -1,0 +1,1 @@
+"""Other people's formats: parameters of networks, and adapters, in and out."""

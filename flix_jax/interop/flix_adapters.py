@@ -1,0 +1,116 @@
+"""Adapters alone, as one can hand them on: `adapters.json` and `adapters.safetensors`.
+
+The first says what they are (features with their ranks, alpha, targets) and what they belong to
+(the network, its parameters by digest, the vocabulary); the second holds the banks by their paths,
+`encoder/layers_0/attention/query/flix/task/a` [values, in, rank].
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from flix_jax.adapters.features import FeatureSpace
+from flix_jax.interop import huggingface, network
+from flix_jax.interop.leaves import Leaf
+
+RECORD, STEM = "adapters.json", "adapters"
+VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapters:
+    """Adapters and what they say of themselves.
+
+    Attributes:
+      banks: by path, read when they are needed.
+      space: the features.
+      alpha: of the scales, alpha / rank; None is 1.
+      targets: patterns of the adapted layers, as of AdapterSpec.
+      model: the fields of the network's T5Config.
+      base: digest of the parameters that they were trained beside.
+      vocabulary: digest of the vocabulary.
+      step: of the training that made them.
+    """
+
+    banks: Mapping[str, Leaf]
+    space: FeatureSpace
+    alpha: float | None
+    targets: tuple[str, ...]
+    model: Mapping[str, Any]
+    base: str
+    vocabulary: str
+    step: int
+
+    def tree(self) -> dict[str, Any]:
+        """The banks as a tree of NumPy arrays."""
+        return network.nested({name: leaf.read() for name, leaf in self.banks.items()})
+
+    def write(self, folder: epath.PathLike) -> None:
+        """Makes the folder; adapters that are there are replaced."""
+        from safetensors.numpy import save_file
+
+        folder = epath.Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        record = {
+            "format": "flix_jax adapters",
+            "version": VERSION,
+            "space": json.loads(self.space.to_json()),
+            "alpha": self.alpha,
+            "targets": list(self.targets),
+            "model": dict(self.model),
+            "base": self.base,
+            "vocabulary": self.vocabulary,
+            "step": self.step,
+        }
+        with tempfile.TemporaryDirectory() as local:
+            made = epath.Path(local) / f"{STEM}.safetensors"
+            arrays = {n: np.ascontiguousarray(leaf.read()) for n, leaf in self.banks.items()}
+            save_file(arrays, made)
+            made.copy(folder / made.name, overwrite=True)
+        (folder / RECORD).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+
+
+def read(folder: epath.PathLike) -> Adapters:
+    """The adapters of a folder.
+
+    Raises:
+      ValueError: there are none, of another version, or banks of another shape than is said.
+    """
+    path = epath.Path(folder) / RECORD
+    if not path.exists():
+        raise ValueError(f"{folder}: no {RECORD}, expected a folder of flix export --format=flix")
+    try:
+        record = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if record.get("version") != VERSION:
+        raise ValueError(f"{path}: version {record.get('version')!r}, expected {VERSION}")
+    space = FeatureSpace.from_json(json.dumps(record["space"]))
+    banks = huggingface.weights(epath.Path(folder), STEM)
+    for name, leaf in banks.items():
+        kind, side = name.split("/")[-2:]
+        t = space.type(kind)
+        stack = 1 if len(leaf.shape) == 4 else 0
+        rank = leaf.shape[-1] if side == "a" else leaf.shape[1 + stack]
+        if leaf.shape[0] != t.num_values or rank != t.max_rank:
+            raise ValueError(
+                f"{folder}: {name} is {list(leaf.shape)}, expected {t.num_values} values of rank "
+                f"{t.max_rank}"
+            )
+    return Adapters(
+        banks,
+        space,
+        record["alpha"],
+        tuple(record["targets"]),
+        record["model"],
+        record["base"],
+        record["vocabulary"],
+        record["step"],
+    )
