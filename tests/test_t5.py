@@ -234,8 +234,19 @@ PUBLISHED = {
     "mt5_xxl": 12.9e9,
     "byt5_small": 300e6,
     "byt5_base": 582e6,
+    "byt5_large": 1.23e9,
+    "byt5_xl": 3.74e9,
+    "byt5_xxl": 12.9e9,
     "t5_1_1_small": 77e6,
     "t5_1_1_base": 248e6,
+    "t5_1_1_large": 783e6,
+    "t5_1_1_xl": 2.85e9,
+    "t5_1_1_xxl": 11.1e9,
+    "t5_1_0_small": 60.5e6,
+    "t5_1_0_base": 223e6,
+    "t5_1_0_large": 738e6,
+    "t5_1_0_3b": 2.85e9,
+    "t5_1_0_11b": 11.3e9,
 }
 
 

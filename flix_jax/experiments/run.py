@@ -119,7 +119,8 @@ class Run:
         cut, and counted.
       total_steps, batch_size: updates, and examples of the global batch in each.
       base: the parameters to start from: ``'random'``, the folder of a run that trained every
-        parameter, or such a run, which is then trained first.
+        parameter, or such a run, which is then trained first; or a folder of Hugging Face's or a
+        checkpoint of T5X's, local or in a bucket, of the network that `model` describes.
       seen_by_base: patterns of held-out cells that the base may be trained on, by denoising their
         texts, say. Without them a base that is trained on a held-out cell is refused.
       adapters: what is trained beside the frozen base; None trains the base itself.
