@@ -125,6 +125,17 @@ def test_a_tied_output_that_is_not_scaled_becomes_one_of_its_own(tmp_path):
     np.testing.assert_array_equal(output, weights["shared.weight"].T)
 
 
+def test_a_tied_output_may_be_stored_as_a_copy(tmp_path):
+    weights = load_file(GOLDENS / "t5_1_0" / "model.safetensors")
+    weights["lm_head.weight"] = weights["shared.weight"].copy()
+    save_file(weights, tmp_path / "model.safetensors")
+    record = (GOLDENS / "t5_1_0" / "config.json").read_text()
+    (tmp_path / "config.json").write_text(record)
+    config = bases.config_of(GOLDENS / "t5_1_0")
+    assert bases.config_of(tmp_path) == config and config.logits_via_embedding
+    assert bases.read(tmp_path, config).keys() == network.shapes(config).keys()
+
+
 def copy_with(tmp_path, change_weights=lambda weights: None, **record):
     """A copy of mT5 with other weights, or another config."""
     weights = load_file(GOLDENS / "mt5" / "model.safetensors")
@@ -203,4 +214,3 @@ def test_a_network_that_there_is_not_in_the_family_is_not_written(tmp_path):
     with pytest.raises(ValueError, match="mt5 of Hugging Face's cannot have its own relative"):
         huggingface.config_record(T5Config(vocab_size=8, relative_attention_per_layer=True), "mt5")
     assert not (tmp_path / "out").exists()
-

@@ -24,6 +24,7 @@ from flix_jax.models.config import T5Config
 
 MODEL_TYPES = ("t5", "mt5", "umt5")  # ByT5 is a t5
 SHARD_BYTES = 2**31
+_COMPARED_ROWS = 4096  # of the output layer and the embedding, at a time
 _FEED_FORWARD = {
     "relu": ("relu",),
     "gated-gelu": ("gelu", "linear"),
@@ -145,13 +146,25 @@ def _output(record: Mapping[str, Any], there: Mapping[str, Leaf]) -> tuple[bool,
     was set. Since then it says `scale_decoder_outputs`, never scales mT5, and always states that
     weights are tied: whether they are is told by the file.
     """
-    tied = record.get("tie_word_embeddings", True) and "lm_head.weight" not in there
+    tied = bool(record.get("tie_word_embeddings", True)) and _same_output(there)
     newer = int(str(record.get("transformers_version", "4")).partition(".")[0]) > 4
     if record["model_type"] == "mt5" and newer:
         return tied, False
     if "scale_decoder_outputs" in record:
         return tied, bool(record["scale_decoder_outputs"])
     return tied, bool(record.get("tie_word_embeddings", True))
+
+
+def _same_output(there: Mapping[str, Leaf]) -> bool:
+    """Whether the output layer is the embedding: not stored, or stored as a copy."""
+    output, shared = there.get("lm_head.weight"), there.get("shared.weight")
+    if output is None or shared is None:
+        return output is None
+    return output.shape == shared.shape and all(
+        np.array_equal(output.read(part), shared.read(part))
+        for start in range(0, shared.shape[0], _COMPARED_ROWS)
+        for part in [(slice(start, start + _COMPARED_ROWS), slice(None))]
+    )
 
 
 def config_record(config: T5Config, family: str = "") -> dict[str, Any]:

@@ -44,13 +44,13 @@ FAMILIES = {
 DECODED = 12
 
 
-def network(name: str):
+def network(name: str, **size):
     """The network of a family with random weights; an untied output layer is its own."""
     kind, settings = FAMILIES[name]
-    config = getattr(transformers, f"{kind}Config")(**{**SIZE, **settings})
+    config = getattr(transformers, f"{kind}Config")(**{**SIZE, **settings, **size})
     model = getattr(transformers, f"{kind}ForConditionalGeneration")(config).eval()
     if not settings["tie_word_embeddings"]:
-        model.lm_head.weight = torch.nn.Parameter(torch.empty(48, 16))
+        model.lm_head.weight = torch.nn.Parameter(torch.empty(model.shared.weight.shape))
     generator = torch.Generator().manual_seed(sorted(FAMILIES).index(name))
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():

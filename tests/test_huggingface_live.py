@@ -1,0 +1,187 @@
+"""Against Transformers and PEFT themselves, at random; where they are installed.
+
+Without them test_huggingface.py and test_peft.py compare with what they once computed.
+"""
+
+import dataclasses
+import pathlib
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flix_jax.experiments import exchange
+from flix_jax.interop import bases, huggingface, network, peft
+from flix_jax.models.encoder_decoder import EncoderDecoder
+from flix_jax.models.t5 import Transformer
+
+torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+pytest.importorskip("transformers", reason="Transformers is not installed")
+pytest.importorskip("peft", reason="PEFT is not installed")
+
+sys.path.append(str(pathlib.Path(__file__).parent / "goldens"))
+import make_huggingface as makers  # noqa: E402
+
+
+@pytest.fixture(scope="module", params=list(makers.FAMILIES))
+def peer(request, tmp_path_factory):
+    """(Transformers' network, its folder, T5Config, parameters here)."""
+    model = makers.network(request.param)
+    folder = tmp_path_factory.mktemp(request.param)
+    model.save_pretrained(folder)
+    config = bases.config_of(folder)
+    return model, folder, config, parameters(folder, config)
+
+
+def parameters(folder, config):
+    leaves = network.scanned_as(bases.read(folder, config), config)
+    return network.nested({name: jnp.asarray(leaf.read()) for name, leaf in leaves.items()})
+
+
+def prompts(rows=200):
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(2, 48, (rows, 9))
+    lengths = rng.integers(1, 10, rows)
+    return np.where(np.arange(9) < lengths[:, None], tokens, 0)
+
+
+def logits_here(config, params, arrays):
+    inputs, targets = (jnp.asarray(arrays[n], jnp.int32) for n in ("inputs", "decoder_inputs"))
+    ones = jnp.ones_like(targets)
+    return Transformer(config).apply(
+        {"params": params}, inputs, targets, ones, enable_dropout=False
+    )
+
+
+def close(ours, theirs):
+    largest = np.abs(theirs).max()
+    np.testing.assert_allclose(ours / largest, theirs / largest, atol=1e-5)
+
+
+def test_logits_agree_in_both_directions(peer, tmp_path):
+    model, folder, config, params = peer
+    rng = np.random.default_rng(1)
+    arrays = {"inputs": prompts(), "decoder_inputs": rng.integers(2, 48, (200, 7))}
+    close(logits_here(config, params, arrays), makers.logits(model, arrays))
+    # Parameters drawn here, written, and loaded there.
+    drawn = jax.tree.map(lambda x: x + 0.05 * rng.normal(size=x.shape).astype(x.dtype), params)
+    leaves = {name: huggingface.Leaf.of(x, name) for name, x in network.flat(drawn).items()}
+    huggingface.write(leaves, config, tmp_path, family=model.config.model_type)
+    there = type(model).from_pretrained(tmp_path).eval()
+    close(logits_here(config, drawn, arrays), makers.logits(there, arrays))
+
+
+def test_weights_come_back_bit_for_bit(peer, tmp_path):
+    model, folder, config, _ = peer
+    leaves = bases.read(folder, config)
+    huggingface.write(leaves, config, tmp_path, family=model.config.model_type)
+    again = type(model).from_pretrained(tmp_path).state_dict()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again[name], tensor), name
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    for name, leaf in bases.read(tmp_path, config).items():
+        np.testing.assert_array_equal(leaf.read(), leaves[name].read())
+
+
+def test_greedy_decoding_of_200_prompts(peer):
+    model, _, config, params = peer
+    inputs = prompts()
+    here = EncoderDecoder(Transformer(config))
+    predict = jax.jit(lambda p, b: here.predict(p, b, max_length=makers.DECODED))
+    tokens = predict(params, {"encoder_input_tokens": jnp.asarray(inputs, jnp.int32)})
+    np.testing.assert_array_equal(tokens, makers.generate(model, {"inputs": inputs}, 1))
+
+
+def lora(model, **settings):
+    """The network with a LoRA of PEFT's whose weights are drawn."""
+    from peft import LoraConfig, get_peft_model
+
+    adapted = get_peft_model(model, LoraConfig(**settings))
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return adapted.eval()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"r": 3, "lora_alpha": 5, "target_modules": ["q", "k", "v", "o", "wo"]},
+        {"r": 4, "lora_alpha": 2, "target_modules": "all-linear", "use_rslora": True},
+        {
+            "r": 2,
+            "lora_alpha": 7,
+            "target_modules": ["q", "v"],
+            "rank_pattern": {"v": 3},
+            "alpha_pattern": {"encoder.block.0.layer.0.SelfAttention.q": 1},
+        },
+    ],
+    ids=["plain", "rslora", "patterns"],
+)
+def test_a_lora_of_peft_is_the_same_here(settings, tmp_path):
+    model = makers.network("mt5")
+    model.save_pretrained(tmp_path / "base")
+    config = bases.config_of(tmp_path / "base")
+    adapted = lora(model, **settings)
+    adapted.save_pretrained(tmp_path / "lora")
+    leaves = network.flat(parameters(tmp_path / "base", config))
+    for name, update in peft.read(tmp_path / "lora", config).items():
+        leaves[f"{name}/kernel"] += update.a @ update.b
+    arrays = makers.batch()
+    close(logits_here(config, network.nested(leaves), arrays), makers.logits(adapted, arrays))
+
+
+@pytest.mark.parametrize("scan", [False, True], ids=["loop", "scan"])
+def test_an_exported_set_of_features_is_the_same_there(scan, tmp_path, tmp_path_factory):
+    """A run over mT5's golden network, trained a little, exported, loaded by PEFT."""
+    from peft import PeftModel
+    from tiny_runs import make_base_run, write_words
+
+    from flix_jax.adapters.features import FeatureSpace, FeatureType
+    from flix_jax.adapters.injection import AdapterSpec
+    from flix_jax.experiments import inference, training
+    from flix_jax.experiments.job import Job
+    from flix_jax.training.optimizers import Optimizer, Schedule
+
+    small = make_base_run(write_words(tmp_path_factory.mktemp("data")))
+    model = makers.network("mt5", vocab_size=small.model.vocab_size)
+    model.save_pretrained(tmp_path / "base")
+    config = dataclasses.replace(bases.config_of(tmp_path / "base"), scan_layers=scan)
+    types = (FeatureType("task", rank=2, ranks={"up": 1}), FeatureType("language", rank=3))
+    run = dataclasses.replace(
+        small,
+        base=str(tmp_path / "base"),
+        model=config,
+        adapters=AdapterSpec(FeatureSpace(types), alpha=3.0),
+        optimizer=Optimizer("sgd", Schedule(learning_rate=1.0)),
+        total_steps=4,
+        save_every=4,
+    )
+    training.train(run, tmp_path / "run")
+    exchange.export(
+        run, tmp_path / "run", tmp_path / "lora", form="peft", features="task=up,language=x"
+    )
+    adapted = PeftModel.from_pretrained(model, tmp_path / "lora").eval()
+    job = Job(run, tmp_path / "run")
+    trained, frozen, _ = inference.restore(job)
+    arrays = makers.batch()
+    targets = jnp.asarray(arrays["decoder_inputs"], jnp.int32)
+    ids = jnp.asarray(job.space.encode({"task": "up", "language": "x"}), jnp.int32)
+    ours = jax.jit(job.model.logits)(
+        exchange.tree.join(frozen, trained),
+        {
+            "encoder_input_tokens": jnp.asarray(arrays["inputs"], jnp.int32),
+            "decoder_input_tokens": targets,
+            "decoder_target_tokens": jnp.ones_like(targets),
+            "feature_ids": jnp.tile(ids, (len(targets), 1)),
+        },
+    )
+    close(np.asarray(ours), makers.logits(adapted, arrays))
+    with adapted.disable_adapter():
+        plain = makers.logits(adapted, arrays)
+    assert np.abs(plain - ours).max() > 1e-2 * np.abs(ours).max()  # adapters have learnt something
