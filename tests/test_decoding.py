@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flix_jax.models.decoding import beam, greedy
+from flix_jax.models.decoding import beam, greedy, sample
 
 EOS = 1
 
@@ -292,3 +293,96 @@ def test_a_cache_that_is_wrongly_said_to_be_shared_is_refused():
 def test_settings_out_of_range_are_refused(beams, max_length, alpha, message):
     with pytest.raises(ValueError, match=message):
         beam(_bigram(jnp.eye(3)), jnp.int32(0), 1, beams, max_length, EOS, alpha=alpha)
+
+
+@pytest.mark.parametrize(
+    ("options", "allowed"),
+    [
+        ({}, range(6)),
+        ({"temperature": 0.5}, range(6)),
+        ({"top_k": 3}, None),
+        ({"top_p": 0.7}, None),
+        ({"temperature": 2.0, "top_k": 4, "top_p": 0.8}, None),
+    ],
+    ids=str,
+)
+def test_tokens_are_drawn_as_often_as_they_are_probable(options, allowed):
+    """Chi-square of the first and the second token against probabilities by a loop."""
+    rows, table = 4000, np.random.default_rng(5).normal(size=(6, 6)).astype(np.float32) * 1.5
+    table[:, EOS] = -20.0  # so that none ends
+    decode = jax.jit(
+        lambda key: sample(_bigram(jnp.asarray(table)), jnp.int32(0), rows, 2, EOS, key, **options)
+    )
+    drawn = np.asarray(decode(jax.random.key(0)))
+    first = _probabilities(table[0], **options)
+    _check_frequencies(drawn[:, 0], first)
+    likely = int(np.argmax(first))
+    _check_frequencies(drawn[drawn[:, 0] == likely, 1], _probabilities(table[likely], **options))
+    assert allowed is None or (first > 0).sum() == len(allowed)
+
+
+def _probabilities(logits, temperature=1.0, top_k=0, top_p=1.0):
+    """Token by token, the most probable first."""
+    exp = np.exp(logits.astype(np.float64) / temperature)
+    order = np.argsort(-exp)
+    if top_k:
+        order = order[:top_k]
+    share = exp[order] / exp[order].sum()
+    taken, total = [], 0.0
+    for token, probability in zip(order, share, strict=True):
+        if total >= top_p:
+            break
+        taken.append(token)
+        total += probability
+    found = np.zeros(len(logits))
+    found[taken] = exp[taken] / exp[taken].sum()
+    return found
+
+
+def _check_frequencies(drawn, probabilities):
+    counts = np.bincount(drawn, minlength=len(probabilities))
+    assert counts[probabilities == 0].sum() == 0
+    expected = probabilities * len(drawn)
+    frequent = expected > 5
+    chi2 = ((counts - expected)[frequent] ** 2 / expected[frequent]).sum()
+    assert scipy.stats.chi2.sf(chi2, frequent.sum() - 1) > 1e-3
+
+
+def test_a_sample_follows_from_its_key_and_differs_between_rows():
+    table = jnp.asarray(np.random.default_rng(0).normal(size=(30, 30)), jnp.float32)
+    table = table.at[:, EOS].set(-20.0)
+    decode = jax.jit(lambda key: sample(_bigram(table), jnp.int32(0), 5, 8, EOS, key))
+    one, again, other = (np.asarray(decode(jax.random.key(seed))) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(one, again)
+    assert (one != other).any() and len({tuple(row) for row in one}) == 5
+
+
+def test_the_most_probable_alone_is_greedy():
+    table = jnp.asarray(np.random.default_rng(3).normal(size=(9, 9)), jnp.float32)
+    expected = greedy(_bigram(table), jnp.int32(0), 3, 6, EOS)
+    for options in ({"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-4}):
+        found = sample(_bigram(table), jnp.int32(0), 3, 6, EOS, jax.random.key(0), **options)
+        np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": 0.0}, "temperature = 0.0: expected a finite number above 0"),
+        ({"top_k": -1}, "top_k = -1: expected an integer of at least 0"),
+        ({"top_p": 0.0}, r"top_p = 0.0: expected a number in \(0, 1\]"),
+        ({"top_p": 1.5}, "top_p = 1.5"),
+    ],
+)
+def test_options_of_sampling_are_checked(options, message):
+    with pytest.raises(ValueError, match=message):
+        sample(_bigram(jnp.eye(3)), jnp.int32(0), 1, 2, EOS, jax.random.key(0), **options)
+
+
+def test_one_beam_in_their_manner_is_greedy_too():
+    table = jnp.asarray(np.random.default_rng(3).normal(size=(9, 9)), jnp.float32)
+    expected = greedy(_bigram(table), jnp.int32(0), 3, 6, EOS)
+    found, _ = beam(_bigram(table), jnp.zeros((3,)), 3, 1, 6, EOS, manner="huggingface")
+    np.testing.assert_array_equal(found[:, 0], expected)
+    with pytest.raises(ValueError, match="manner = 'theirs': expected one of 'exact', 'hugg"):
+        beam(_bigram(table), jnp.zeros((3,)), 3, 1, 6, EOS, manner="theirs")

@@ -60,6 +60,23 @@ def test_greedy_decoding_is_that_of_transformers(name):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+def test_beam_search_in_their_manner_is_that_of_transformers(name):
+    arrays = golden(name)
+    config = bases.config_of(GOLDENS / name)
+    model = EncoderDecoder(Transformer(config))
+    batch = {"encoder_input_tokens": jnp.asarray(arrays["inputs"], jnp.int32)}
+    _, beams, length = arrays["beams"].shape
+    predict = jax.jit(
+        lambda p, b: model.predict_n(
+            p, b, max_length=length, beams=beams, alpha=1.0, manner="huggingface"
+        )
+    )
+    tokens, scores = predict(parameters(GOLDENS / name, config), batch)
+    np.testing.assert_allclose(scores, arrays["beam_scores"], atol=1e-5)
+    np.testing.assert_array_equal(tokens, arrays["beams"])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 def test_a_network_goes_out_as_it_came(name, tmp_path):
     config = bases.config_of(GOLDENS / name)
     leaves = bases.read(GOLDENS / name, config)

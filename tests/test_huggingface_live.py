@@ -92,7 +92,29 @@ def test_greedy_decoding_of_200_prompts(peer):
     here = EncoderDecoder(Transformer(config))
     predict = jax.jit(lambda p, b: here.predict(p, b, max_length=makers.DECODED))
     tokens = predict(params, {"encoder_input_tokens": jnp.asarray(inputs, jnp.int32)})
-    np.testing.assert_array_equal(tokens, makers.generate(model, {"inputs": inputs}, 1))
+    np.testing.assert_array_equal(tokens, makers.generate(model, {"inputs": inputs}))
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.0, 2.0])
+def test_four_beams_of_200_prompts(peer, alpha):
+    """N-best lists and scores; lists may differ where two of their scores are as good as equal."""
+    model, _, config, params = peer
+    inputs = prompts()
+    theirs = makers.beams(model, {"inputs": inputs}, 4, alpha)
+    tokens, scores = theirs["beams"], theirs["beam_scores"]
+    here = EncoderDecoder(Transformer(config))
+    predict = jax.jit(
+        lambda p, b: here.predict_n(
+            p, b, max_length=makers.DECODED, beams=4, alpha=alpha, manner="huggingface"
+        )
+    )
+    batch = {"encoder_input_tokens": jnp.asarray(inputs, jnp.int32)}
+    ours, our_scores = map(np.asarray, predict(params, batch))
+    np.testing.assert_allclose(our_scores, scores, atol=1e-4)
+    margin = 1e-4 / makers.DECODED**alpha  # of log probabilities
+    close_calls = (np.abs(np.diff(scores, axis=1)) < margin).any(axis=1)
+    assert close_calls.sum() < 20
+    np.testing.assert_array_equal(ours[~close_calls], tokens[~close_calls])
 
 
 def lora(model, **settings):

@@ -23,7 +23,7 @@ from flix_jax.interop.leaves import Index, Leaf
 from flix_jax.models.config import T5Config
 
 MODEL_TYPES = ("t5", "mt5", "umt5")  # ByT5 is a t5
-SHARD_BYTES = 2**31
+SHARD_BYTES = 2**30
 _COMPARED_ROWS = 4096  # of the output layer and the embedding, at a time
 _FEED_FORWARD = {
     "relu": ("relu",),

@@ -22,6 +22,7 @@ Cache = Any
 TokensToLogits = Callable[[Int[Array, " rows"], Cache], tuple[Float[Array, "rows vocab"], Cache]]
 
 START_ID = 0
+EXACT, HUGGINGFACE = MANNERS = ("exact", "huggingface")  # of beam search
 
 
 def greedy(
@@ -46,6 +47,82 @@ def greedy(
     Returns:
       int32 [batch, max_length]: tokens up to and including `eos_id`, then 0.
     """
+
+    def most_probable(logits: Array, step: Array) -> Array:
+        return jnp.argmax(logits, axis=-1)
+
+    return _one_by_one(tokens_to_logits, cache, batch, max_length, eos_id, most_probable, finished)
+
+
+def sample(
+    tokens_to_logits: TokensToLogits,
+    cache: Cache,
+    batch: int,
+    max_length: int,
+    eos_id: int,
+    rng: Array,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    finished: Bool[Array, " batch"] | None = None,
+) -> Int[Array, "batch {max_length}"]:
+    """Draws every token from the network's distribution, or from its most probable part.
+
+    Args:
+      tokens_to_logits, cache, batch, max_length, eos_id, finished: as in `greedy`.
+      rng: a key; what row r draws at step t follows from (rng, t, r).
+      temperature: above 0; logits are divided by it.
+      top_k: draw from the k most probable tokens; 0 is all.
+      top_p: draw from the fewest most probable tokens whose probabilities, after `top_k`, sum to p
+        or more (nucleus sampling, Holtzman et al. 2020, arXiv 1904.09751); 1 is all.
+
+    Returns:
+      As `greedy`.
+
+    Raises:
+      ValueError: an option out of its range.
+    """
+    if not (math.isfinite(temperature) and temperature > 0.0):
+        raise ValueError(f"temperature = {temperature!r}: expected a finite number above 0")
+    if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 0:
+        raise ValueError(f"top_k = {top_k!r}: expected an integer of at least 0")
+    if not 0.0 < top_p <= 1.0:
+        raise ValueError(f"top_p = {top_p!r}: expected a number in (0, 1]")
+
+    def draw(logits: Array, step: Array) -> Array:
+        logits = most_probable_part(logits.astype(jnp.float32) / temperature, top_k, top_p)
+        return jax.random.categorical(jax.random.fold_in(rng, step), logits)
+
+    return _one_by_one(tokens_to_logits, cache, batch, max_length, eos_id, draw, finished)
+
+
+def most_probable_part(
+    logits: Float[Array, "rows vocab"], top_k: int, top_p: float
+) -> Float[Array, "rows vocab"]:
+    """The logits, at -inf but for those that `sample` may draw; equal ones stay or go together."""
+    if 0 < top_k < logits.shape[-1]:
+        least = lax.top_k(logits, top_k)[0][:, -1:]
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    if top_p < 1.0:
+        ordered = jnp.sort(logits, axis=-1, descending=True)
+        probabilities = jax.nn.softmax(ordered, axis=-1)
+        before = jnp.cumsum(probabilities, axis=-1) - probabilities
+        least = jnp.min(jnp.where(before < top_p, ordered, jnp.inf), axis=-1, keepdims=True)
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    return logits
+
+
+def _one_by_one(
+    tokens_to_logits: TokensToLogits,
+    cache: Cache,
+    batch: int,
+    max_length: int,
+    eos_id: int,
+    choose: Callable[[Array, Array], Array],
+    finished: Array | None,
+) -> Array:
+    """A token a step for every row, chosen from (logits, step), until all rows have ended."""
     _check_positive("max_length", max_length)
     if finished is None:
         finished = jnp.zeros((batch,), bool)
@@ -57,7 +134,7 @@ def greedy(
     def advance(state):
         step, tokens, done, decoded, cache = state
         logits, cache = tokens_to_logits(tokens, cache)
-        tokens = jnp.where(done, 0, jnp.argmax(logits, axis=-1).astype(jnp.int32))
+        tokens = jnp.where(done, 0, choose(logits, step).astype(jnp.int32))
         decoded = lax.dynamic_update_slice(decoded, tokens[:, None], (0, step))
         return step + 1, tokens, done | (tokens == eos_id), decoded, cache
 
@@ -98,6 +175,7 @@ def beam(
     eos_id: int,
     *,
     alpha: float = 0.6,
+    manner: str = EXACT,
     cache_axes: Any = 0,
     finished: Bool[Array, " batch"] | None = None,
 ) -> tuple[Int[Array, "batch {beams} {max_length}"], Float[Array, "batch {beams}"]]:
@@ -130,6 +208,11 @@ def beam(
       eos_id: the token that ends a hypothesis.
       alpha: strength of the length penalty, at least 0, T5X's by default. 0 is none, and the score
         the log probability.
+      manner: 'exact', as above, or 'huggingface', as Transformers does with `early_stopping=False`:
+        the penalty is n ** alpha; a step takes the best 2 * `beams` extensions, of which those that
+        end count if they are among the first `beams`, and the best `beams` others live on; a row is
+        over when it has `beams` ended ones and its best live one scores no better than the worst of
+        them, by the length that it has.
       cache_axes: which axis of every leaf of `cache` is that of the rows; None for a leaf that is
         the same for all hypotheses of a row: a count of steps, the keys of the encoded inputs. A
         tree like `cache` or a prefix of it, as `in_axes` of `jax.vmap`.
@@ -148,14 +231,21 @@ def beam(
     _check_positive("beams", beams)
     if not (math.isfinite(alpha) and alpha >= 0.0):
         raise ValueError(f"alpha = {alpha!r}: expected a finite number of at least 0")
+    if manner not in MANNERS:
+        raise ValueError(f"manner = {manner!r}: expected one of {', '.join(map(repr, MANNERS))}")
+    theirs = manner == HUGGINGFACE
     # by the number of tokens; in one table, so that no rounding tells two equal penalties apart
-    penalties = jnp.asarray(((5 + np.arange(max_length + 1)) / 6) ** alpha, jnp.float32)
+    lengths = np.arange(max_length + 1)
+    penalties = jnp.asarray(
+        (np.maximum(lengths, 1) if theirs else (5 + lengths) / 6) ** alpha, jnp.float32
+    )
+    kept = 2 * beams if theirs else beams
 
     def extensions(tokens: Array, cache: Cache) -> tuple[Array, Array, Cache]:
         """[batch] -> log probabilities and tokens [batch, width]: no more can be among the best."""
         logits, cache = tokens_to_logits(tokens, cache)
         logits = logits.astype(jnp.float32)
-        largest, tokens = lax.top_k(logits, min(beams, logits.shape[-1]))
+        largest, tokens = lax.top_k(logits, min(kept, logits.shape[-1]))
         return largest - jax.nn.logsumexp(logits, axis=-1, keepdims=True), tokens, cache
 
     # the hypotheses are the first axis of what is not shared
@@ -169,7 +259,7 @@ def beam(
         log_probs, tokens, cache = extensions(state.tokens, state.cache)
         width = tokens.shape[-1]
         log_probs = (state.log_probs[:, :, None] + log_probs).reshape(batch, -1)
-        log_probs, chosen = lax.top_k(log_probs, beams)
+        log_probs, chosen = lax.top_k(log_probs, min(kept, log_probs.shape[-1]))
         tokens = jnp.take_along_axis(tokens.reshape(batch, -1), chosen, axis=1)
         parents = chosen // width
         decoded = jnp.take_along_axis(state.decoded, parents[:, :, None], axis=1)
@@ -177,12 +267,22 @@ def beam(
 
         step = state.step + 1
         ends = tokens == eos_id
-        just_ended = jnp.where(ends, log_probs, -jnp.inf) / penalties[step]
+        if theirs:
+            ends |= step == max_length
+        first = jnp.arange(log_probs.shape[-1]) < beams
+        just_ended = jnp.where(ends & first, log_probs, -jnp.inf) / penalties[step]
         ended, scores = _best(state.ended, state.scores, decoded, just_ended)
-        # The most that a live hypothesis can still score is its log probability as it is, over the
-        # largest penalty. What is not a number stays, to be seen in the result.
-        hopeless = log_probs / penalties[max_length] <= scores[:, -1:]
-        log_probs = jnp.where(ends | hopeless, -jnp.inf, log_probs)
+        log_probs = jnp.where(ends, -jnp.inf, log_probs)
+        if theirs:
+            log_probs, chosen = lax.top_k(log_probs, beams)
+            tokens, parents = (jnp.take_along_axis(x, chosen, axis=1) for x in (tokens, parents))
+            decoded = jnp.take_along_axis(decoded, chosen[:, :, None], axis=1)
+            hopeless = log_probs[:, :1] / penalties[step] <= scores[:, -1:]
+        else:
+            # The most that a live hypothesis can still score is its log probability as it is, over
+            # the largest penalty. What is not a number stays, to be seen in the result.
+            hopeless = log_probs / penalties[max_length] <= scores[:, -1:]
+        log_probs = jnp.where(hopeless, -jnp.inf, log_probs)
         cache = _map_axes(lambda axis, part: _reorder(part, parents, axis), cache_axes, cache)
         return _Search(step, tokens, decoded, log_probs, ended, scores, cache)
 

@@ -197,15 +197,60 @@ class EncoderDecoder:
                 finished=jnp.all(tokens == 0, axis=1),
             )
 
+    def sample(
+        self,
+        params: Params,
+        batch: Batch,
+        *,
+        max_length: int,
+        rng: Array,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+    ) -> Int[Array, "batch {max_length}"]:
+        """A prediction drawn for every row, with a key-value cache.
+
+        Args:
+          params, batch, max_length: as in `predict`.
+          rng: a key.
+          temperature, top_k, top_p: see decoding.sample; static under jit.
+
+        Returns:
+          As `predict`.
+        """
+        check_tokens(batch, ("encoder_input_tokens",))
+        tokens = batch["encoder_input_tokens"]
+        with self._injected(self._active(batch, None), deterministic=True):
+            encoded = self._encode(params, tokens)
+            return decoding.sample(
+                self._step_function(params, encoded, tokens, max_length),
+                self._empty_cache(params, encoded, tokens, max_length),
+                tokens.shape[0],
+                max_length,
+                self.eos_id,
+                rng,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                finished=jnp.all(tokens == 0, axis=1),
+            )
+
     def predict_n(
-        self, params: Params, batch: Batch, *, max_length: int, beams: int, alpha: float = 0.6
+        self,
+        params: Params,
+        batch: Batch,
+        *,
+        max_length: int,
+        beams: int,
+        alpha: float = 0.6,
+        manner: str = decoding.EXACT,
     ) -> tuple[Int[Array, "batch {beams} {max_length}"], Float[Array, "batch {beams}"]]:
         """The `beams` best predictions of every row, by beam search with a key-value cache.
 
         Args:
           params, batch, max_length: as in `predict`.
           beams: predictions per row; static under jit. One is what `predict` gives.
-          alpha: strength of the length penalty (see decoding.beam); static under jit.
+          alpha, manner: of the length penalty and the search (see decoding.beam); static under jit.
 
         Returns:
           Tokens int32 [batch, beams, max_length], best first: up to and including `eos_id`, then 0;
@@ -225,6 +270,7 @@ class EncoderDecoder:
                 max_length,
                 self.eos_id,
                 alpha=alpha,
+                manner=manner,
                 cache_axes=_cache_axes(cache),
                 finished=jnp.all(tokens == 0, axis=1),
             )

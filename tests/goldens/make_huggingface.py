@@ -80,19 +80,42 @@ def logits(model, arrays) -> np.ndarray:
         ).logits.numpy()
 
 
-def generate(model, arrays, beams: int) -> np.ndarray:
+def generate(model, arrays) -> np.ndarray:
+    """What it decodes greedily, 0 behind the end."""
     inputs = torch.tensor(arrays["inputs"])
     with torch.no_grad():
         made = model.generate(
             input_ids=inputs,
             attention_mask=(inputs > 0).long(),
             max_new_tokens=DECODED,
-            num_beams=beams,
             do_sample=False,
         )
     padded = np.zeros((len(made), DECODED), np.int32)
     padded[:, : made.shape[1] - 1] = made[:, 1:].numpy()
     return padded
+
+
+def beams(model, arrays, count: int = 3, alpha: float = 1.0) -> dict[str, np.ndarray]:
+    """The best hypotheses of every row, 0 behind their end, and their scores."""
+    inputs = torch.tensor(arrays["inputs"])
+    with torch.no_grad():
+        made = model.generate(
+            input_ids=inputs,
+            attention_mask=(inputs > 0).long(),
+            max_new_tokens=DECODED,
+            num_beams=count,
+            num_return_sequences=count,
+            length_penalty=alpha,
+            do_sample=False,
+            return_dict_in_generate=True,
+            output_scores=True,
+        )
+    tokens = made.sequences[:, 1:].reshape(len(inputs), count, -1).numpy()
+    ended = np.cumsum(tokens == 1, axis=-1) - (tokens == 1) > 0  # filled with what ends them
+    padded = np.zeros((*tokens.shape[:2], DECODED), np.int32)
+    padded[:, :, : tokens.shape[-1]] = np.where(ended, 0, tokens)
+    scores = made.sequences_scores.reshape(len(inputs), count).numpy()
+    return {"beams": padded, "beam_scores": scores}
 
 
 def main() -> None:
@@ -102,7 +125,8 @@ def main() -> None:
         model.save_pretrained(HERE / name)
         (HERE / name / "generation_config.json").unlink()
         arrays["logits"] = logits(model, arrays)
-        arrays["greedy"] = generate(model, arrays, 1)
+        arrays["greedy"] = generate(model, arrays)
+        arrays |= beams(model, arrays)
         np.savez(HERE / name / "golden.npz", **arrays)
         if name != "mt5":
             continue
