@@ -12,7 +12,7 @@ import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flix_jax.models.decoding import beam, greedy, sample
+from flix_jax.models.decoding import Decoding, beam, greedy, sample
 
 EOS = 1
 
@@ -377,6 +377,23 @@ def test_the_most_probable_alone_is_greedy():
 def test_options_of_sampling_are_checked(options, message):
     with pytest.raises(ValueError, match=message):
         sample(_bigram(jnp.eye(3)), jnp.int32(0), 1, 2, EOS, jax.random.key(0), **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"beams": -1}, "beams = -1: expected at least 0"),
+        ({"beams": 2, "sampling": True}, "beams and sampling exclude each other"),
+        ({"temperature": 0.5}, "temperature = 0.5 has no effect without sampling"),
+        ({"alpha": 0.5}, "alpha = 0.5 has no effect without beams"),
+        ({"beams": 2, "seed": 3}, "seed = 3 has no effect without sampling"),
+        ({"beams": 2, "manner": "theirs"}, "manner = 'theirs': expected one of"),
+        ({"sampling": True, "top_p": 2.0}, r"top_p = 2.0: expected a number in \(0, 1\]"),
+    ],
+)
+def test_options_that_mean_nothing_together_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        Decoding(**options)
 
 
 def test_one_beam_in_their_manner_is_greedy_too():

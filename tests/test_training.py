@@ -21,6 +21,7 @@ from flix_jax.experiments import inference, training
 from flix_jax.experiments.claims import Claims
 from flix_jax.experiments.job import Job
 from flix_jax.experiments.run import Evaluation
+from flix_jax.models.decoding import Decoding
 from flix_jax.tasks.xtreme_up import TaskFormat, XtremeUp
 from flix_jax.training.optimizers import Optimizer, Schedule
 from flix_jax.training.reporting import read_metrics
@@ -160,6 +161,33 @@ def test_inference_predicts_what_evaluation_predicts(run, whole, bases_dir, tmp_
     got = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert count == len(expected) == len(got)
     assert [x["prediction"] for x in got] == [x["predictions"] for x in expected]
+
+
+def test_inference_by_beams_and_by_drawing(run, whole, bases_dir, tmp_path):
+    source = tmp_path / "in.jsonl"
+    records = [{"input": word, "task": "up", "language": "x"} for word in ("abcd", "dcba", "ab")]
+    source.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+    def infer(**options):
+        inference.infer(
+            run,
+            whole,
+            input_path=source,
+            output_path=tmp_path / "out.jsonl",
+            decoding=Decoding(**options),
+            bases_dir=bases_dir,
+        )
+        return [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+
+    greedily = [line["prediction"] for line in infer()]
+    assert [line["predictions"] for line in infer(beams=1)] == [[text] for text in greedily]
+    for line, record in zip(infer(beams=3), records, strict=True):
+        assert line.items() >= record.items()
+        assert line["prediction"] == line["predictions"][0] and len(line["predictions"]) == 3
+        assert line["scores"] == sorted(line["scores"], reverse=True) and line["scores"][0] < 0
+    drawn = [infer(sampling=True, seed=seed, temperature=3.0) for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2] and "scores" not in drawn[0][0]
+    assert [line["prediction"] for line in infer(sampling=True, top_k=1)] == greedily
 
 
 def test_nothing_is_compiled_after_the_first_steps(run, bases_dir, tmp_path, caplog):

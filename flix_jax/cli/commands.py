@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from flix_jax.experiments.workers import Assignment
 
 
+# Flags of `infer` that are options of `models.decoding.Decoding`.
+DECODING = ("beams", "alpha", "manner", "sampling", "temperature", "top_k", "top_p", "seed")
+
+
 class UsageError(ValueError):
     """A command line that cannot be understood."""
 
@@ -87,7 +91,10 @@ def evaluate(arguments: argparse.Namespace) -> None:
 def infer(arguments: argparse.Namespace) -> None:
     run, config = _build(arguments, _saved_config(arguments))
     from flix_jax.experiments import inference
+    from flix_jax.models.decoding import Decoding
 
+    given = {name: getattr(arguments, name) for name in DECODING}
+    decoding = Decoding(**{name: value for name, value in given.items() if value is not None})
     with config.placing_errors():
         count = inference.infer(
             run,
@@ -95,6 +102,7 @@ def infer(arguments: argparse.Namespace) -> None:
             input_path=arguments.input,
             output_path=arguments.output,
             features=arguments.features,
+            decoding=decoding,
             step=arguments.step,
         )
     print(f"{count} predictions in {arguments.output}")

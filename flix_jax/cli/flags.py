@@ -183,6 +183,21 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="TYPE=VALUE,...",
         help="features of every line, for example task=ner,language=sw",
     )
+    how = infer.add_argument_group("decoding", "Greedy by default.")
+    how.add_argument(
+        "--beams", type=int, metavar="N", help="beam search; lines get N predictions with scores"
+    )
+    how.add_argument("--alpha", type=float, help="of the length penalty (default: 0.6)")
+    how.add_argument(
+        "--manner",
+        choices=("exact", "huggingface"),
+        help="of beam search: penalty ((5 + n) / 6)^alpha, or as in Transformers (default: exact)",
+    )
+    how.add_argument("--sampling", action="store_true", default=None, help="draw every token")
+    how.add_argument("--temperature", type=float, help="of drawing (default: 1)")
+    how.add_argument("--top_k", type=int, metavar="K", help="draw from the K most probable tokens")
+    how.add_argument("--top_p", type=float, metavar="P", help="draw from the nucleus of mass P")
+    how.add_argument("--seed", type=int, help="of drawing (default: 0)")
     _add_step(infer)
     _add_gin(infer, required=False)
 

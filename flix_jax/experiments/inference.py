@@ -20,11 +20,15 @@ from flix_jax.evaluation.scoreboard import Scoreboard
 from flix_jax.experiments import ensembles, scoring
 from flix_jax.experiments.job import Job
 from flix_jax.experiments.run import Run
+from flix_jax.models.decoding import Decoding
 from flix_jax.tasks.xtreme_up import read_records
 from flix_jax.training.checkpoints import Step, digest
 
 if TYPE_CHECKING:
     from flix_jax.evaluation.evaluator import CellEvaluator, Progress
+
+
+GREEDILY = Decoding()
 
 
 def evaluator(
@@ -200,6 +204,7 @@ def infer(
     input_path: epath.PathLike,
     output_path: epath.PathLike,
     features: str = "",
+    decoding: Decoding = GREEDILY,
     step: Step = None,
     bases_dir: epath.PathLike | None = None,
     say: Callable[[str], None] = print,
@@ -215,6 +220,7 @@ def infer(
       input_path: the file to read.
       output_path: the file to write: the same lines with ``prediction`` added, whole or not at all.
       features: ``task=ner,language=sw``, of every line that does not say otherwise.
+      decoding: how; by beams a line has also its ``predictions``, the best first, and ``scores``.
       say: takes the count of unknown features.
 
     Returns:
@@ -235,7 +241,7 @@ def infer(
             f"tokens: of {input_path}:{cut[0]}" + (f" to {cut[-1]}" if len(cut) > 1 else "")
         )
     trained, frozen, _ = restore(job, step)
-    predict = job.predictors(trained, frozen)[cells_lib.GENERATE]
+    decode = job.decoder(trained, frozen, decoding)
     size = run.evaluation.batch_size
     lines: list[str] = []
     for start in range(0, len(records), size):
@@ -249,9 +255,15 @@ def infer(
         batch = {"encoder_input_tokens": tokens}
         if job.space is not None:
             batch["feature_ids"] = ids
-        for (record, _), row in zip(part, predict(batch), strict=False):
-            text = vocabulary.decode([int(token) for token in row if token > 0])
-            lines.append(json.dumps({**record, "prediction": text}, ensure_ascii=False))
+        tokens_of, scores_of = decode(batch, start // size)
+        for (record, _), found, scores in zip(part, tokens_of, scores_of, strict=False):
+            texts = [vocabulary.decode([int(t) for t in row if t > 0]) for row in found]
+            line = {**record, "prediction": texts[0]}
+            if decoding.beams:
+                kept = [i for i, score in enumerate(scores) if np.isfinite(score)]
+                line["predictions"] = [texts[i] for i in kept]
+                line["scores"] = [round(float(scores[i]), 6) for i in kept]
+            lines.append(json.dumps(line, ensure_ascii=False))
     files.write_text(output_path, "".join(line + "\n" for line in lines))
     return len(lines)
 

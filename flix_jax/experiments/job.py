@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
@@ -33,6 +34,7 @@ from flix_jax.experiments.run_folder import (
 )
 from flix_jax.experiments.scoring import check_evaluation
 from flix_jax.interop import bases
+from flix_jax.models.decoding import Decoding
 from flix_jax.models.encoder_decoder import EncoderDecoder
 from flix_jax.models.t5 import Transformer
 from flix_jax.training import partitioning
@@ -408,6 +410,49 @@ class Job:
             return predict
 
         return {kind: predictor(program) for kind, program in self._programs.items()}
+
+    def decoder(
+        self, trained: Any, frozen: Any, how: Decoding
+    ) -> Callable[[dict[str, np.ndarray], int], tuple[np.ndarray, np.ndarray]]:
+        """(batch, its number) -> tokens int32 [batch, n, targets_length] and scores [batch, n].
+
+        n is the beams, or 1; only beams have scores, others are 0. What is drawn follows from the
+        seed, the number of the batch, the step and the row.
+        """
+        length = self.run.targets_length
+
+        def program(params: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+            if how.beams:
+                return self.model.predict_n(
+                    params,
+                    batch,
+                    max_length=length,
+                    beams=how.beams,
+                    alpha=how.alpha,
+                    manner=how.manner,
+                )
+            if how.sampling:
+                tokens = self.model.sample(
+                    params,
+                    batch,
+                    max_length=length,
+                    rng=key,
+                    temperature=how.temperature,
+                    top_k=how.top_k,
+                    top_p=how.top_p,
+                )
+            else:
+                tokens = self.model.predict(params, batch, max_length=length)
+            return tokens[:, None], jnp.zeros((len(tokens), 1))
+
+        compiled = jax.jit(program, out_shardings=partitioning.replicated(self.mesh))
+        params, seed = tree.join(frozen, trained), jax.random.key(how.seed)
+
+        def decode(batch: dict[str, np.ndarray], number: int) -> tuple[np.ndarray, np.ndarray]:
+            placed = partitioning.put_batch(self.mesh, batch)
+            return jax.device_get(compiled(params, placed, jax.random.fold_in(seed, number)))
+
+        return decode
 
     @functools.cached_property
     def _programs(self) -> dict[str, Callable[[Any, Any, Any, Any], jax.Array]]:

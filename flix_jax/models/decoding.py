@@ -7,6 +7,7 @@ common (the encoded inputs, the features) is held once, and the network sees no 
 there are.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -83,12 +84,7 @@ def sample(
     Raises:
       ValueError: an option out of its range.
     """
-    if not (math.isfinite(temperature) and temperature > 0.0):
-        raise ValueError(f"temperature = {temperature!r}: expected a finite number above 0")
-    if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 0:
-        raise ValueError(f"top_k = {top_k!r}: expected an integer of at least 0")
-    if not 0.0 < top_p <= 1.0:
-        raise ValueError(f"top_p = {top_p!r}: expected a number in (0, 1]")
+    check_sampling(temperature, top_k, top_p)
 
     def draw(logits: Array, step: Array) -> Array:
         logits = most_probable_part(logits.astype(jnp.float32) / temperature, top_k, top_p)
@@ -142,6 +138,47 @@ def _one_by_one(
     decoded = jnp.zeros((batch, max_length), jnp.int32)
     state = (jnp.int32(0), start, finished, decoded, cache)
     return lax.while_loop(unfinished, advance, state)[3]
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """How texts are decoded: greedily, by beams, or by drawing them.
+
+    Attributes:
+      beams: hypotheses of beam search; 0 is none.
+      alpha, manner: of beam search (see `beam`).
+      sampling: whether tokens are drawn; then there are no beams.
+      temperature, top_k, top_p: of drawing (see `sample`).
+      seed: of drawing.
+
+    Raises:
+      ValueError: an option out of its range, or one that has no effect.
+    """
+
+    beams: int = 0
+    alpha: float = 0.6
+    manner: str = EXACT
+    sampling: bool = False
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.beams < 0:
+            raise ValueError(f"beams = {self.beams!r}: expected at least 0")
+        if self.beams and self.sampling:
+            raise ValueError("beams and sampling exclude each other")
+        unused = () if self.sampling else ("temperature", "top_k", "top_p", "seed")
+        unused = (*unused, *(() if self.beams else ("alpha", "manner")))
+        for field in dataclasses.fields(self):
+            if field.name in unused and getattr(self, field.name) != field.default:
+                needed = "beams" if field.name in ("alpha", "manner") else "sampling"
+                raise ValueError(
+                    f"{field.name} = {getattr(self, field.name)!r} has no effect without {needed}"
+                )
+        check_penalty(self.alpha, self.manner)
+        check_sampling(self.temperature, self.top_k, self.top_p)
 
 
 class _Search(NamedTuple):
@@ -229,10 +266,7 @@ def beam(
     """
     _check_positive("max_length", max_length)
     _check_positive("beams", beams)
-    if not (math.isfinite(alpha) and alpha >= 0.0):
-        raise ValueError(f"alpha = {alpha!r}: expected a finite number of at least 0")
-    if manner not in MANNERS:
-        raise ValueError(f"manner = {manner!r}: expected one of {', '.join(map(repr, MANNERS))}")
+    check_penalty(alpha, manner)
     theirs = manner == HUGGINGFACE
     # by the number of tokens; in one table, so that no rounding tells two equal penalties apart
     lengths = np.arange(max_length + 1)
@@ -332,6 +366,24 @@ def _reorder(part: Cache, parents: Int[Array, "batch beams"], axis: int) -> Cach
     """Leaves [beams, …, batch, …], the rows on `axis` of what follows the beams, by parent."""
     take = jax.vmap(lambda row, parents: row[parents], (axis + 1, 0), axis + 1)
     return jax.tree.map(lambda leaf: take(leaf, parents), part)
+
+
+def check_penalty(alpha: float, manner: str) -> None:
+    """ValueError unless these are an `alpha` and a `manner` of `beam`."""
+    if not (math.isfinite(alpha) and alpha >= 0.0):
+        raise ValueError(f"alpha = {alpha!r}: expected a finite number of at least 0")
+    if manner not in MANNERS:
+        raise ValueError(f"manner = {manner!r}: expected one of {', '.join(map(repr, MANNERS))}")
+
+
+def check_sampling(temperature: float, top_k: int, top_p: float) -> None:
+    """ValueError unless these are options of `sample`."""
+    if not (math.isfinite(temperature) and temperature > 0.0):
+        raise ValueError(f"temperature = {temperature!r}: expected a finite number above 0")
+    if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 0:
+        raise ValueError(f"top_k = {top_k!r}: expected an integer of at least 0")
+    if not 0.0 < top_p <= 1.0:
+        raise ValueError(f"top_p = {top_p!r}: expected a number in (0, 1]")
 
 
 def _check_positive(name: str, value: int) -> None:
