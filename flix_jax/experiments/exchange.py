@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from etils import epath
 
@@ -27,7 +26,7 @@ from flix_jax.training.checkpoints import Step
 HUGGINGFACE, T5X, T5X_SCANNED, FLIX, PEFT = "huggingface", "t5x", "t5x_scanned", "flix", "peft"
 NETWORKS = (HUGGINGFACE, T5X, T5X_SCANNED)
 EXPORTS = (FLIX, *NETWORKS, PEFT)
-DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
+DTYPES = {"float32": np.float32, "bfloat16": jnp.bfloat16, "float16": np.float16}
 _COMPARED = (4, 16)  # rows and tokens of the examples by which a folded network is compared
 
 Say = Callable[[str], None]

@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
@@ -314,10 +315,9 @@ _kept: list[tempfile.TemporaryDirectory] = []
 
 
 def _safetensors(path: epath.Path) -> dict[str, Leaf]:
-    import ml_dtypes
     from safetensors import SafetensorError, safe_open
 
-    kinds = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+    kinds = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
     try:
         file = safe_open(_local(path), framework="numpy")
     except SafetensorError as error:
