@@ -188,12 +188,11 @@ def write(
     from flax import serialization
 
     made = epath.Path(folder) / f"checkpoint_{step}"
-    if made.exists():
+    if _is_checkpoint(made):
         raise ValueError(f"{made}: is there already")
-    unfinished = epath.Path(folder) / f"checkpoint_{step}.unfinished"
-    if unfinished.exists():
-        unfinished.rmtree()
-    unfinished.mkdir(parents=True)
+    if made.exists():  # of an attempt that did not come to its last file
+        made.rmtree()
+    made.mkdir(parents=True)
     target: dict[str, Any] = {}
     for name, leaf in leaves.items():
         kind = leaf.dtype if dtype is None else np.dtype(dtype)
@@ -201,7 +200,7 @@ def write(
         chunks = _chunks(leaf.shape, _CHUNK_BYTES // kind.itemsize)
         metadata = {"compressor": {"id": "gzip"}, "shape": list(leaf.shape), "chunks": chunks}
         spec = {"driver": "zarr", "dtype": kind.name, "metadata": metadata}
-        store = ts.open({**spec, "kvstore": _kvstore(unfinished / key)}, create=True).result()
+        store = ts.open({**spec, "kvstore": _kvstore(made / key)}, create=True).result()
         for index in _parts(leaf.shape, chunks):
             store[index] = leaf.read(index).astype(kind, copy=False)
         node = target
@@ -213,8 +212,8 @@ def write(
         "version": VERSION,
         "optimizer": {"state": {"step": np.asarray(step, np.int32)}, "target": target},
     }
-    (unfinished / MSGPACK).write_bytes(serialization.msgpack_serialize(record))
-    return unfinished.rename(made)
+    (made / MSGPACK).write_bytes(serialization.msgpack_serialize(record))  # the last: now it is one
+    return made
 
 
 def _chunks(shape: Sequence[int], elements: int) -> list[int]:
