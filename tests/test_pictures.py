@@ -7,6 +7,7 @@ import json
 import pytest
 
 from flix_jax.evaluation.comparison import Estimate
+from flix_jax.evaluation.figures import line_style
 from flix_jax.evaluation.scoreboard import Scoreboard
 from flix_jax.experiments import pictures
 from flix_jax.experiments.report import make_report, student_interval
@@ -170,3 +171,41 @@ def test_axes_that_differ_in_punctuation_have_pictures_of_their_own(tmp_path):
     report.write(tmp_path)
     text = (tmp_path / "report.md").read_text()
     assert "(score_a_rank.svg)" in text and "(score_a_rank_2.svg)" in text
+
+
+def test_many_settings_are_drawn_line_by_line_and_languages_by_the_best_of_each_method(tmp_path):
+    """Nine settings of two methods: more than there are colours."""
+    import struct
+
+    rates = {f"{i}": (f"Schedule.learning_rate = {i}",) for i in range(1, 10)}
+    methods = {
+        "LoRA": {"axes": {"rate": dict(list(rates.items())[:4])}},
+        "FLix": {"axes": {"rate": rates}},
+    }
+
+    def run(assignments):
+        outcomes = []
+        for bindings, _, _ in assignments:
+            value = 50 - abs(5 - float(bindings[0].split("=")[1]))
+            scores = {"ner/sw": value, "ner/yo": value - 3}
+            board = Scoreboard(
+                {cell: {"exact_match": v, "examples": 3} for cell, v in scores.items()},
+                dict.fromkeys(scores, "seen"),
+            )
+            outcomes.append(Outcome({"validation": board}))
+        return outcomes
+
+    run_sweep(Sweep("many", methods=methods), tmp_path, run, log=lambda line: None)
+    report = make_report(tmp_path)
+    best = pictures.best_of_methods(report.settings)
+    assert [setting.labels for setting in best] == [
+        {"method": "LoRA", "rate": "4"},
+        {"method": "FLix", "rate": "5"},
+    ]
+    report.write(tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert "the setting of each method that is best on seen cells](languages.svg)" in text
+    width, height = struct.unpack(">II", (tmp_path / "comparison.png").read_bytes()[16:24])
+    assert width < 2000 and height < 2000
+    styles = {tuple(line_style(i).items()) for i in range(35)}
+    assert len(styles) == 35

@@ -98,7 +98,9 @@ def test_the_report_is_written_with_its_tables_and_pictures(report, tmp_path):
     assert "| LoRA | rate 5e-3 | 60.5 ± 0.5 **best** |" in text
     assert "The best rate of FLix, 1.2e-2, is at the edge of its grid" in text
     assert "| FLix | +12.0 ± 1.0 |" in text
-    assert "flattered" not in text
+    assert "Choice and comparison use the same examples" not in text
+    assert "The best of 2 settings, each at its choice of rate, by the mean over tasks" in text
+    assert "- seen cells: FLix, 68.0 (95 % interval" in text
     assert json.loads((tmp_path / "chosen.json").read_text())["FLix"] == {"rate": "1.2e-2"}
     rows = list(csv.DictReader(io.StringIO((tmp_path / "trials.csv").read_text())))
     assert len(rows) == 12 * 2

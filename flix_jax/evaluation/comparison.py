@@ -4,6 +4,7 @@ import dataclasses
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from etils import epath
 
@@ -12,6 +13,9 @@ from flix_jax.adapters.suggest import did_you_mean
 from flix_jax.evaluation import files
 from flix_jax.evaluation.figures import COLOURS, write_figure
 from flix_jax.evaluation.scoreboard import GROUPS, MISSING, Scoreboard, csv_text
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,6 +163,15 @@ class Comparison:
           path: without the ending.
           title: above the bars.
         """
+        seeds = sorted({len(boards) for boards in self.boards.values()})
+        count = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
+        note = "1 seed, no error known" if seeds == [1] else f"{count} seeds, ± standard error"
+        heading = f"{title}\n({note})" if title else note
+        few = len(self.boards) <= len(COLOURS)
+        write_figure(self._upright(heading) if few else self._lying(heading), path)
+
+    def _upright(self, heading: str) -> "Figure":
+        """Groups side by side, in each a bar for every method in its colour."""
         # Without pyplot, which keeps state and looks for a display.
         from matplotlib.figure import Figure
 
@@ -179,21 +192,18 @@ class Comparison:
                     width * 0.92,
                     yerr=error,
                     capsize=3,
-                    color=COLOURS[index % len(COLOURS)],
+                    color=COLOURS[index],
                     ecolor="#333333",
                 )
-                top = estimate.mean + (error or 0.0)
                 axes.annotate(
                     f"{estimate.mean:.1f}",
-                    (x, top),
+                    (x, estimate.mean + (error or 0.0)),
                     xytext=(0, 2),
                     textcoords="offset points",
                     ha="center",
                     fontsize=8,
                 )
-        handles = [
-            axes.bar(0, 0, color=COLOURS[index % len(COLOURS)]) for index in range(len(methods))
-        ]
+        handles = [axes.bar(0, 0, color=COLOURS[index]) for index in range(len(methods))]
         axes.legend(
             handles,
             methods,
@@ -207,11 +217,40 @@ class Comparison:
         axes.set_ylabel("mean over tasks")
         axes.spines[["top", "right"]].set_visible(False)
         axes.margins(y=0.12)
-        seeds = sorted({len(boards) for boards in self.boards.values()})
-        count = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
-        note = "1 seed, no error known" if seeds == [1] else f"{count} seeds, ± standard error"
-        axes.set_title(f"{title}\n({note})" if title else note, fontsize=10)
-        write_figure(figure, path)
+        axes.set_title(heading, fontsize=10)
+        return figure
+
+    def _lying(self, heading: str) -> "Figure":
+        """A line for every method, and a panel for every group: for more methods than colours."""
+        from matplotlib.figure import Figure
+
+        methods, groups = list(self.boards), self.groups
+        size = (2.5 + 2.4 * len(groups), 1.2 + 0.24 * len(methods))
+        figure = Figure(figsize=size, layout="constrained")
+        panels = figure.subplots(1, len(groups), sharey=True, squeeze=False)[0]
+        for group, panel in zip(groups, panels, strict=True):
+            for place, method in enumerate(methods):
+                estimate = self.estimate(method, group)
+                if estimate is None:
+                    continue
+                error = estimate.standard_error
+                panel.barh(place, estimate.mean, 0.75, xerr=error, capsize=2, color=COLOURS[0])
+                panel.annotate(
+                    f"{estimate.mean:.1f}",
+                    (estimate.mean + (error or 0.0), place),
+                    xytext=(2, 0),
+                    textcoords="offset points",
+                    va="center",
+                    fontsize=7,
+                )
+            panel.set_title(GROUPS[group], fontsize=9)
+            panel.spines[["top", "right"]].set_visible(False)
+            panel.margins(x=0.15)
+        panels[0].set_yticks(range(len(methods)), methods, fontsize=7)
+        panels[0].invert_yaxis()
+        figure.supxlabel("mean over tasks", fontsize=9)
+        figure.suptitle(heading, fontsize=10)
+        return figure
 
     def write(self, folder: epath.PathLike, name: str = "comparison", title: str = "") -> None:
         """Writes `<name>.md` (with the picture in it), `.csv`, `.png` and `.svg` into a folder."""

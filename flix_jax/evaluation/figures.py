@@ -1,7 +1,7 @@
 """Pictures as files: the same numbers give the same bytes."""
 
 import io
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from etils import epath
 
@@ -10,6 +10,15 @@ if TYPE_CHECKING:
 
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb")
 """Paul Tol's "bright" scheme, which colour-blind readers can tell apart."""
+
+
+_MARKERS = ("o", "s", "^", "D", "v")
+
+
+def line_style(index: int) -> dict[str, Any]:
+    """Colour and marker of the line of a number: 35 that can be told apart."""
+    marker = _MARKERS[index // len(COLOURS) % len(_MARKERS)]
+    return {"color": COLOURS[index % len(COLOURS)], "marker": marker}
 
 
 def write_figure(figure: "Figure", path: epath.PathLike) -> None:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from etils import epath
 
 from flix_jax.evaluation.comparison import Estimate
-from flix_jax.evaluation.figures import COLOURS, write_figure
+from flix_jax.evaluation.figures import COLOURS, line_style, write_figure
 from flix_jax.evaluation.scoreboard import GROUPS
+from flix_jax.experiments.sweep import METHOD
 from flix_jax.experiments.trial_records import TrialRecord, trial_dir
 from flix_jax.training.reporting import read_metrics
 
@@ -92,14 +93,31 @@ def write_pictures(
         name = free(f"map_{_slug(first)}_{_slug(second)}")
         _map(folder / name, shown, first, second, groups, title)
         found[name] = f"{first} and {second}"
-    if 1 < len(shown) <= len(COLOURS):
-        _languages(folder / "languages", shown, title)
-        found["languages"] = "languages, means over tasks († held out in some task or all)"
+    compared = shown if len(shown) <= len(COLOURS) else best_of_methods(shown)
+    if 1 < len(compared) <= len(COLOURS):
+        _languages(folder / "languages", compared, title)
+        which = (
+            "" if compared is shown else ", the setting of each method that is best on seen cells"
+        )
+        found["languages"] = f"languages, means over tasks († held out in some task or all){which}"
     drawn, unreadable = _curves(folder / "learning_curves", shown, run_dir, title)
     if drawn:
         without = f", without what cannot be read: {'; '.join(unreadable)}" if unreadable else ""
         found["learning_curves"] = f"learning curves{without}"
     return found
+
+
+def best_of_methods(shown: Sequence[Setting]) -> list[Setting]:
+    """The setting of each method with the highest mean over the cells that it is trained on."""
+    best: dict[str, tuple[float, Setting]] = {}
+    for setting in shown:
+        method = setting.labels.get(METHOD)
+        estimate = next((e for g in GROUPS if (e := setting.estimate(g)) is not None), None)
+        if method is None or estimate is None:
+            continue
+        if method not in best or estimate.mean > best[method][0]:
+            best[method] = estimate.mean, setting
+    return [setting for _, setting in best.values()]
 
 
 def _figure(panels: int, width: float = 4.2, height: float = 3.4) -> tuple[Any, list["Axes"]]:
@@ -118,7 +136,7 @@ def _against(
     figure, panels = _figure(len(groups))
     lines = _lines(shown, axis)
     for group, panel in zip(groups, panels, strict=True):
-        for colour, (label, members) in zip(itertools.cycle(COLOURS), lines.items(), strict=False):
+        for number, (label, members) in enumerate(lines.items()):
             points = [
                 (float(setting.labels[axis]), estimate)
                 for setting in members
@@ -132,11 +150,10 @@ def _against(
                     math.nan if estimate.standard_error is None else estimate.standard_error
                     for _, estimate in points
                 ],
-                marker="o",
                 markersize=4,
                 capsize=3,
-                color=colour,
                 label=label or None,
+                **line_style(number),
             )
         _scale(panel, [float(setting.labels[axis]) for setting in shown if axis in setting.labels])
         panel.set_title(GROUPS[group], fontsize=10)
@@ -152,7 +169,7 @@ def _costs(path: epath.Path, shown: Sequence[Setting], axis: str, title: str) ->
     lines = _lines(shown, axis)
     names = (("parameters", "trained parameters"), ("step_seconds", "seconds a step"))
     for (measure, label), panel in zip(names, panels, strict=True):
-        for colour, (line, members) in zip(itertools.cycle(COLOURS), lines.items(), strict=False):
+        for number, (line, members) in enumerate(lines.items()):
             points = sorted(
                 (float(setting.labels[axis]), value)
                 for setting in members
@@ -161,10 +178,9 @@ def _costs(path: epath.Path, shown: Sequence[Setting], axis: str, title: str) ->
             panel.plot(
                 [x for x, _ in points],
                 [y for _, y in points],
-                marker="o",
                 markersize=4,
-                color=colour,
                 label=line or None,
+                **line_style(number),
             )
         _scale(panel, [float(setting.labels[axis]) for setting in shown if axis in setting.labels])
         panel.set_ylim(bottom=0)

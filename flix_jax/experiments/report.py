@@ -60,7 +60,7 @@ class Report:
         """
         sweep = self.sweep
         parts = [f"# {sweep.name}"]
-        if len(self.settings) > 1 and not sweep.choose:  # else chosen by other examples, below
+        if len(self.comparison.boards) > 1:
             parts.append(self._best_text())
         if self.choices:
             parts.append(self._choices_text())
@@ -127,17 +127,15 @@ class Report:
         return list(dict.fromkeys(axis for r in self.records for axis in r.trial.labels))
 
     def _best_text(self) -> str:
-        """The best setting of every group, with the interval of Student's t over its seeds."""
+        """The best row of the comparison in every group, with Student's t over its seeds."""
         lines = []
         for group in self.comparison.groups:
-            found = [(s, e) for s in self.settings if (e := s.estimate(group)) is not None]
-            if not found:
-                continue
-            most = max(estimate.seeds for _, estimate in found)
-            fewer = sum(estimate.seeds < most for _, estimate in found)
-            found = [(s, e) for s, e in found if e.seeds == most]
-            best, estimate = max(found, key=lambda item: item[1].mean)
-            name = self.sweep.variant(best.labels)
+            every = {name: self.comparison.estimate(name, group) for name in self.comparison.boards}
+            found = {name: e for name, e in every.items() if e is not None}
+            most = max(estimate.seeds for estimate in found.values())
+            fewer = sum(estimate.seeds < most for estimate in found.values())
+            found = {name: e for name, e in found.items() if e.seeds == most}
+            name, estimate = max(found.items(), key=lambda item: item[1].mean)
             interval = student_interval(estimate)
             within = "one seed, no interval"
             if interval is not None:
@@ -146,8 +144,11 @@ class Report:
             if fewer:
                 within += f"; {fewer} settings with fewer seeds do not compete"
             lines.append(f"- {GROUPS[group]}: {name}, {estimate.mean:.1f} ({within})")
+        of = f"{len(self.comparison.boards)} settings"
+        if self.choices:
+            of += f", each at its choice of {', '.join(self.sweep.choose)}"
         return (
-            f"The best of {len(self.settings)} settings, by the mean over tasks:\n\n"
+            f"The best of {of}, by the mean over tasks:\n\n"
             + "\n".join(lines)
             + "\n\nThe best of many is flattered by the choice: its interval does not know of the"
             " others."
