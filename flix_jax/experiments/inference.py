@@ -66,9 +66,12 @@ def evaluator(
     )
 
 
-def fingerprint(job: Job, trained: Any, frozen: Any) -> str:
-    """What predictions depend on, beside the examples: parameters, network and ensemble."""
-    made = f"{digest([trained, frozen])} {job.run.model}"
+def fingerprint(job: Job, trained: Any, frozen: str) -> str:
+    """What predictions depend on, beside the examples: parameters, network and ensemble.
+
+    `frozen` is the digest of the frozen parameters, which are hashed once, for they may be large.
+    """
+    made = f"{digest(trained)} {frozen} {job.run.model}"
     evaluation = job.run.evaluation
     if evaluation.ensemble is None:
         return made
@@ -131,7 +134,7 @@ def evaluate(
     job = ensembles.evaluated(job)
     evaluation = evaluator(job, split, cells=cells)
     predictors = job.predictors(trained, frozen)
-    mark = fingerprint(job, trained, frozen)
+    mark = fingerprint(job, trained, digest(frozen))
     board, folder = score(job, evaluation, predictors, found, mark, say)
     if confidence is not None:
         board = scoring.with_intervals(board, folder, confidence)

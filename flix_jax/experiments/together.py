@@ -28,7 +28,7 @@ from flix_jax.experiments.job import Job
 from flix_jax.experiments.run import FREE, RANDOM, Run
 from flix_jax.experiments.trial_records import Outcome
 from flix_jax.training import trials as trials_lib
-from flix_jax.training.checkpoints import Checkpoints
+from flix_jax.training.checkpoints import Checkpoints, digest
 from flix_jax.training.parameters import Parameters
 from flix_jax.training.reporting import Reporter
 from flix_jax.training.step import TrainState
@@ -412,7 +412,7 @@ class _Group:
                     self._predictors(i, own.trained),
                     job.run_dir,
                     step,
-                    fingerprint=inference.fingerprint(job, own.trained, self.frozen),
+                    fingerprint=inference.fingerprint(job, own.trained, self._frozen_digest),
                 )
                 reporters[i].scores(step, scores)
                 judge = scoring.judge(job.run, job.split)
@@ -421,6 +421,10 @@ class _Group:
             if due or checkpoints.improves(value):
                 reporters[i].sync()
                 checkpoints.save(own, data_state, value)
+
+    @functools.cached_property
+    def _frozen_digest(self) -> str:
+        return digest(self.frozen)
 
     @functools.cached_property
     def _wide_job(self) -> Job:
@@ -457,7 +461,7 @@ class _Group:
                 outcomes.append(Outcome(error=self.errors[i]))
                 continue
             boards, step = {}, int(state.step)
-            mark = inference.fingerprint(job, state.trained, self.frozen)
+            mark = inference.fingerprint(job, state.trained, self._frozen_digest)
             predictors = self._predictors(i, state.trained)
             for split in splits:
                 evaluation = self._evaluator(split)

@@ -18,7 +18,7 @@ from flix_jax.experiments.claims import Claims
 from flix_jax.experiments.job import Job
 from flix_jax.experiments.run import Run
 from flix_jax.training import partitioning
-from flix_jax.training.checkpoints import Checkpoints
+from flix_jax.training.checkpoints import Checkpoints, digest
 from flix_jax.training.loop import fit
 from flix_jax.training.reporting import Reporter, read_metrics
 from flix_jax.training.step import TrainState, train_step
@@ -186,13 +186,14 @@ def _evaluation(job: Job, frozen: Any) -> Callable[[int, Any], Mapping[str, Mapp
     job = ensembles.evaluated(job)
     limit = scoring.examples_per_cell(job.run, job.split.cells)
     evaluator = inference.evaluator(job, job.run.evaluation.split, limit)
+    frozen_digest = digest(frozen)
 
     def evaluate(step: int, trained: Any) -> Mapping[str, Mapping[str, float]]:
         return evaluator.evaluate(
             job.predictors(trained, frozen),
             job.run_dir,
             step,
-            fingerprint=inference.fingerprint(job, trained, frozen),
+            fingerprint=inference.fingerprint(job, trained, frozen_digest),
         )
 
     return evaluate
