@@ -190,6 +190,37 @@ def test_inference_by_beams_and_by_drawing(run, whole, bases_dir, tmp_path):
     assert [line["prediction"] for line in infer(sampling=True, top_k=1)] == greedily
 
 
+def test_folded_inference_predicts_the_same(run, whole, bases_dir, tmp_path, monkeypatch):
+    source = tmp_path / "in.jsonl"
+    records = [{"input": word, "task": "up", "language": "x"} for word in ("abcd", "dcba", "ab")]
+
+    def infer(fold, lines=records):
+        source.write_text("".join(json.dumps(record) + "\n" for record in lines))
+        inference.infer(
+            run,
+            whole,
+            input_path=source,
+            output_path=tmp_path / "out.jsonl",
+            decoding=Decoding(beams=2),
+            fold=fold,
+            bases_dir=bases_dir,
+        )
+        return [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+
+    folded = []
+    fold = Job.folded
+    monkeypatch.setattr(Job, "folded", lambda *args: folded.append(args[-1]) or fold(*args))
+    for one, other in zip(infer("auto"), infer("never"), strict=True):
+        assert one["predictions"] == other["predictions"]
+        np.testing.assert_allclose(one["scores"], other["scores"], rtol=1e-4)
+    assert folded == [{"task": "up", "language": "x"}]
+    mixed = [*records, {"input": "abc", "task": "back", "language": "y"}]
+    infer("auto", mixed)
+    assert len(folded) == 1
+    with pytest.raises(ValueError, match="fold 'always': the lines have 2 sets of features"):
+        infer("always", mixed)
+
+
 def test_nothing_is_compiled_after_the_first_steps(run, bases_dir, tmp_path, caplog):
     jax.config.update("jax_log_compiles", True)
     try:

@@ -103,6 +103,7 @@ def infer(arguments: argparse.Namespace) -> None:
             output_path=arguments.output,
             features=arguments.features,
             decoding=decoding,
+            fold=arguments.fold,
             step=arguments.step,
         )
     print(f"{count} predictions in {arguments.output}")

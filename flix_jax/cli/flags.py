@@ -198,6 +198,13 @@ def make_parser() -> argparse.ArgumentParser:
     how.add_argument("--top_k", type=int, metavar="K", help="draw from the K most probable tokens")
     how.add_argument("--top_p", type=float, metavar="P", help="draw from the nucleus of mass P")
     how.add_argument("--seed", type=int, help="of drawing (default: 0)")
+    how.add_argument(
+        "--fold",
+        default="auto",
+        choices=("auto", "always", "never"),
+        help="fold the adapters into the network first, where all lines have the same features "
+        "(default: auto, with a float32 base)",
+    )
     _add_step(infer)
     _add_gin(infer, required=False)
 

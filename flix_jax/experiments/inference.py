@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 
 GREEDILY = Decoding()
+AUTO, ALWAYS, NEVER = FOLDS = ("auto", "always", "never")
 
 
 def evaluator(
@@ -208,6 +210,7 @@ def infer(
     output_path: epath.PathLike,
     features: str = "",
     decoding: Decoding = GREEDILY,
+    fold: str = AUTO,
     step: Step = None,
     bases_dir: epath.PathLike | None = None,
     say: Callable[[str], None] = print,
@@ -223,6 +226,9 @@ def infer(
       input_path: the file to read.
       output_path: the file to write: the same lines with ``prediction`` added, whole or not at all.
       features: ``task=ner,language=sw``, of every line that does not say otherwise.
+      fold: whether the adapters are folded into the base first, so that decoding costs what it
+        costs without them; possible where all lines have the same features. 'auto' does where that
+        is so and the base is float32; 'always' refuses lines of several sets; 'never'.
       decoding: how; by beams a line has also its ``predictions``, the best first, and ``scores``.
       say: takes the count of unknown features.
 
@@ -243,7 +249,13 @@ def infer(
             f"{len(cut)} of {len(records)} inputs are cut at Run.inputs_length={run.inputs_length} "
             f"tokens: of {input_path}:{cut[0]}" + (f" to {cut[-1]}" if len(cut) > 1 else "")
         )
+    sets = {tuple(map(int, ids)) for _, ids in records}
+    folds = job.space is not None and _folds(fold, run, sets)
     trained, frozen, _ = restore(job, step)
+    if folds:
+        assert job.space is not None
+        frozen = job.folded(trained, frozen, job.space.decode(next(iter(sets))))
+        job, trained = job.with_model(dataclasses.replace(job.model, adapters=None)), {}
     decode = job.decoder(trained, frozen, decoding)
     size = run.evaluation.batch_size
     lines: list[str] = []
@@ -256,7 +268,7 @@ def infer(
             tokens[row, : len(kept)] = kept
             ids[row] = feature_ids
         batch = {"encoder_input_tokens": tokens}
-        if job.space is not None:
+        if job.space is not None and not folds:
             batch["feature_ids"] = ids
         tokens_of, scores_of = decode(batch, start // size)
         for (record, _), found, scores in zip(part, tokens_of, scores_of, strict=False):
@@ -269,6 +281,17 @@ def infer(
             lines.append(json.dumps(line, ensure_ascii=False))
     files.write_text(output_path, "".join(line + "\n" for line in lines))
     return len(lines)
+
+
+def _folds(fold: str, run: Run, sets: Collection[Any]) -> bool:
+    if fold not in FOLDS:
+        raise ValueError(f"unknown fold {fold!r}; {did_you_mean(fold, FOLDS)}")
+    if fold == ALWAYS and len(sets) > 1:
+        raise ValueError(
+            f"fold 'always': the lines have {len(sets)} sets of features, expected one"
+        )
+    plain = run.frozen_dtype in (None, "float32")  # else rounding would change what is folded
+    return len(sets) == 1 and (fold == ALWAYS or (fold == AUTO and plain))
 
 
 def _read_records(

@@ -411,6 +411,14 @@ class Job:
 
         return {kind: predictor(program) for kind, program in self._programs.items()}
 
+    def folded(self, trained: Any, frozen: Any, features: Mapping[str, Any]) -> Any:
+        """The base with one set of features folded in, sharded as it was."""
+        adapters = self.model.adapters
+        assert adapters is not None
+        shardings = jax.tree.map(lambda x: x.sharding, self.parameters.templates[1])
+        fold = jax.jit(lambda t, f: tree.fold(f, t, adapters, features), out_shardings=shardings)
+        return fold(trained, frozen)
+
     def decoder(
         self, trained: Any, frozen: Any, how: Decoding
     ) -> Callable[[dict[str, np.ndarray], int], tuple[np.ndarray, np.ndarray]]:
