@@ -12,6 +12,7 @@ import argparse
 import os
 import statistics
 import time
+from collections.abc import Callable
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -63,7 +64,7 @@ def main() -> None:
     ids = np.stack([rng.integers(0, t.num_values, rows) for t in SPACE.types], axis=1)
     mixed = batch | {"feature_ids": jnp.asarray(ids, jnp.int32)}
 
-    def decode(model: EncoderDecoder, params: dict, batch: dict) -> object:
+    def decode(model: EncoderDecoder, params: dict, batch: dict) -> Callable[[], object]:
         run = jax.jit(lambda p, b: model.predict(p, b, max_length=length))
         return lambda: jax.block_until_ready(run(params, batch))
 
