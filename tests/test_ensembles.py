@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
+from tiny_runs import MODEL
 
 from flix_jax.adapters import tree
 from flix_jax.adapters.activation import activate
@@ -249,16 +250,7 @@ def run(tmp_path_factory):
             lines = [json.dumps({"input": word, "target": word.upper()}) for word in words]
             path.write_text("\n".join(lines) + "\n")
     return Run(
-        model=T5Config(
-            vocab_size=384,
-            emb_dim=16,
-            num_heads=2,
-            head_dim=8,
-            mlp_dim=32,
-            num_encoder_layers=1,
-            num_decoder_layers=1,
-            dropout_rate=0.0,
-        ),
+        model=dataclasses.replace(MODEL, dropout_rate=0.0, scan_layers=False),
         source=XtremeUp(str(root)),
         vocabulary=ByteVocabulary(),
         mixture=Mixture(held_out=("up/x", "low/z", "odd/w"), overlap="ignore"),

@@ -1,11 +1,13 @@
 """Completion and retrieval from records to scores, against the model applied by hand."""
 
+import dataclasses
 import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_runs import MODEL
 
 from flix_jax.adapters import tree
 from flix_jax.adapters.features import FeatureSpace, FeatureType
@@ -15,7 +17,6 @@ from flix_jax.data.vocabularies import ByteVocabulary
 from flix_jax.experiments import inference, training
 from flix_jax.experiments.job import Job
 from flix_jax.experiments.run import Evaluation, Run
-from flix_jax.models.config import T5Config
 from flix_jax.tasks.xtreme_up import XtremeUp
 from flix_jax.training.optimizers import Optimizer, Schedule
 
@@ -47,16 +48,7 @@ def data_dir(tmp_path_factory):
 def run(data_dir):
     types = (FeatureType("task", rank=2), FeatureType("language", rank=2))
     return Run(
-        model=T5Config(
-            vocab_size=384,
-            emb_dim=16,
-            num_heads=2,
-            head_dim=8,
-            mlp_dim=32,
-            num_encoder_layers=1,
-            num_decoder_layers=1,
-            dropout_rate=0.0,
-        ),
+        model=dataclasses.replace(MODEL, dropout_rate=0.0, scan_layers=False),
         source=XtremeUp(str(data_dir)),
         vocabulary=ByteVocabulary(),
         mixture=Mixture(),

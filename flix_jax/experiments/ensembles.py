@@ -11,7 +11,6 @@ Training and checkpoints know nothing of it.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
@@ -93,27 +92,26 @@ def evaluated(job: Job) -> Job:
     if space.num_slots > 1 or job.model.members > 1:
         return job  # one already
 
+    of_cell = {c: members(c, job.split, space, evaluation.ensemble_of) for c in job.split.cells}
+
     def annotated(cell: Cell) -> Cell:
-        names = members(cell, job.split, space, evaluation.ensemble_of)
+        names = of_cell[cell]
         # One without members keeps its name, which is not known: it is told, and runs without.
         return dataclasses.replace(cell, extra=(*cell.extra, (CELL, names))) if names else cell
 
-    split = CellSplit(
-        tuple(map(annotated, job.split.train)), tuple(map(annotated, job.split.held_out))
-    )
-    of_cells = [members(c, job.split, space, evaluation.ensemble_of) for c in job.split.cells]
-    slots = max(1, *map(len, of_cells))
+    slots = max(1, *map(len, of_cell.values()))
     by_weights = evaluation.ensemble == "weights"
     (cell_type,) = space.types
     combine = "mean" if by_weights else cell_type.combine
     cell_type = dataclasses.replace(cell_type, slots=slots, combine=combine)
-    made = copy.copy(job)
-    made.__dict__.pop("_programs", None)  # compiled for the job's own model
-    made.split = split
-    made.space = dataclasses.replace(space, types=(cell_type,))
+    space = dataclasses.replace(space, types=(cell_type,))
     if by_weights:
-        adapters = dataclasses.replace(adapters, space=made.space)
-        made.model = dataclasses.replace(job.model, adapters=adapters)
+        adapters = dataclasses.replace(adapters, space=space)
+        made = job.with_model(dataclasses.replace(job.model, adapters=adapters))
     else:
-        made.model = dataclasses.replace(job.model, members=slots)
+        made = job.with_model(dataclasses.replace(job.model, members=slots))
+    made.space = space
+    made.split = CellSplit(
+        tuple(map(annotated, job.split.train)), tuple(map(annotated, job.split.held_out))
+    )
     return made

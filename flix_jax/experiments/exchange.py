@@ -12,7 +12,6 @@ import numpy as np
 from etils import epath
 
 from flix_jax.adapters import tree
-from flix_jax.adapters.features import ABSENT
 from flix_jax.adapters.suggest import did_you_mean
 from flix_jax.experiments import inference
 from flix_jax.experiments.job import Job
@@ -195,16 +194,15 @@ def _write_peft(
 ) -> None:
     adapters = job.model.adapters
     assert adapters is not None
-    updates = {}
-    for path, (first, second) in tree.updates(trained, adapters, features).items():
-        name = "/".join(path)
-        if first.ndim == 2:
-            updates[name] = peft.LowRank(np.asarray(first), np.asarray(second))
-            continue
-        part, _, rest = name.partition("/")
-        for layer in range(first.shape[0]):
-            own = name.replace(f"{part}/{part}/", f"{part}/layers_{layer}/", 1)
-            updates[own] = peft.LowRank(np.asarray(first[layer]), np.asarray(second[layer]))
+    halves = {}
+    for path, pair in tree.updates(trained, adapters, features).items():
+        for side, half in zip("ab", pair, strict=True):
+            stacked = half.ndim == 3  # by a scan: as parameters are, on axis 1
+            leaf = Leaf.of(jnp.moveaxis(half, 0, 1) if stacked else half)
+            halves["/".join((*path, side))] = leaf
+    found = {name: leaf.read() for name, leaf in network.unscanned(halves).items()}
+    layers = dict.fromkeys(name.rpartition("/")[0] for name in found)
+    updates = {name: peft.LowRank(found[f"{name}/a"], found[f"{name}/b"]) for name in layers}
     kind = np.float32 if dtype is None else DTYPES[dtype]
     base = None if job.base_dir is None else str(job.base_dir)
     peft.write(updates, job.run.model, out, base=base, dtype=kind)
@@ -222,7 +220,6 @@ def _rounding(job: Job, adapted: Any, folded: Any, features: Mapping[str, str]) 
         "decoder_target_tokens": tokens[2],
     }
     ids = np.tile(np.asarray(job.space.encode(features), np.int32), (shape[0], 1))
-    assert (ids != ABSENT).any()
     plain = EncoderDecoder(job.model.module)
     exact = jax.jit(job.model.logits)(adapted, batch | {"feature_ids": ids})
     largest = jnp.abs(exact).max()

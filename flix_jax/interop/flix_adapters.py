@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import tempfile
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 from etils import epath
 
 from flix_jax.adapters.features import FeatureSpace
@@ -54,8 +52,6 @@ class Adapters:
 
     def write(self, folder: epath.PathLike) -> None:
         """Makes the folder; adapters that are there are replaced."""
-        from safetensors.numpy import save_file
-
         folder = epath.Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         record = {
@@ -69,11 +65,8 @@ class Adapters:
             "vocabulary": self.vocabulary,
             "step": self.step,
         }
-        with tempfile.TemporaryDirectory() as local:
-            made = epath.Path(local) / f"{STEM}.safetensors"
-            arrays = {n: np.ascontiguousarray(leaf.read()) for n, leaf in self.banks.items()}
-            save_file(arrays, made)
-            made.copy(folder / made.name, overwrite=True)
+        arrays = {name: leaf.read() for name, leaf in self.banks.items()}
+        huggingface.save_weights(arrays, folder / f"{STEM}.safetensors")
         (folder / RECORD).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
 

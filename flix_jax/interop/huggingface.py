@@ -247,6 +247,18 @@ def read(folder: epath.PathLike, config: T5Config) -> dict[str, Leaf]:
     return network.fit(renamed, config, str(folder))
 
 
+def save_weights(arrays: Mapping[str, np.ndarray], path: epath.Path) -> None:
+    """Writes one file of safetensors, local or in a bucket."""
+    from safetensors.numpy import save_file
+
+    with tempfile.TemporaryDirectory() as local:
+        made = epath.Path(local) / path.name
+        contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+        save_file(contiguous, made, metadata={"format": "pt"})
+        del contiguous
+        made.copy(path, overwrite=True)
+
+
 def module_shapes(config: T5Config) -> dict[str, tuple[int, int]]:
     """[out, in] of every dense layer, by Hugging Face's name of it."""
     shapes = network.shapes(config)
@@ -382,8 +394,6 @@ def write(
       dtype: of the weights written; None keeps each as it is.
       shard_bytes: of a file at most, but for a weight that is larger.
     """
-    from safetensors.numpy import save_file
-
     record = config_record(config, family)
     folder = epath.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -399,24 +409,18 @@ def write(
     kinds = {leaf.dtype if dtype is None else np.dtype(dtype) for _, leaf in parts[0]}
     record["torch_dtype"] = min(kinds, key=str).name
     of_file, total = {}, 0
-    with tempfile.TemporaryDirectory() as local:
-        for number, part in enumerate(parts, 1):
-            name = "model.safetensors"
-            if len(parts) > 1:
-                name = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
-            arrays = {}
-            for theirs, leaf in part:
-                array = leaf.read()
-                arrays[theirs] = np.ascontiguousarray(
-                    array if dtype is None else array.astype(dtype)
-                )
-                total += arrays[theirs].nbytes
-                of_file[theirs] = name
-            made = epath.Path(local) / name
-            save_file(arrays, made, metadata={"format": "pt"})
-            del arrays
-            made.copy(folder / name, overwrite=True)
-            made.unlink()
+    for number, part in enumerate(parts, 1):
+        name = "model.safetensors"
+        if len(parts) > 1:
+            name = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
+        arrays = {}
+        for theirs, leaf in part:
+            array = leaf.read()
+            arrays[theirs] = array if dtype is None else array.astype(dtype)
+            total += arrays[theirs].nbytes
+            of_file[theirs] = name
+        save_weights(arrays, folder / name)
+        del arrays
     if len(parts) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": of_file}
         text = json.dumps(index, indent=2) + "\n"

@@ -11,7 +11,6 @@ import dataclasses
 import json
 import math
 import re
-import tempfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -63,8 +62,6 @@ def write(
     Raises:
       ValueError: an adapted layer that Hugging Face's network has not.
     """
-    from safetensors.numpy import save_file
-
     theirs = modules(config)
     weights, ranks = {}, {}
     for name, update in updates.items():
@@ -72,8 +69,8 @@ def write(
             raise ValueError(f"{name}: adapted, but no layer there; {did_you_mean(name, theirs)}")
         module, rank = theirs[name], update.a.shape[1]
         ranks[module] = rank
-        weights[f"{_PREFIX}{module}.lora_A.weight"] = np.ascontiguousarray(update.a.T, dtype)
-        weights[f"{_PREFIX}{module}.lora_B.weight"] = np.ascontiguousarray(update.b.T, dtype)
+        weights[f"{_PREFIX}{module}.lora_A.weight"] = np.asarray(update.a.T, dtype)
+        weights[f"{_PREFIX}{module}.lora_B.weight"] = np.asarray(update.b.T, dtype)
     most = max(ranks.values())
     others = {module: rank for module, rank in ranks.items() if rank != most}
     record = {
@@ -96,10 +93,7 @@ def write(
     }
     folder = epath.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as local:
-        made = epath.Path(local) / WEIGHTS
-        save_file(weights, made, metadata={"format": "pt"})
-        made.copy(folder / WEIGHTS, overwrite=True)
+    huggingface.save_weights(weights, folder / WEIGHTS)
     (folder / CONFIG).write_text(json.dumps(record, indent=2) + "\n")
 
 

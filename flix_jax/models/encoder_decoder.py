@@ -7,7 +7,8 @@ calling interface (`__call__`, `encode`, `decode`), T5X's own networks among the
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -151,15 +152,21 @@ class EncoderDecoder:
         check_tokens(batch, ("encoder_input_tokens",))
         if self.members > 1:
             return self._predict_by_mean(params, batch, max_length)
+        search = functools.partial(decoding.greedy, max_length=max_length, eos_id=self.eos_id)
+        return self._search(params, batch, max_length, search)
+
+    def _search(
+        self, params: Params, batch: Batch, max_length: int, search: Callable[..., Any]
+    ) -> Any:
+        """What a decoder finds, given (step function, cache, rows) and the rows to leave empty."""
+        check_tokens(batch, ("encoder_input_tokens",))
         tokens = batch["encoder_input_tokens"]
         with self._injected(self._active(batch, None), deterministic=True):
             encoded = self._encode(params, tokens)
-            return decoding.greedy(
+            return search(
                 self._step_function(params, encoded, tokens, max_length),
                 self._empty_cache(params, encoded, tokens, max_length),
                 tokens.shape[0],
-                max_length,
-                self.eos_id,
                 finished=jnp.all(tokens == 0, axis=1),
             )
 
@@ -218,22 +225,16 @@ class EncoderDecoder:
         Returns:
           As `predict`.
         """
-        check_tokens(batch, ("encoder_input_tokens",))
-        tokens = batch["encoder_input_tokens"]
-        with self._injected(self._active(batch, None), deterministic=True):
-            encoded = self._encode(params, tokens)
-            return decoding.sample(
-                self._step_function(params, encoded, tokens, max_length),
-                self._empty_cache(params, encoded, tokens, max_length),
-                tokens.shape[0],
-                max_length,
-                self.eos_id,
-                rng,
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                finished=jnp.all(tokens == 0, axis=1),
-            )
+        search = functools.partial(
+            decoding.sample,
+            max_length=max_length,
+            eos_id=self.eos_id,
+            rng=rng,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+        )
+        return self._search(params, batch, max_length, search)
 
     def predict_n(
         self,
@@ -257,23 +258,22 @@ class EncoderDecoder:
           and scores float32 [batch, beams]: log probability over length penalty. A row of padding
           alone has tokens 0 and scores -inf, as have predictions that there are not.
         """
-        check_tokens(batch, ("encoder_input_tokens",))
-        tokens = batch["encoder_input_tokens"]
-        with self._injected(self._active(batch, None), deterministic=True):
-            encoded = self._encode(params, tokens)
-            cache = self._empty_cache(params, encoded, tokens, max_length)
+
+        def search(step: Any, cache: Any, rows: int, finished: Array) -> Any:
             return decoding.beam(
-                self._step_function(params, encoded, tokens, max_length),
+                step,
                 cache,
-                tokens.shape[0],
+                rows,
                 beams,
                 max_length,
                 self.eos_id,
                 alpha=alpha,
                 manner=manner,
                 cache_axes=_cache_axes(cache),
-                finished=jnp.all(tokens == 0, axis=1),
+                finished=finished,
             )
+
+        return self._search(params, batch, max_length, search)
 
     def embed(
         self, params: Params, batch: Batch, *, normalize: bool = False
