@@ -17,6 +17,7 @@ TASK = FeatureType("task", ("a", "b", "c"), rank=2)
 LANGUAGE = FeatureType("language", ("x", "y", "z", "w"), rank=3, ranks={"y": 1, "w": 2})
 PAIR = FeatureType("pair", ("p", "q", "r"), rank=1, slots=2)
 SHARED = FeatureType("shared", ("shared",), rank=4)
+WIDE = FeatureType("wide", ("u", "v"), rank=20)
 
 # Few configurations, each compiled once; hypothesis varies what is inside them.
 CONFIGURATIONS = [
@@ -26,11 +27,12 @@ CONFIGURATIONS = [
     (FeatureSpace((LANGUAGE, PAIR)), 3, (2, 2), 1, 5, 8.0),
     (FeatureSpace((SHARED,)), 3, (4,), 5, 3, 2.0),
     (FeatureSpace((PAIR, SHARED, LANGUAGE)), 2, (1,), 4, 1, 1.0),
+    (FeatureSpace((WIDE,)), 2, (3,), 2, 4, None),
 ]
 
 
 def reference(space, alpha, x, banks, ids, weights, g):
-    """y and the gradients of Σ y·g with respect to x, banks and weights, one example at a time."""
+    """y, twice, and the gradients of Σ y·g by x, banks and weights, one example at a time."""
     y = np.zeros((*x.shape[:-1], g.shape[-1]))
     dx, dweights = np.zeros(x.shape), np.zeros(weights.shape)
     dbanks = {k: (np.zeros(a.shape), np.zeros(b.shape)) for k, (a, b) in banks.items()}
@@ -49,7 +51,7 @@ def reference(space, alpha, x, banks, ids, weights, g):
             dbanks[t.name][0][f][:, :rank] += w * s * rows.T @ (out @ b.T)
             dbanks[t.name][1][f][:rank] += w * s * (rows @ a).T @ out
             dweights[n, slot] += s * np.sum((rows @ a @ b) * out)
-    return y, dx, dbanks, dweights
+    return y, y, dx, dbanks, dweights
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -58,7 +60,8 @@ def value_and_gradients(space, alpha, x, banks, ids, weights, g):
         return delta(x, banks, ActiveFeatures(ids, weights), space, alpha=alpha)
 
     y, pull = jax.vjp(value, x, banks, weights)
-    return (y, *pull(g))
+    # Without gradients another formulation computes the value.
+    return (value(x, banks, weights), y, *pull(g))
 
 
 def example(configuration, ids, seed, dtype):
@@ -122,7 +125,7 @@ IDS = np.array([[0, 1], [2, -1], [-1, -1], [0, 3]], np.int32)
 
 def test_only_active_features_get_gradient():
     arguments = example(CONFIGURATION, IDS, 0, np.float32)
-    _, _, banks, _ = value_and_gradients(*arguments)
+    _, _, _, banks, _ = value_and_gradients(*arguments)
     for name, active in {"task": {0, 2}, "language": {1, 3}}.items():
         for matrix in banks[name]:
             touched = {v for v in range(matrix.shape[0]) if np.any(matrix[v])}
@@ -133,7 +136,7 @@ def test_an_absent_and_a_dropped_feature_add_exactly_nothing():
     space, alpha, x, banks, ids, weights, g = example(CONFIGURATION, IDS, 1, np.float32)
     weights = weights.copy()
     weights[0, 1] = 0.0
-    y, dx, dbanks, _ = value_and_gradients(space, alpha, x, banks, ids, weights, g)
+    y, _, dx, dbanks, _ = value_and_gradients(space, alpha, x, banks, ids, weights, g)
     assert not np.any(y[2]) and not np.any(dx[2])
     assert not np.any(dbanks["language"][0][1])
     alone = ids.copy()
@@ -146,7 +149,7 @@ def test_columns_beyond_the_rank_of_a_value_neither_act_nor_learn():
     space, alpha, x, banks, _, weights, g = example(CONFIGURATION, IDS, 2, np.float32)
     ids = np.full((4, 2), 1, np.int32)
     weights = np.ones((4, 2), np.float32)
-    y, _, dbanks, _ = value_and_gradients(space, alpha, x, banks, ids, weights, g)
+    y, _, _, dbanks, _ = value_and_gradients(space, alpha, x, banks, ids, weights, g)
     assert not np.any(dbanks["language"][0][1, :, 1:]) and not np.any(dbanks["language"][1][1, 1:])
     a, b = (m.copy() for m in banks["language"])
     a[1, :, 1:], b[1, 1:] = 7.0, 7.0
@@ -174,7 +177,7 @@ def test_one_feature_is_the_lora_formula(num_values):
 
 def test_bfloat16_inputs_give_bfloat16_and_float32_gradients_of_the_banks():
     space, alpha, x, banks, ids, weights, g = example(CONFIGURATION, IDS, 3, np.float32)
-    y, dx, dbanks, _ = value_and_gradients(
+    y, _, dx, dbanks, _ = value_and_gradients(
         space, alpha, x.astype(jnp.bfloat16), banks, ids, weights, g.astype(jnp.bfloat16)
     )
     assert y.dtype == dx.dtype == jnp.bfloat16

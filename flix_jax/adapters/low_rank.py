@@ -28,6 +28,8 @@ from flix_jax.adapters.features import ABSENT, FeatureSpace, FeatureType
 
 Bank = tuple[Array, Array]
 
+_WRITTEN_OUT = 16  # the largest rank of which `_batched_product` is a sum of outer products
+
 
 def delta(
     x: Float[Array, "batch *positions d_in"],
@@ -183,8 +185,38 @@ def _gathered_product(layouts, x, a_banks, b_banks, ids, c):
       a_banks, b_banks: one [values, d_in, rank] and [values, rank, d_out] for each type.
       ids: int32 [batch, slots].
       c: [batch, R], R = Σ over slots of the rank of their type.
+
+    Where there is no gradient to be taken this is computed, else `_gathered_forward`. It is made
+    for decoding, whose steps have one position of a row: all that does not depend on x, which XLA
+    computes once for all steps, is laid out as the products read it.
     """
-    return _gathered_forward(layouts, x, a_banks, b_banks, ids, c)[0]
+    wide = _accumulator(x)
+    a = _side_by_side(layouts, a_banks, ids, 2, x.dtype).swapaxes(1, 2)  # [batch, R, d_in]
+    b = _side_by_side(layouts, b_banks, ids, 1, x.dtype)  # [batch, R, d_out]
+    h = jnp.einsum("nld,nrd->nlr", x, a, preferred_element_type=wide).astype(x.dtype)
+    return _batched_product(h, (b * c.astype(wide)[:, :, None]).astype(x.dtype))
+
+
+def _batched_product(h: Array, b: Array) -> Array:
+    """[batch, length, R] × [batch, R, d_out], in the dtype of h.
+
+    On CPUs a sum of R outer products: XLA makes one loop of it and of the sum with the layer's own
+    output, where a product would write its result to memory and read it again.
+    """
+
+    def dot(h: Array, b: Array) -> Array:
+        return jnp.einsum("nlr,nro->nlo", h, b)
+
+    def outer(h: Array, b: Array) -> Array:
+        wide = _accumulator(h)
+        h, b = h.astype(wide)[:, :, :, None], b.astype(wide)[:, None]
+        terms = [h[:, :, r] * b[:, :, r] for r in range(h.shape[2])]
+        return functools.reduce(jnp.add, terms).astype(dtype)
+
+    dtype = h.dtype
+    if h.shape[2] > _WRITTEN_OUT:
+        return dot(h, b)
+    return jax.lax.platform_dependent(h, b, cpu=outer, default=dot)
 
 
 def _gathered_forward(layouts, x, a_banks, b_banks, ids, c):
