@@ -14,7 +14,7 @@ from flix_jax import cli
 from flix_jax.adapters import tree
 from flix_jax.adapters.features import FeatureSpace, FeatureType
 from flix_jax.adapters.injection import AdapterSpec
-from flix_jax.experiments import exchange, inference, training
+from flix_jax.experiments import exchange, feature_edits, inference, training
 from flix_jax.experiments.job import Job
 from flix_jax.interop import bases, flix_adapters, huggingface, network, peft
 from flix_jax.models.encoder_decoder import EncoderDecoder
@@ -133,6 +133,23 @@ def test_a_set_of_features_is_a_lora_of_peft(trained, tmp_path):
     expected = adapted_logits(job, own, frozen)
     largest = jnp.abs(expected).max()
     np.testing.assert_allclose(found / largest, expected / largest, atol=1e-5)
+
+
+def test_a_lora_that_is_a_set_of_features_can_be_added_as_one_feature(trained, tmp_path):
+    run, folder, *_ = trained
+    exchange.export(run, folder, tmp_path / "out", form="peft", features=TEXT)
+    adapters = exchange.adapters_of(run, folder)
+    init = f"peft:{tmp_path / 'out'}"
+    found, said = feature_edits.add(adapters, "language=up_x", init=init)
+    assert "not in it" not in said and "at rank 4" in said
+    (expected, added) = (
+        tree.updates(of.tree(), AdapterSpec(of.space, alpha=of.alpha), features)
+        for of, features in ((adapters, FEATURES), (found, {"language": "up_x"}))
+    )
+    for path, (a, b) in expected.items():
+        update, other = np.asarray(a @ b), np.asarray(added[path][0] @ added[path][1])
+        largest = np.abs(update).max()
+        np.testing.assert_allclose(other / largest, update / largest, atol=1e-5)
 
 
 def test_adapters_alone_come_back_with_what_they_are(trained, tmp_path):

@@ -42,6 +42,29 @@ def test_more_values_than_slots_is_an_error():
         SPACE.encode({"task": ("ner", "qa")})
 
 
+def test_weights_stand_beside_the_ids_that_they_are_of():
+    ids, weights = SPACE.encode_weighted({"task": {"qa": 2}, "language": {"yo": 0.25, "zz": 3}})
+    np.testing.assert_array_equal(ids, [1, 2, -1])
+    np.testing.assert_array_equal(weights, np.float32([2, 0.25, 3]))
+    assert weights.dtype == np.float32
+    _, weights = SPACE.encode_weighted({"language": ("am", "yo")})
+    np.testing.assert_array_equal(weights, [1, 1, 1])
+    assert SPACE.unknown_types({"language": {"yo": 0.5, "zz": 0.5}}) == ("language",)
+    with pytest.raises(ValueError, match="has weights, expected features alone"):
+        SPACE.encode({"task": {"qa": 2}})
+    for wrong in ("1", float("nan"), True, None):
+        with pytest.raises(ValueError, match="of 'qa': expected a finite number"):
+            SPACE.encode_weighted({"task": {"qa": wrong}})
+
+
+def test_room_for_more_values_than_slots():
+    wide = SPACE.room_for([{"task": "qa"}, {"task": {"qa": 0.5, "ner": 0.5}}, {"language": ()}])
+    assert [t.slots for t in wide.types] == [2, 2]
+    np.testing.assert_array_equal(wide.encode({"task": ("qa", "ner")}), [1, 0, -1, -1])
+    assert SPACE.room_for([{"task": "qa", "language": ("am", "yo")}]) == SPACE
+    assert SPACE.room_for([]) == SPACE
+
+
 @hypothesis.given(
     st.sampled_from([None, *TASK.values]), st.lists(st.sampled_from(LANGUAGE.values), max_size=2)
 )

@@ -7,11 +7,15 @@ import dataclasses
 import pathlib
 import sys
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from flix_jax.adapters import tree
+from flix_jax.adapters.features import FeatureSpace, FeatureType
+from flix_jax.adapters.injection import AdapterSpec
 from flix_jax.experiments import exchange
 from flix_jax.interop import bases, huggingface, network, peft
 from flix_jax.models.encoder_decoder import EncoderDecoder
@@ -117,6 +121,60 @@ def test_four_beams_of_200_prompts(peer, alpha):
     np.testing.assert_array_equal(ours[~close_calls], tokens[~close_calls])
 
 
+def test_decoding_with_adapters_is_that_of_their_loras(tmp_path):
+    """200 prompts of four sets of features in one batch, each set beside its LoRA under PEFT."""
+    from peft import PeftModel
+
+    makers.network("mt5").save_pretrained(tmp_path / "base")
+    config = bases.config_of(tmp_path / "base")
+    types = (FeatureType("task", ("a", "b"), rank=2), FeatureType("language", ("x", "y"), rank=3))
+    spec = AdapterSpec(FeatureSpace(types), alpha=4.0)
+    here = EncoderDecoder(Transformer(config), spec)
+    inputs, tokens = prompts(), (1, 4)
+    shapes = dict.fromkeys(
+        ("encoder_input_tokens", "decoder_input_tokens", "decoder_target_tokens"), tokens
+    )
+    drawn = nn.unbox(here.init(jax.random.key(0), {**shapes, "feature_ids": (1, 2)}))
+    rng = np.random.default_rng(2)
+    _, adapters = tree.split_adapters(drawn)
+    adapters = jax.tree.map(
+        lambda x: jnp.asarray(0.3 * rng.normal(size=x.shape), jnp.float32), adapters
+    )
+    params = tree.join(parameters(tmp_path / "base", config), adapters)
+    ids = rng.integers(0, 2, (len(inputs), 2))
+    batch = {
+        "encoder_input_tokens": jnp.asarray(inputs, jnp.int32),
+        "feature_ids": jnp.asarray(ids, jnp.int32),
+    }
+    greedily = jax.jit(lambda p, b: here.predict(p, b, max_length=makers.DECODED))(params, batch)
+    by_beams, scores = jax.jit(
+        lambda p, b: here.predict_n(
+            p, b, max_length=makers.DECODED, beams=4, alpha=1.0, manner="huggingface"
+        )
+    )(params, batch)
+    compared = 0
+    for task in range(2):
+        for language in range(2):
+            chosen = {"task": types[0].values[task], "language": types[1].values[language]}
+            folder = tmp_path / f"{task}{language}"
+            pairs = tree.updates(adapters, spec, chosen).items()
+            updates = {"/".join(path): peft.LowRank(*map(np.asarray, ab)) for path, ab in pairs}
+            peft.write(updates, config, folder)
+            there = PeftModel.from_pretrained(makers.network("mt5"), folder).eval()
+            rows = (ids == (task, language)).all(axis=1)
+            theirs = makers.generate(there, {"inputs": inputs[rows]})
+            np.testing.assert_array_equal(np.asarray(greedily)[rows], theirs)
+            best = makers.beams(there, {"inputs": inputs[rows]}, 4, 1.0)
+            np.testing.assert_allclose(np.asarray(scores)[rows], best["beam_scores"], atol=1e-4)
+            apart = np.abs(np.diff(best["beam_scores"], axis=1)) >= 1e-4 / makers.DECODED
+            clear = apart.all(axis=1)
+            np.testing.assert_array_equal(np.asarray(by_beams)[rows][clear], best["beams"][clear])
+            compared += clear.sum()
+    assert compared > 180
+    plain = makers.generate(makers.network("mt5"), {"inputs": inputs})
+    assert (plain != greedily).any(axis=1).mean() > 0.5  # the adapters decide
+
+
 def lora(model, **settings):
     """The network with a LoRA of PEFT's whose weights are drawn."""
     from peft import LoraConfig, get_peft_model
@@ -164,8 +222,6 @@ def test_an_exported_set_of_features_is_the_same_there(scan, tmp_path, tmp_path_
     from peft import PeftModel
     from tiny_runs import make_base_run, write_words
 
-    from flix_jax.adapters.features import FeatureSpace, FeatureType
-    from flix_jax.adapters.injection import AdapterSpec
     from flix_jax.experiments import inference, training
     from flix_jax.experiments.job import Job
     from flix_jax.training.optimizers import Optimizer, Schedule
@@ -195,7 +251,7 @@ def test_an_exported_set_of_features_is_the_same_there(scan, tmp_path, tmp_path_
     targets = jnp.asarray(arrays["decoder_inputs"], jnp.int32)
     ids = jnp.asarray(job.space.encode({"task": "up", "language": "x"}), jnp.int32)
     ours = jax.jit(job.model.logits)(
-        exchange.tree.join(frozen, trained),
+        tree.join(frozen, trained),
         {
             "encoder_input_tokens": jnp.asarray(arrays["inputs"], jnp.int32),
             "decoder_input_tokens": targets,

@@ -3,9 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from flix_jax.training.optimizers import Optimizer, Schedule
+from flix_jax.training.optimizers import Optimizer, Schedule, masked
 
 PEAK, WARMUP, TOTAL = 0.5, 10, 110
 
@@ -64,6 +65,40 @@ def test_adafactor_steps_have_the_learning_rate_as_their_size():
     gradient = {"a": jnp.full((4, 4), 1e-3)}
     got = run(Optimizer("adafactor", Schedule("constant", 0.1), 0.0, None), params, [gradient])
     np.testing.assert_allclose(got["a"], 0.9, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "adafactor"])
+def test_a_masked_optimizer_trains_rows_as_if_there_were_no_others(name):
+    """Those rows are clipped by their own norm; the others keep their bits, zeros their signs."""
+    rng = np.random.default_rng(0)
+    mask = {"a": np.array([True, False, True]).reshape(-1, 1, 1), "b": np.zeros((2, 1), bool)}
+    start = {"a": rng.normal(size=(3, 2, 4)), "b": rng.normal(size=(2, 3))}
+    start = jax.tree.map(lambda x: x.astype(np.float32), start)
+    start["a"][1, 0, :3] = -0.0, 0.0, 1e-30
+    gradients = [
+        jax.tree.map(lambda x: 10 * rng.normal(size=x.shape).astype(np.float32), start)
+        for _ in range(4)
+    ]
+    optimizer = Optimizer(name, Schedule("constant", 0.1), 0.1, clip_norm=1.0)
+
+    def steps(optimizer, params, gradients):
+        state = optimizer.init(params)
+        for gradient in gradients:
+            updates, state = optimizer.update(gradient, state, params)
+            params = optax.apply_updates(params, updates)
+        return jax.tree.map(np.asarray, (params, state))
+
+    built = optimizer.build(total_steps=5)
+    found, state = steps(masked(built, mask), start, gradients)
+    assert found["b"].tobytes() == start["b"].tobytes()
+    assert found["a"][1].tobytes() == start["a"][1].tobytes()
+    assert jax.tree.structure(state) == jax.tree.structure(built.init(start))
+    assert (found["a"][::2] != start["a"][::2]).all()
+    if name != "adafactor":  # it looks at whole arrays
+        alone, _ = steps(built, {"a": start["a"][::2]}, [{"a": g["a"][::2]} for g in gradients])
+        np.testing.assert_allclose(found["a"][::2], alone["a"], rtol=1e-6, atol=1e-7)
+    if name == "adamw":
+        assert (state[1].mu["a"][1] == 0).all() and (state[1].nu["b"] == 0).all()
 
 
 @pytest.mark.parametrize(

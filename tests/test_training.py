@@ -17,11 +17,10 @@ from flix_jax.adapters.features import FeatureSpace, FeatureType
 from flix_jax.adapters.injection import AdapterSpec
 from flix_jax.data.cells import Mixture
 from flix_jax.data.vocabularies import ByteVocabulary
-from flix_jax.experiments import inference, training
+from flix_jax.experiments import inference, prediction, training
 from flix_jax.experiments.claims import Claims
 from flix_jax.experiments.job import Job
 from flix_jax.experiments.run import Evaluation
-from flix_jax.models.decoding import Decoding
 from flix_jax.tasks.xtreme_up import TaskFormat, XtremeUp
 from flix_jax.training.optimizers import Optimizer, Schedule
 from flix_jax.training.reporting import read_metrics
@@ -150,7 +149,7 @@ def test_inference_predicts_what_evaluation_predicts(run, whole, bases_dir, tmp_
     source.write_text(
         "".join(json.dumps({"input": x["inputs"], "language": "y"}) + "\n" for x in expected)
     )
-    count = inference.infer(
+    count = prediction.infer(
         run,
         whole,
         input_path=source,
@@ -161,64 +160,6 @@ def test_inference_predicts_what_evaluation_predicts(run, whole, bases_dir, tmp_
     got = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert count == len(expected) == len(got)
     assert [x["prediction"] for x in got] == [x["predictions"] for x in expected]
-
-
-def test_inference_by_beams_and_by_drawing(run, whole, bases_dir, tmp_path):
-    source = tmp_path / "in.jsonl"
-    records = [{"input": word, "task": "up", "language": "x"} for word in ("abcd", "dcba", "ab")]
-    source.write_text("".join(json.dumps(record) + "\n" for record in records))
-
-    def infer(**options):
-        inference.infer(
-            run,
-            whole,
-            input_path=source,
-            output_path=tmp_path / "out.jsonl",
-            decoding=Decoding(**options),
-            bases_dir=bases_dir,
-        )
-        return [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-
-    greedily = [line["prediction"] for line in infer()]
-    assert [line["predictions"] for line in infer(beams=1)] == [[text] for text in greedily]
-    for line, record in zip(infer(beams=3), records, strict=True):
-        assert line.items() >= record.items()
-        assert line["prediction"] == line["predictions"][0] and len(line["predictions"]) == 3
-        assert line["scores"] == sorted(line["scores"], reverse=True) and line["scores"][0] < 0
-    drawn = [infer(sampling=True, seed=seed, temperature=3.0) for seed in (1, 1, 2)]
-    assert drawn[0] == drawn[1] != drawn[2] and "scores" not in drawn[0][0]
-    assert [line["prediction"] for line in infer(sampling=True, top_k=1)] == greedily
-
-
-def test_folded_inference_predicts_the_same(run, whole, bases_dir, tmp_path, monkeypatch):
-    source = tmp_path / "in.jsonl"
-    records = [{"input": word, "task": "up", "language": "x"} for word in ("abcd", "dcba", "ab")]
-
-    def infer(fold, lines=records):
-        source.write_text("".join(json.dumps(record) + "\n" for record in lines))
-        inference.infer(
-            run,
-            whole,
-            input_path=source,
-            output_path=tmp_path / "out.jsonl",
-            decoding=Decoding(beams=2),
-            fold=fold,
-            bases_dir=bases_dir,
-        )
-        return [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-
-    folded = []
-    fold = Job.folded
-    monkeypatch.setattr(Job, "folded", lambda *args: folded.append(args[-1]) or fold(*args))
-    for one, other in zip(infer("auto"), infer("never"), strict=True):
-        assert one["predictions"] == other["predictions"]
-        np.testing.assert_allclose(one["scores"], other["scores"], rtol=1e-4)
-    assert folded == [{"task": "up", "language": "x"}]
-    mixed = [*records, {"input": "abc", "task": "back", "language": "y"}]
-    infer("auto", mixed)
-    assert len(folded) == 1
-    with pytest.raises(ValueError, match="fold 'always': the lines have 2 sets of features"):
-        infer("always", mixed)
 
 
 def test_nothing_is_compiled_after_the_first_steps(run, bases_dir, tmp_path, caplog):
@@ -233,43 +174,6 @@ def test_nothing_is_compiled_after_the_first_steps(run, bases_dir, tmp_path, cap
         assert short == 1
     finally:
         jax.config.update("jax_log_compiles", False)
-
-
-def test_inference_with_a_lora_uses_it_and_refuses_lines_without_features(
-    run, whole, bases_dir, tmp_path
-):
-    lora = AdapterSpec(FeatureSpace((FeatureType("shared", ("shared",), rank=2),)))
-    trial = dataclasses.replace(run, adapters=lora, total_steps=2)
-    training.train(trial, tmp_path / "lora", bases_dir=bases_dir)
-    source = tmp_path / "in.jsonl"
-    source.write_text('{"input": "abc"}\n{"input": "fed", "language": "zz"}\n')
-
-    def infer(run, run_dir, **options):
-        lines: list[str] = []
-        count = inference.infer(
-            run,
-            run_dir,
-            input_path=source,
-            output_path=tmp_path / "out.jsonl",
-            bases_dir=bases_dir,
-            say=lines.append,
-            **options,
-        )
-        return count, lines
-
-    assert infer(trial, tmp_path / "lora") == (2, [])
-    with pytest.raises(ValueError, match=r"in.jsonl:1: no known feature of task, language"):
-        infer(run, whole)
-    count, lines = infer(run, whole, features="task=up")
-    assert lines == ["1 of 2 lines have an unknown language and run without one"]
-
-    predicted = (tmp_path / "out.jsonl").read_text().splitlines()[0]
-    source.write_text('{"input": "abc"}\n{"input": "abcdefgh"}\n{"input": "abcdefg"}\n')
-    _, lines = infer(run, whole, features="task=up")
-    assert lines == [f"1 of 3 inputs are cut at Run.inputs_length=8 tokens: of {source}:2"]
-    first, cut, whole_one = (tmp_path / "out.jsonl").read_text().splitlines()
-    assert first == predicted
-    assert json.loads(cut)["prediction"] == json.loads(whole_one)["prediction"]
 
 
 def test_a_base_that_another_worker_trains_is_waited_for(run, base_run, tmp_path):

@@ -1,5 +1,7 @@
 """Trees of parameters: split, join, count, fold, logical axes."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -142,20 +144,24 @@ def test_counts_of_another_space_are_an_error():
 
 
 FEATURES = {"task": "qa", "language": ("sw", "yo"), "cell": "ignored"}
+WEIGHTED = {"task": {"qa": 0.5, "ner": -1.5}, "language": {"sw": 0.7, "yo": 2.0, "am": 0.3}}
 
 
 @pytest.mark.parametrize("axis", [None, 0, 1])
-def test_folded_equals_unfolded(axis):
+@pytest.mark.parametrize("features", [FEATURES, WEIGHTED])
+def test_folded_equals_unfolded(features, axis):
     net = Net(axis)
     boxed = boxed_params(net)
     base, adapters = split_adapters(boxed)
-    folded = fold(base, adapters, SPEC, FEATURES, layers_axis=axis or 0)
+    folded = fold(base, adapters, SPEC, features, layers_axis=axis or 0)
     assert jax.tree.structure(folded) == jax.tree.structure(base)  # boxes are kept
-    ids = np.tile(SPACE.encode(FEATURES), (BATCH, 1))
+    space = SPACE.room_for([features])
+    spec = dataclasses.replace(SPEC, space=space)
+    ids, weights = (np.tile(one, (BATCH, 1)) for one in space.encode_weighted(features))
 
     @jax.jit
     def both(params, folded):
-        with inject(SPEC, activate(SPACE, ids)):
+        with inject(spec, activate(space, ids, weights)):
             adapted = net.apply({"params": params}, X)
         return adapted, net.apply({"params": folded}, X), net.apply({"params": base}, X)
 

@@ -14,9 +14,10 @@ A type whose `values` are None takes them from the data: see `FeatureSpace.compl
 
 import dataclasses
 import json
+import math
 import numbers
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -187,14 +188,24 @@ class FeatureType:
         return ABSENT
 
 
-def _as_sequence(value: Any) -> tuple[Any, ...]:
+def _weighted(value: Any) -> tuple[tuple[Any, float], ...]:
+    """(value, weight) of each value that an annotation names."""
     if value is None:
         return ()
-    if isinstance(value, str):
-        return (value,)
     if isinstance(value, bytes):
-        return (value.decode(),)
-    return tuple(value) if isinstance(value, Sequence) else (value,)
+        value = value.decode()
+    if isinstance(value, Mapping):
+        return tuple((name, _weight(name, weight)) for name, weight in value.items())
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return tuple((one, 1.0) for one in value)
+    return ((value, 1.0),)
+
+
+def _weight(name: Any, weight: Any) -> float:
+    number = isinstance(weight, numbers.Real) and not isinstance(weight, bool)
+    if not number or not math.isfinite(weight):
+        raise ValueError(f"weight {weight!r} of {name!r}: expected a finite number")
+    return float(weight)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,26 +287,62 @@ class FeatureSpace:
           int32 [num_slots], -1 where the example has no (known) value.
 
         Raises:
-          ValueError: for more values than slots, and for an unknown value of a type that says so.
+          ValueError: for more values than slots, for an unknown value of a type that says so, and
+            for weights, which are `encode_weighted`'s.
+        """
+        ids, weights = self.encode_weighted(annotations)
+        if (weights != 1).any():
+            raise ValueError(f"{dict(annotations)!r} has weights, expected features alone")
+        return ids
+
+    def encode_weighted(
+        self, annotations: Mapping[str, Any]
+    ) -> tuple[Int[np.ndarray, " slots"], Float[np.ndarray, " slots"]]:
+        """Ids and weights of one example.
+
+        Args:
+          annotations: as for `encode`; values may also be given with weights, value -> weight:
+            `{'task': 'ner', 'language': {'sw': 0.7, 'rw': 0.3}}`.
+
+        Returns:
+          int32 [num_slots], as of `encode`, and float32 [num_slots], 1 where nothing else is said.
+
+        Raises:
+          ValueError: as `encode`; for a weight that is no finite number.
         """
         ids = np.full((self.num_slots,), ABSENT, np.int32)
+        weights = np.ones((self.num_slots,), np.float32)
         for t in self.types:
-            values = _as_sequence(annotations.get(t.name))
+            values = _weighted(annotations.get(t.name))
             if len(values) > t.slots:
                 raise ValueError(
-                    f"feature type {t.name!r}: {len(values)} values {values!r}, expected at most "
-                    f"{t.slots} (its slots)"
+                    f"feature type {t.name!r}: {len(values)} values "
+                    f"{tuple(value for value, _ in values)!r}, expected at most {t.slots} "
+                    "(its slots)"
                 )
-            for slot, value in zip(self.slots(t), values, strict=False):
-                ids[slot] = t.id_of(value)
-        return ids
+            for slot, (value, weight) in zip(self.slots(t), values, strict=False):
+                ids[slot], weights[slot] = t.id_of(value), weight
+        return ids, weights
+
+    def room_for(self, examples: Iterable[Mapping[str, Any]]) -> "FeatureSpace":
+        """The space with as many slots of each type as some example has values of it.
+
+        The parameters do not depend on the slots: what was trained with one language in an example
+        can be applied with two.
+        """
+        slots = {t.name: t.slots for t in self.types}
+        for annotations in examples:
+            for name in slots:
+                slots[name] = max(slots[name], len(_weighted(annotations.get(name))))
+        types = [dataclasses.replace(t, slots=slots[t.name]) for t in self.types]
+        return dataclasses.replace(self, types=tuple(types))
 
     def unknown_types(self, annotations: Mapping[str, Any]) -> tuple[str, ...]:
         """Names of the types for which the annotations give a value that is not known."""
         return tuple(
             t.name
             for t in self.types
-            if any(v not in t.known_values for v in _as_sequence(annotations.get(t.name)))
+            if any(v not in t.known_values for v, _ in _weighted(annotations.get(t.name)))
         )
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> dict[str, Any]:

@@ -8,6 +8,7 @@ A tree is nested mappings; a leaf is an array, a jax.ShapeDtypeStruct or a box o
         join           ->  the first again
 """
 
+import dataclasses
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -167,7 +168,8 @@ def fold(
     Args:
       base, adapters: what `split_adapters` gives.
       spec: what the adapters were made with (space, alpha).
-      features: annotations as `FeatureSpace.encode` takes them: {'task': 'ner', 'language': 'sw'}.
+      features: annotations: {'task': 'ner', 'language': 'sw'}, or with weights, {'language':
+        {'sw': 0.7, 'rw': 0.3}}; of a type there may be more values than it has slots.
       layers_axis: the axis on which a scan has stacked the parameters (1 in T5X).
 
     Returns:
@@ -210,7 +212,8 @@ def updates(
     Raises:
       ValueError: when no feature is known, or a bank is of another shape than its type says.
     """
-    ids = spec.space.encode(features)
+    spec = dataclasses.replace(spec, space=spec.space.room_for([features]))
+    ids, weights = spec.space.encode_weighted(features)
     if (ids == ABSENT).all():
         raise ValueError(
             f"fold: none of {dict(features)!r} is a known feature; types are "
@@ -219,13 +222,15 @@ def updates(
     found = {}
     for path, banks in _dense_banks(adapters).items():
         try:
-            found[path] = _product(banks, spec, ids, layers_axis)
+            found[path] = _product(banks, spec, ids, weights, layers_axis)
         except ValueError as error:
             raise ValueError(f"fold: {'/'.join(path)}: {error}") from error
     return found
 
 
-def _product(banks, spec: AdapterSpec, ids: np.ndarray, layers_axis: int) -> tuple[Any, Any]:
+def _product(
+    banks, spec: AdapterSpec, ids: np.ndarray, weights: np.ndarray, layers_axis: int
+) -> tuple[Any, Any]:
     firsts, seconds = [], []
     for t in spec.space.types:
         a, b = banks[t.name]["a"], banks[t.name]["b"]
@@ -239,14 +244,15 @@ def _product(banks, spec: AdapterSpec, ids: np.ndarray, layers_axis: int) -> tup
                 f"(layers_axis is {layers_axis})"
             )
         scales = t.scales(spec.alpha)
-        values = ids[spec.space.slots(t).start : spec.space.slots(t).stop]
+        slots = spec.space.slots(t)
         if t.combine == "mean":
-            scales = scales / max(1, int((values != ABSENT).sum()))
-        for value in values:
+            scales = scales / max(1, int((ids[slots.start : slots.stop] != ABSENT).sum()))
+        for slot in slots:
+            value = ids[slot]
             if value != ABSENT:
                 rank = t.value_ranks[value]
                 wide = jnp.promote_types(a.dtype, jnp.float32)
-                scale = jnp.asarray(scales[value, :rank], wide)
+                scale = jnp.asarray(weights[slot] * scales[value, :rank], wide)
                 firsts.append(a[..., value, :, :rank].astype(wide) * scale)
                 seconds.append(b[..., value, :rank, :].astype(wide))
     return jnp.concatenate(firsts, axis=-1), jnp.concatenate(seconds, axis=-2)

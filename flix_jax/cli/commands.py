@@ -4,11 +4,12 @@ Nothing heavy is imported before a command runs, so that help and mistakes answe
 """
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -18,9 +19,11 @@ if TYPE_CHECKING:
     from flix_jax.experiments.sweep import Bindings, Sweep
     from flix_jax.experiments.trial_records import Outcome
     from flix_jax.experiments.workers import Assignment
+    from flix_jax.interop.flix_adapters import Adapters
+    from flix_jax.models.decoding import Decoding
 
 
-# Flags of `infer` that are options of `models.decoding.Decoding`.
+# Flags of `infer` and `chat` that are options of `models.decoding.Decoding`.
 DECODING = ("beams", "alpha", "manner", "sampling", "temperature", "top_k", "top_p", "seed")
 
 
@@ -90,23 +93,62 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 def infer(arguments: argparse.Namespace) -> None:
     run, config = _build(arguments, _saved_config(arguments))
-    from flix_jax.experiments import inference
-    from flix_jax.models.decoding import Decoding
+    from flix_jax.experiments import prediction
 
-    given = {name: getattr(arguments, name) for name in DECODING}
-    decoding = Decoding(**{name: value for name, value in given.items() if value is not None})
     with config.placing_errors():
-        count = inference.infer(
+        count = prediction.infer(
             run,
             arguments.run_dir,
             input_path=arguments.input,
             output_path=arguments.output,
+            form=arguments.input_form,
             features=arguments.features,
-            decoding=decoding,
+            override=arguments.override,
+            decoding=_decoding(arguments),
             fold=arguments.fold,
             step=arguments.step,
         )
     print(f"{count} predictions in {arguments.output}")
+
+
+def chat(arguments: argparse.Namespace) -> None:
+    run, config = _build(arguments, _saved_config(arguments))
+    from flix_jax.experiments import chat
+
+    how = _decoding(arguments)
+    if not how.sampling and arguments.beams is None:
+        how = dataclasses.replace(how, beams=4)
+    with config.placing_errors():
+        chat.chat(
+            run,
+            arguments.run_dir,
+            _typed(),
+            features=arguments.features,
+            decoding=how,
+            step=arguments.step,
+        )
+
+
+def _decoding(arguments: argparse.Namespace) -> "Decoding":
+    from flix_jax.models.decoding import Decoding
+
+    given = {name: getattr(arguments, name) for name in DECODING}
+    return Decoding(**{name: value for name, value in given.items() if value is not None})
+
+
+def _typed() -> Iterator[str]:
+    """The lines that are typed, with a prompt, or those of a pipe, without one."""
+    if not sys.stdin.isatty():
+        yield from sys.stdin
+        return
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  (input() then edits and remembers lines)
+    while True:
+        try:
+            yield input("> ")
+        except EOFError:
+            print()
+            return
 
 
 def submission(arguments: argparse.Namespace) -> None:
@@ -156,6 +198,71 @@ def export(arguments: argparse.Namespace) -> None:
             dtype=arguments.dtype,
             family=arguments.family,
         )
+
+
+def _adapters(folder: str) -> "Adapters":
+    """The adapters of a folder: exported ones, or those of a run that has been trained."""
+    from etils import epath
+
+    from flix_jax.interop import flix_adapters
+
+    if (epath.Path(folder) / flix_adapters.RECORD).exists():
+        return flix_adapters.read(folder)
+    path = epath.Path(folder) / "config.gin"
+    if not path.exists():
+        raise UsageError(
+            f"{folder} holds no adapters: there is no {flix_adapters.RECORD} of flix export "
+            "--format=flix, and no config.gin of a run"
+        )
+    from flix_jax import configuration
+    from flix_jax.experiments import exchange
+
+    config = configuration.load([str(path)], [])
+    run = config.build("Run")
+    with config.placing_errors():
+        return exchange.adapters_of(run, folder)
+
+
+def features_add(arguments: argparse.Namespace) -> None:
+    from flix_jax.experiments import exchange, feature_edits
+
+    exchange.check_new(arguments.out)
+    adapters, done = feature_edits.add(
+        _adapters(arguments.source),
+        arguments.feature,
+        init=arguments.init,
+        rank=arguments.rank,
+        dropout=arguments.dropout,
+        seed=arguments.seed,
+        languages=arguments.languages,
+    )
+    adapters.write(arguments.out)
+    print(f"{arguments.out}: {done}")
+
+
+def features_remove(arguments: argparse.Namespace) -> None:
+    from flix_jax.experiments import exchange, feature_edits
+
+    exchange.check_new(arguments.out)
+    adapters, done = feature_edits.remove(_adapters(arguments.source), arguments.feature)
+    adapters.write(arguments.out)
+    print(f"{arguments.out}: {done}")
+
+
+def features_merge(arguments: argparse.Namespace) -> None:
+    from flix_jax.experiments import exchange, feature_edits
+
+    exchange.check_new(arguments.out)
+    parts = [(folder, _adapters(folder)) for folder in arguments.source]
+    adapters, done = feature_edits.merge(parts)
+    adapters.write(arguments.out)
+    print(f"{arguments.out}: {done}")
+
+
+def features_list(arguments: argparse.Namespace) -> None:
+    from flix_jax.experiments import feature_edits
+
+    print(feature_edits.table(_adapters(arguments.source)))
 
 
 def sweep(arguments: argparse.Namespace) -> None:

@@ -91,6 +91,32 @@ def _add_step(parser: Parser) -> None:
     )
 
 
+def _add_chosen_features(parser: Parser, text: str) -> None:
+    parser.add_argument(
+        "--features",
+        default="",
+        metavar="TYPE=VALUE[:WEIGHT],...",
+        help=f"{text}: task=ner,language=sw, or language=sw:0.7,language=rw:0.3",
+    )
+
+
+def _add_decoding(parser: Parser, text: str) -> Any:
+    how = parser.add_argument_group("decoding", text)
+    how.add_argument("--beams", type=int, metavar="N", help="beam search for N predictions")
+    how.add_argument("--alpha", type=float, help="of the length penalty (default: 0.6)")
+    how.add_argument(
+        "--manner",
+        choices=("exact", "huggingface"),
+        help="of beam search: penalty ((5 + n) / 6)^alpha, or as in Transformers (default: exact)",
+    )
+    how.add_argument("--sampling", action="store_true", default=None, help="draw every token")
+    how.add_argument("--temperature", type=float, help="of drawing (default: 1)")
+    how.add_argument("--top_k", type=int, metavar="K", help="draw from the K most probable tokens")
+    how.add_argument("--top_p", type=float, metavar="P", help="draw from the nucleus of mass P")
+    how.add_argument("--seed", type=int, help="of drawing (default: 0)")
+    return how
+
+
 def _add_exchange(parser: Parser, formats: tuple[str, ...]) -> None:
     parser.add_argument("--out", required=True, metavar="DIR", help="new or empty folder")
     parser.add_argument("--format", required=True, choices=formats)
@@ -113,6 +139,101 @@ def _step(text: str) -> "Step":
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"expected a number or 'best', got {text!r}")
     return int(text)
+
+
+def _add_features(parsers: Any) -> None:
+    features = parsers.add_parser(
+        "features",
+        help="list, add, remove and unite the values of trained adapters",
+        description="Works on the feature values of trained adapters: those of\n"
+        "flix export --format=flix, or those of a run's newest checkpoint.",
+        epilog="example:\n  flix features list --from=runs/ner_tiny\n"
+        "  flix features add language=rw --from=runs/ner_tiny --out=exports/with_rw \\\n"
+        "      --init=family-mean",
+    )
+    features.set_defaults(parser=features)
+    edits = features.add_subparsers(title="commands", metavar="NAME", parser_class=Parser)
+    table = _command(
+        edits,
+        "list",
+        commands.features_list,
+        "print rank, dropout, norm and parameters of every value",
+        "Prints a line for every value; the norm is that of its update over all layers.",
+        "  flix features list --from=runs/ner_tiny",
+    )
+    _add_adapters(table)
+    add = _command(
+        edits,
+        "add",
+        commands.features_add,
+        "add a value, which may start from others or from a LoRA of PEFT's",
+        "Writes adapters with one more value; all others stay what they are. Train it with\n"
+        "Run.adapters_from and Run.train_values.",
+        "  flix features add language=rw --from=exports/all --out=exports/with_rw \\\n"
+        "      --init=mean:sw,zu",
+    )
+    _add_feature(add)
+    add.add_argument(
+        "--init",
+        default="zeros",
+        metavar="HOW",
+        help="what its update is: zeros; mean (of all values of the type) or mean:sw,zu; copy:sw; "
+        "family-mean (of the languages of its family); peft:FOLDER, a LoRA of PEFT's "
+        "(default: zeros)",
+    )
+    add.add_argument("--rank", type=int, metavar="N", help="of its update (default: the type's)")
+    add.add_argument("--dropout", type=float, metavar="X", help="of it (default: the type's)")
+    add.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of random starts (default: 0)"
+    )
+    add.add_argument(
+        "--languages",
+        default="configs/features/languages.tsv",
+        metavar="FILE",
+        help="the table of families (default: configs/features/languages.tsv)",
+    )
+    remove = _command(
+        edits,
+        "remove",
+        commands.features_remove,
+        "take a value out",
+        "Writes adapters without one of their values; all others stay what they are.",
+        "  flix features remove language=rw --from=exports/with_rw --out=exports/all",
+    )
+    _add_feature(remove)
+    merge = _command(
+        edits,
+        "merge",
+        commands.features_merge,
+        "unite the values of several adapters of one base",
+        "Writes the values of all of them. A value that several have must be the same in them.",
+        "  flix features merge --from=exports/with_rw --from=exports/with_sn --out=exports/both",
+    )
+    merge.add_argument(
+        "--from",
+        dest="source",
+        required=True,
+        action="append",
+        metavar="DIR",
+        help="adapters, or a run; repeated, and of each type the first decides the order",
+    )
+    _add_out(merge)
+
+
+def _add_feature(parser: Parser) -> None:
+    parser.add_argument("feature", metavar="TYPE=VALUE", help="for example language=rw")
+    _add_adapters(parser)
+    _add_out(parser)
+
+
+def _add_adapters(parser: Parser) -> None:
+    parser.add_argument(
+        "--from", dest="source", required=True, metavar="DIR", help="adapters, or a run"
+    )
+
+
+def _add_out(parser: Parser) -> None:
+    parser.add_argument("--out", required=True, metavar="DIR", help="new or empty folder")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -168,37 +289,26 @@ def make_parser() -> argparse.ArgumentParser:
         "infer",
         commands.infer,
         "apply a run to text of yours",
-        "Reads a jsonl file with an 'input' on each line and writes the same lines with a\n"
-        "'prediction'. The features of a line are its own fields (task, language, ...) or,\n"
-        "where it has none, those of --features.",
+        "Reads a jsonl file with an 'input' on each line, or a file of text, an input a line, and\n"
+        "writes jsonl with a 'prediction' on each. The features of a line are its own fields\n"
+        "(task, language, ...) or, where it has none, those of --features. The same command goes\n"
+        "on where one that was interrupted stood.",
         "  flix infer --run_dir=runs/ner_tiny --input=in.jsonl --output=out.jsonl \\\n"
         "      --features=task=ner,language=sw",
     )
     _add_run_dir(infer, "folder of a trained run")
-    infer.add_argument("--input", required=True, metavar="FILE", help="jsonl file to read")
-    infer.add_argument("--output", required=True, metavar="FILE", help="jsonl file to write")
+    infer.add_argument("--input", required=True, metavar="FILE", help="jsonl or text to read")
     infer.add_argument(
-        "--features",
-        default="",
-        metavar="TYPE=VALUE,...",
-        help="features of every line, for example task=ner,language=sw",
+        "--input_form",
+        choices=("jsonl", "text"),
+        help="what --input is (default: text if it ends in .txt, else jsonl)",
     )
-    how = infer.add_argument_group("decoding", "Greedy by default.")
-    how.add_argument(
-        "--beams", type=int, metavar="N", help="beam search; lines get N predictions with scores"
+    infer.add_argument("--output", required=True, metavar="FILE", help="jsonl file to write")
+    _add_chosen_features(infer, "features of every line that has none of its own")
+    infer.add_argument(
+        "--override", action="store_true", help="--features go before those of the lines"
     )
-    how.add_argument("--alpha", type=float, help="of the length penalty (default: 0.6)")
-    how.add_argument(
-        "--manner",
-        choices=("exact", "huggingface"),
-        help="of beam search: penalty ((5 + n) / 6)^alpha, or as in Transformers (default: exact)",
-    )
-    how.add_argument("--sampling", action="store_true", default=None, help="draw every token")
-    how.add_argument("--temperature", type=float, help="of drawing (default: 1)")
-    how.add_argument("--top_k", type=int, metavar="K", help="draw from the K most probable tokens")
-    how.add_argument("--top_p", type=float, metavar="P", help="draw from the nucleus of mass P")
-    how.add_argument("--seed", type=int, help="of drawing (default: 0)")
-    how.add_argument(
+    _add_decoding(infer, "Greedy by default.").add_argument(
         "--fold",
         default="auto",
         choices=("auto", "always", "never"),
@@ -207,6 +317,21 @@ def make_parser() -> argparse.ArgumentParser:
     )
     _add_step(infer)
     _add_gin(infer, required=False)
+
+    chat = _command(
+        parsers,
+        "chat",
+        commands.chat,
+        "type inputs and see what a run predicts",
+        "Answers every line that is typed with the best predictions. Features and the number of\n"
+        "predictions can be changed on the way; ':help' tells how.",
+        "  flix chat --run_dir=runs/ner_tiny --features=task=ner,language=sw",
+    )
+    _add_run_dir(chat, "folder of a trained run")
+    _add_chosen_features(chat, "features at the start")
+    _add_decoding(chat, "Four beams by default.")
+    _add_step(chat)
+    _add_gin(chat, required=False)
 
     export = _command(
         parsers,
@@ -242,6 +367,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--from", dest="source", required=True, metavar="PATH", help="local or in a bucket"
     )
     _add_exchange(convert, ("huggingface", "t5x", "t5x_scanned"))
+
+    _add_features(parsers)
 
     submission = _command(
         parsers,

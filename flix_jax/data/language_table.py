@@ -34,6 +34,13 @@ class LanguageTable:
     path: str
     rows: Mapping[str, Mapping[str, str]]
 
+    def row(self, language: str) -> dict[str, str] | None:
+        """What is known of a language by its code, or by what stands before its underscore."""
+        for code in (language, language.partition("_")[0]):
+            if code in self.rows:
+                return dict(self.rows[code])
+        return None
+
     def annotations(self, cell: Cell) -> dict[str, str]:
         """The columns of the cell's language: `{'family': 'Atlantic-Congo', 'script': 'Latn'}`.
 
@@ -43,9 +50,9 @@ class LanguageTable:
         Raises:
           ValueError: when there is neither; names the nearest code.
         """
-        for code in (cell.language, cell.language.partition("_")[0]):
-            if code in self.rows:
-                return dict(self.rows[code])
+        row = self.row(cell.language)
+        if row is not None:
+            return row
         raise ValueError(
             f"XtremeUp.languages: {self.path} has no row for the language {cell.language!r} of "
             f"{cell.name}; {did_you_mean(cell.language, self.rows)}"

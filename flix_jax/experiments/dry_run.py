@@ -101,7 +101,7 @@ def cost(runs: Sequence[Run], run_dir: epath.PathLike, trial: object) -> Cost:
     counts = tuple(trained_parameters(job) for job in jobs)
     job = jobs[counts.index(max(counts))]
     run = job.run
-    optimizer = run.optimizer.build(run.total_steps)
+    optimizer = job.optimizer()
     state, frozen = job.parameters.state_template(optimizer), job.parameters.templates[1]
     batch = {
         name: jax.ShapeDtypeStruct(shape, jnp.int32)

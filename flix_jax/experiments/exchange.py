@@ -13,7 +13,7 @@ from etils import epath
 
 from flix_jax.adapters import tree
 from flix_jax.adapters.suggest import did_you_mean
-from flix_jax.experiments import inference
+from flix_jax.experiments import inference, requests
 from flix_jax.experiments.job import Job
 from flix_jax.experiments.run import Run
 from flix_jax.interop import bases, flix_adapters, huggingface, network, peft, t5x_checkpoints
@@ -54,7 +54,7 @@ def convert(
       ValueError: nothing to read, a network that the format has not, or a folder that is not new.
     """
     _check(form, NETWORKS, "format")
-    _check_new(out)
+    check_new(out)
     config = bases.config_of(source)
     leaves = bases.read(source, config)
     size = sum(leaf.nbytes for leaf in leaves.values())
@@ -85,7 +85,7 @@ def export(
       out: the folder to make.
       form: 'flix' for the adapters alone; 'peft' for a LoRA that is one set of features; one of
         NETWORKS for a whole network, with one set of features folded into it if it has adapters.
-      features: ``task=ner,language=sw``, the set.
+      features: ``task=ner,language=sw``, the set; ``language=sw:0.7,language=rw:0.3`` with weights.
       dtype, family: as in `convert`.
       say: is told what was written, and of a folded network what rounding did to it.
 
@@ -94,7 +94,7 @@ def export(
         missing or have no effect, or a folder that is not new.
     """
     _check(form, EXPORTS, "format")
-    _check_new(out)
+    check_new(out)
     job = Job(run, run_dir, bases_dir=bases_dir)
     adapters = job.model.adapters
     if adapters is None and form in (FLIX, PEFT):
@@ -103,16 +103,19 @@ def export(
     if whole and features:
         reason = "it has no adapters" if adapters is None else f"{FLIX} holds them all"
         raise ValueError(f"features {features!r} have no effect: {reason}")
-    chosen = inference.parse_features(features, job.space)
+    chosen = requests.parse_features(features, job.space)
     if not whole and not chosen:
         raise ValueError(
             f"{form} holds one set of features: name it with --features, of "
             + ", ".join(job.space.names if job.space else ())
         )
+    if form == FLIX:
+        own = _adapters(job, step)
+        own.write(out)
+        say(f"{out}: {form}, step {own.step}")
+        return
     trained, frozen, found = inference.restore(job, step)
-    if adapters is not None and form == FLIX:
-        _write_adapters(job, trained, found, out)
-    elif form == PEFT:
+    if form == PEFT:
         assert adapters is not None
         _write_peft(job, trained, chosen, out, dtype)
     else:
@@ -126,12 +129,27 @@ def export(
     say(f"{out}: {form}, step {found}" + (f", {features}" if features else ""))
 
 
+def adapters_of(
+    run: Run, run_dir: epath.PathLike, *, bases_dir: epath.PathLike | None = None
+) -> flix_adapters.Adapters:
+    """What `export` writes as 'flix', of the newest step; arguments as there.
+
+    Raises:
+      ValueError: as `inference.evaluate`; the run has no adapters.
+    """
+    job = Job(run, run_dir, bases_dir=bases_dir)
+    if job.model.adapters is None:
+        raise ValueError(f"{run_dir}: the run has no adapters")
+    return _adapters(job, None)
+
+
 def _check(value: str, known: tuple[str, ...], what: str) -> None:
     if value not in known:
         raise ValueError(f"unknown {what} {value!r}; {did_you_mean(value, known)}")
 
 
-def _check_new(out: epath.PathLike) -> None:
+def check_new(out: epath.PathLike) -> None:
+    """ValueError where something is at the place of a folder that is to be made."""
     out = epath.Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out}: is there already, expected a new or empty folder")
@@ -174,23 +192,27 @@ def _write_network(
     t5x_checkpoints.write(leaves, out, step=step, dtype=kind)
 
 
-def _write_adapters(job: Job, trained: Any, step: int, out: epath.PathLike) -> None:
+def _adapters(job: Job, step: Step) -> flix_adapters.Adapters:
     adapters = job.model.adapters
     assert adapters is not None and job.space is not None
-    flix_adapters.Adapters(
+    base = job.load_base()
+    origin = job.base_digest(base)
+    with job.checkpoints(base, create=False, origin=origin) as checkpoints:
+        trained, found = checkpoints.restore_trained(job.parameters.templates[0], step)
+    return flix_adapters.Adapters(
         {name: Leaf.of(bank, name) for name, bank in network.flat(trained).items()},
         job.space,
         adapters.alpha,
         tuple(adapters.targets),
         dataclasses.asdict(job.run.model),
-        job.base_digest(job.load_base()),
+        origin,
         job.run.vocabulary.digest,
-        step,
-    ).write(out)
+        found,
+    )
 
 
 def _write_peft(
-    job: Job, trained: Any, features: Mapping[str, str], out: epath.PathLike, dtype: str | None
+    job: Job, trained: Any, features: Mapping[str, Any], out: epath.PathLike, dtype: str | None
 ) -> None:
     adapters = job.model.adapters
     assert adapters is not None
@@ -208,9 +230,12 @@ def _write_peft(
     peft.write(updates, job.run.model, out, base=base, dtype=kind)
 
 
-def _rounding(job: Job, adapted: Any, folded: Any, features: Mapping[str, str]) -> str:
+def _rounding(job: Job, adapted: Any, folded: Any, features: Mapping[str, Any]) -> str:
     """How far the folded network is from the adapted one, as it is and rounded to bfloat16."""
-    assert job.space is not None
+    adapters = job.model.adapters
+    assert adapters is not None
+    space = adapters.space.room_for([features])
+    model = dataclasses.replace(job.model, adapters=dataclasses.replace(adapters, space=space))
     rng = np.random.default_rng(0)
     shape = _COMPARED
     tokens = rng.integers(2, job.run.model.vocab_size, (3, *shape)).astype(np.int32)
@@ -219,9 +244,10 @@ def _rounding(job: Job, adapted: Any, folded: Any, features: Mapping[str, str]) 
         "decoder_input_tokens": tokens[1],
         "decoder_target_tokens": tokens[2],
     }
-    ids = np.tile(np.asarray(job.space.encode(features), np.int32), (shape[0], 1))
+    ids, weights = (np.tile(one, (shape[0], 1)) for one in space.encode_weighted(features))
     plain = EncoderDecoder(job.model.module)
-    exact = jax.jit(job.model.logits)(adapted, batch | {"feature_ids": ids})
+    chosen = {"feature_ids": ids, "feature_weights": weights}
+    exact = jax.jit(model.logits)(adapted, batch | chosen)
     largest = jnp.abs(exact).max()
     logits = jax.jit(plain.logits)
 

@@ -1,36 +1,23 @@
-"""What a trained run says: scores per cell, and predictions for text of one's own."""
+"""What a trained run has learnt: its parameters restored, and its scores cell by cell."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import time
-from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from etils import epath
 
-from flix_jax.adapters.features import ABSENT, FeatureSpace
-from flix_jax.adapters.suggest import did_you_mean
 from flix_jax.data import cells as cells_lib
-from flix_jax.evaluation import files
 from flix_jax.evaluation.bootstrap import check_confidence
 from flix_jax.evaluation.scoreboard import Scoreboard
 from flix_jax.experiments import ensembles, scoring
 from flix_jax.experiments.job import Job
 from flix_jax.experiments.run import Run
-from flix_jax.models.decoding import Decoding
-from flix_jax.tasks.xtreme_up import read_records
 from flix_jax.training.checkpoints import Step, digest
 
 if TYPE_CHECKING:
     from flix_jax.evaluation.evaluator import CellEvaluator, Progress
-
-
-GREEDILY = Decoding()
-AUTO, ALWAYS, NEVER = FOLDS = ("auto", "always", "never")
 
 
 def evaluator(
@@ -200,154 +187,3 @@ class _Watch:
             f"evaluate: {progress.cells_done}/{progress.cells} cells, "
             f"{progress.examples_done:,} examples, {rate:,.0f} a second"
         )
-
-
-def infer(
-    run: Run,
-    run_dir: epath.PathLike,
-    *,
-    input_path: epath.PathLike,
-    output_path: epath.PathLike,
-    features: str = "",
-    decoding: Decoding = GREEDILY,
-    fold: str = AUTO,
-    step: Step = None,
-    bases_dir: epath.PathLike | None = None,
-    say: Callable[[str], None] = print,
-) -> int:
-    """Predicts for every line of a jsonl file, in its order.
-
-    A line is an object with ``input``; its fields named as feature types (``task``, ``language``)
-    are its features, before those of ``features``. A feature that is not known is absent, and
-    counted. `Evaluation.ensemble` is of evaluations: a line runs on its own cell's adapter alone.
-
-    Args:
-      run, run_dir, step, bases_dir: as in ``evaluate``.
-      input_path: the file to read.
-      output_path: the file to write: the same lines with ``prediction`` added, whole or not at all.
-      features: ``task=ner,language=sw``, of every line that does not say otherwise.
-      fold: whether the adapters are folded into the base first, so that decoding costs what it
-        costs without them; possible where all lines have the same features. 'auto' does where that
-        is so and the base is float32; 'always' refuses lines of several sets; 'never'.
-      decoding: how; by beams a line has also its ``predictions``, the best first, and ``scores``.
-      say: takes the count of unknown features.
-
-    Returns:
-      The number of lines.
-
-    Raises:
-      ValueError: a line that cannot be used, with file and line number, or as in ``evaluate``.
-    """
-    job = Job(run, run_dir, bases_dir=bases_dir)
-    records = _read_records(epath.Path(input_path), job.space, features, say)
-    vocabulary = run.vocabulary.build()
-    encoded = [vocabulary.encode(record["input"]) for record, _ in records]
-    room = run.inputs_length - 1  # for the end of sequence
-    cut = [number for number, ids in enumerate(encoded, 1) if len(ids) > room]
-    if cut:
-        say(
-            f"{len(cut)} of {len(records)} inputs are cut at Run.inputs_length={run.inputs_length} "
-            f"tokens: of {input_path}:{cut[0]}" + (f" to {cut[-1]}" if len(cut) > 1 else "")
-        )
-    sets = {tuple(map(int, ids)) for _, ids in records}
-    folds = job.space is not None and _folds(fold, run, sets)
-    trained, frozen, _ = restore(job, step)
-    if folds:
-        assert job.space is not None
-        frozen = job.folded(trained, frozen, job.space.decode(next(iter(sets))))
-        job, trained = job.with_model(dataclasses.replace(job.model, adapters=None)), {}
-    decode = job.decoder(trained, frozen, decoding)
-    size = run.evaluation.batch_size
-    lines: list[str] = []
-    for start in range(0, len(records), size):
-        part = records[start : start + size]
-        tokens = np.zeros((size, run.inputs_length), np.int32)
-        ids = np.full((size, 0 if job.space is None else job.space.num_slots), -1, np.int32)
-        for row, (_, feature_ids) in enumerate(part):
-            kept = [*encoded[start + row][:room], run.vocabulary.eos_id]
-            tokens[row, : len(kept)] = kept
-            ids[row] = feature_ids
-        batch = {"encoder_input_tokens": tokens}
-        if job.space is not None and not folds:
-            batch["feature_ids"] = ids
-        tokens_of, scores_of = decode(batch, start // size)
-        for (record, _), found, scores in zip(part, tokens_of, scores_of, strict=False):
-            texts = [vocabulary.decode([int(t) for t in row if t > 0]) for row in found]
-            line = {**record, "prediction": texts[0]}
-            if decoding.beams:
-                kept = [i for i, score in enumerate(scores) if np.isfinite(score)]
-                line["predictions"] = [texts[i] for i in kept]
-                line["scores"] = [round(float(scores[i]), 6) for i in kept]
-            lines.append(json.dumps(line, ensure_ascii=False))
-    files.write_text(output_path, "".join(line + "\n" for line in lines))
-    return len(lines)
-
-
-def _folds(fold: str, run: Run, sets: Collection[Any]) -> bool:
-    if fold not in FOLDS:
-        raise ValueError(f"unknown fold {fold!r}; {did_you_mean(fold, FOLDS)}")
-    if fold == ALWAYS and len(sets) > 1:
-        raise ValueError(
-            f"fold 'always': the lines have {len(sets)} sets of features, expected one"
-        )
-    plain = run.frozen_dtype in (None, "float32")  # else rounding would change what is folded
-    return len(sets) == 1 and (fold == ALWAYS or (fold == AUTO and plain))
-
-
-def _read_records(
-    path: epath.Path, space: FeatureSpace | None, features: str, say: Callable[[str], None]
-) -> list[tuple[dict[str, Any], Any]]:
-    """(record, feature ids) of every line."""
-    given = parse_features(features, space)
-    records = []
-    unknown: Counter[str] = Counter()
-    for number, record in read_records(path):
-        try:
-            if not isinstance(record.get("input"), str):
-                raise ValueError("expected a text in the field 'input'")
-            ids: Any = []
-            if space is not None:
-                annotations = _annotations({**given, **record})
-                ids = space.encode(annotations)
-                if (ids == ABSENT).all():
-                    raise ValueError(
-                        f"no known feature of {', '.join(space.names)}: the adapters would be off; "
-                        "name them in the line or with --features"
-                    )
-                unknown.update(space.unknown_types(annotations))
-        except ValueError as error:
-            raise ValueError(f"{path}:{number}: {error}") from None
-        records.append((dict(record), ids))
-    for name, count in unknown.items():
-        say(f"{count} of {len(records)} lines have an unknown {name} and run without one")
-    return records
-
-
-def _annotations(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A line's annotations as those of a cell: every example is shared, and a cell has a name."""
-    annotations = {"shared": "shared", **record}
-    if "task" in record and "language" in record:
-        annotations.setdefault("cell", f"{record['task']}/{record['language']}")
-    return annotations
-
-
-def parse_features(text: str, space: FeatureSpace | None) -> dict[str, str]:
-    """Reads ``task=ner,language=sw``.
-
-    Raises:
-      ValueError: an entry of another form, an unknown type, or a value that the type has not.
-    """
-    features: dict[str, str] = {}
-    for entry in filter(None, text.split(",")):
-        name, equals, value = (part.strip() for part in entry.partition("="))
-        if not equals or not value:
-            raise ValueError(f"features {text!r}: {entry!r} is not of the form type=value")
-        if space is None:
-            raise ValueError(f"features {text!r}: the run has no adapters, hence no features")
-        known = space.type(name).known_values
-        if value not in known:
-            raise ValueError(
-                f"features {text!r}: {value!r} is no {name}; {did_you_mean(value, known)}"
-            )
-        features[name] = value
-    return features

@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+import optax
 from etils import epath
 
-from flix_jax.adapters import injection, text_tables, tree
+from flix_jax.adapters import injection, text_tables, trained_values, tree
 from flix_jax.adapters.features import FeatureSpace
 from flix_jax.adapters.suggest import did_you_mean
 from flix_jax.data import cells as cells_lib
@@ -24,7 +24,7 @@ from flix_jax.data.examples import CellData, DataReport
 from flix_jax.data.pipeline import PrefetchIterator, TrainPipeline, check_state
 from flix_jax.evaluation import files
 from flix_jax.evaluation.batches import GUESSES
-from flix_jax.experiments import ensembles
+from flix_jax.experiments import ensembles, starting_values
 from flix_jax.experiments.run import RANDOM, Run
 from flix_jax.experiments.run_folder import (
     check_base_folder,
@@ -34,10 +34,9 @@ from flix_jax.experiments.run_folder import (
 )
 from flix_jax.experiments.scoring import check_evaluation
 from flix_jax.interop import bases
-from flix_jax.models.decoding import Decoding
 from flix_jax.models.encoder_decoder import EncoderDecoder
 from flix_jax.models.t5 import Transformer
-from flix_jax.training import partitioning
+from flix_jax.training import optimizers, partitioning
 from flix_jax.training.checkpoints import Checkpoints, digest
 from flix_jax.training.host_memory import keep_freed_memory
 from flix_jax.training.parameters import Parameters
@@ -68,6 +67,7 @@ class Job:
       mesh: the devices.
       split: the cells that are trained on and those that are held out.
       space: the feature space with its values; None without adapters.
+      trained_values: by feature type, the values that are trained; None is all.
       model: network, adapters, loss and decoding.
       parameters: what is trained and what is frozen.
 
@@ -101,11 +101,17 @@ class Job:
             self.check_split(run.evaluation.split)
             check_evaluation(run, self.split)
         adapters, self.space = run.adapters, None
+        self.trained_values: dict[str, frozenset[str]] | None = None
         if adapters is not None:
             self.space = adapters.space.complete(cells_lib.columns(self.split.train))
             adapters = dataclasses.replace(adapters, space=self.space)
             for cell in self.split.cells:
                 self.space.encode(cell.annotations())  # an unknown value may be an error
+            if run.train_values is not None:
+                try:
+                    self.trained_values = trained_values.matching(self.space, run.train_values)
+                except ValueError as error:
+                    raise ValueError(f"Run.train_values: {error}") from None
         ensembles.check(run, self.space)
         if run.evaluation.every:
             ensembles.check_kinds(run, self.split.cells)
@@ -340,11 +346,41 @@ class Job:
         """Training examples per task and language, and which cells are held out or absent."""
         return self.split.table({cell: row.examples for cell, row in report.cells.items()})
 
-    def initial_parameters(self, base: Any | None) -> tuple[Any, Any]:
-        """(trained, frozen) before the first step."""
+    @functools.cached_property
+    def start(self) -> starting_values.Start | None:
+        """The values of a folder that the adapters start from, where `Run.adapters_from` names one.
+
+        Raises:
+          ValueError: they are not of this network and these adapters.
+        """
+        if self.run.adapters_from is None:
+            return None
+        assert self.space is not None
+        return starting_values.find(self.run, self.space)
+
+    def initial_parameters(self, base: Any | None, *, origin: str | None = None) -> tuple[Any, Any]:
+        """(trained, frozen) before the first step; `origin` as for `checkpoints`.
+
+        Raises:
+          ValueError: the adapters start from values that were trained beside another base.
+        """
         if base is None:
-            return self.parameters.random(self.run.seed, self.run.frozen_dtype)
-        return self.parameters.from_base(base, self.run.seed, self.run.frozen_dtype)
+            trained, frozen = self.parameters.random(self.run.seed, self.run.frozen_dtype)
+        else:
+            trained, frozen = self.parameters.from_base(base, self.run.seed, self.run.frozen_dtype)
+        if self.start is not None:
+            trained = self.start.into(trained, origin or self.base_digest(base))
+        return trained, frozen
+
+    def optimizer(self) -> optax.GradientTransformation:
+        """The run's optimizer, over the values that are trained."""
+        optimizer = self.run.optimizer.build(self.run.total_steps)
+        if self.trained_values is None:
+            return optimizer
+        assert self.space is not None
+        shapes = self.parameters.templates[0]
+        mask = trained_values.mask(shapes, self.space, self.trained_values)
+        return optimizers.masked(optimizer, mask)
 
     def frozen_parameters(self, base: Any | None) -> Any:
         """The second half of ``initial_parameters``, for a run whose trained half is stored."""
@@ -418,49 +454,6 @@ class Job:
         shardings = jax.tree.map(lambda x: x.sharding, self.parameters.templates[1])
         fold = jax.jit(lambda t, f: tree.fold(f, t, adapters, features), out_shardings=shardings)
         return fold(trained, frozen)
-
-    def decoder(
-        self, trained: Any, frozen: Any, how: Decoding
-    ) -> Callable[[dict[str, np.ndarray], int], tuple[np.ndarray, np.ndarray]]:
-        """(batch, its number) -> tokens int32 [batch, n, targets_length] and scores [batch, n].
-
-        n is the beams, or 1; only beams have scores, others are 0. What is drawn follows from the
-        seed, the number of the batch, the step and the row.
-        """
-        length = self.run.targets_length
-
-        def program(params: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-            if how.beams:
-                return self.model.predict_n(
-                    params,
-                    batch,
-                    max_length=length,
-                    beams=how.beams,
-                    alpha=how.alpha,
-                    manner=how.manner,
-                )
-            if how.sampling:
-                tokens = self.model.sample(
-                    params,
-                    batch,
-                    max_length=length,
-                    rng=key,
-                    temperature=how.temperature,
-                    top_k=how.top_k,
-                    top_p=how.top_p,
-                )
-            else:
-                tokens = self.model.predict(params, batch, max_length=length)
-            return tokens[:, None], jnp.zeros((len(tokens), 1))
-
-        compiled = jax.jit(program, out_shardings=partitioning.replicated(self.mesh))
-        params, seed = tree.join(frozen, trained), jax.random.key(how.seed)
-
-        def decode(batch: dict[str, np.ndarray], number: int) -> tuple[np.ndarray, np.ndarray]:
-            placed = partitioning.put_batch(self.mesh, batch)
-            return jax.device_get(compiled(params, placed, jax.random.fold_in(seed, number)))
-
-        return decode
 
     @functools.cached_property
     def _programs(self) -> dict[str, Callable[[Any, Any, Any, Any], jax.Array]]:

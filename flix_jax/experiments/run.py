@@ -124,6 +124,11 @@ class Run:
       seen_by_base: patterns of held-out cells that the base may be trained on, by denoising their
         texts, say. Without them a base that is trained on a held-out cell is refused.
       adapters: what is trained beside the frozen base; None trains the base itself.
+      adapters_from: a folder of adapters (`flix export --format=flix`, `flix features`) from whose
+        values those of the same names start; others start freshly, as all do with None. The base,
+        the network, the targets, alpha and the vocabulary must be the same.
+      train_values: patterns over the adapters' features (``'language=(rw|sw)'``) that are trained;
+        the others keep their bits. None trains all.
       trainable: without adapters, patterns over parameter paths (``'.*/scale'``) that are trained;
         None trains everything.
       optimizer: over the trained parameters.
@@ -156,6 +161,8 @@ class Run:
     base: str | Run = RANDOM
     seen_by_base: tuple[str, ...] = ()
     adapters: AdapterSpec | None = None
+    adapters_from: str | None = None
+    train_values: tuple[str, ...] | None = None
     trainable: tuple[str, ...] | None = None
     optimizer: Optimizer = Optimizer()
     transforms: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -188,6 +195,14 @@ class Run:
             raise ValueError("Run.frozen_dtype has no effect: every parameter is trained")
         if self.adapters is not None and self.trainable is not None:
             raise ValueError("Run.trainable and Run.adapters exclude each other")
+        for name in ("adapters_from", "train_values"):
+            if self.adapters is None and getattr(self, name) is not None:
+                raise ValueError(
+                    f"Run.{name} has no effect without Run.adapters (in gin, a base that is a run "
+                    f"needs base/Run.{name} = None)"
+                )
+        if self.train_values is not None and not self.train_values:
+            raise ValueError("Run.train_values is empty, expected a pattern, or None for all")
         if isinstance(self.base, Run):
             for name in ("model", "vocabulary"):
                 if getattr(self.base, name) != getattr(self, name):

@@ -18,6 +18,14 @@ from flix_jax.experiments.run import FREE, RANDOM, Run
 TRAINED_ON_FILE = "trained_on.json"
 
 
+def saved_steps(folder: epath.PathLike) -> frozenset[int]:
+    """The steps of a run's checkpoints."""
+    directory = epath.Path(folder) / "checkpoints"
+    if not directory.exists():
+        return frozenset()
+    return frozenset(int(path.name) for path in directory.iterdir() if path.name.isdecimal())
+
+
 def check_folder(run: Run, run_dir: epath.Path) -> None:
     """Refuses a folder that belongs to another run.
 

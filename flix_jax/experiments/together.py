@@ -26,6 +26,7 @@ from flix_jax.data.pipeline import PrefetchIterator, check_state
 from flix_jax.experiments import data_notes, inference, scoring, training
 from flix_jax.experiments.job import Job
 from flix_jax.experiments.run import FREE, RANDOM, Run
+from flix_jax.experiments.run_folder import saved_steps
 from flix_jax.experiments.trial_records import Outcome
 from flix_jax.training import trials as trials_lib
 from flix_jax.training.checkpoints import Checkpoints, digest
@@ -63,6 +64,10 @@ def alone(run: Run) -> str:
     """Why a run is always a program of its own; '' where it is not."""
     if run.adapters is None:
         return "a whole network is trained"
+    if run.adapters_from is not None:
+        return "its adapters start from a folder"
+    if run.train_values is not None:
+        return "some values alone are trained"
     return "an ensemble is evaluated" if run.evaluation.ensemble is not None else ""
 
 
@@ -170,14 +175,6 @@ def train_together(
     return [outcomes[i] for i in range(len(runs))]
 
 
-def saved_steps(folder: epath.PathLike) -> frozenset[int]:
-    """The steps of a run's checkpoints."""
-    directory = epath.Path(folder) / "checkpoints"
-    if not directory.exists():
-        return frozenset()
-    return frozenset(int(path.name) for path in directory.iterdir() if path.name.isdecimal())
-
-
 def with_common_step(steps: Sequence[frozenset[int]]) -> list[list[int]]:
     """Places of runs that can go on from one step: all that have it, or all that have none.
 
@@ -244,7 +241,7 @@ class _Group:
         self.model = dataclasses.replace(
             self.lead.model, adapters=dataclasses.replace(adapters, space=self.wide, alpha=None)
         )
-        self.optimizers = [run.optimizer.build(run.total_steps) for run in runs]
+        self.optimizers = [job.optimizer() for job in self.jobs]
         self.templates = [
             job.parameters.state_template(optimizer)
             for job, optimizer in zip(self.jobs, self.optimizers, strict=True)

@@ -17,6 +17,7 @@ from flix_jax.experiments import data_notes, ensembles, inference, scoring
 from flix_jax.experiments.claims import Claims
 from flix_jax.experiments.job import Job
 from flix_jax.experiments.run import Run
+from flix_jax.experiments.run_folder import saved_steps
 from flix_jax.training import partitioning
 from flix_jax.training.checkpoints import Checkpoints, digest
 from flix_jax.training.loop import fit
@@ -49,19 +50,21 @@ def train(
     """
     job = Job(run, run_dir, bases_dir=bases_dir)
     job.check_data()  # a mistake is better found before anything is trained than after
+    start = None if saved_steps(job.run_dir) else job.start
     train_base(job, bases_dir=bases_dir, title=title, show_cells=show_cells)
     base = job.load_base()
     pipeline = job.pipeline()
-    optimizer = run.optimizer.build(run.total_steps)
+    optimizer = job.optimizer()
+    origin = job.base_digest(base)  # hashed once: a base may be large
     template = job.parameters.state_template(optimizer)
 
     with contextlib.ExitStack() as stack:
-        checkpoints = stack.enter_context(job.checkpoints(base))
+        checkpoints = stack.enter_context(job.checkpoints(base, origin=origin))
         if checkpoints.latest_step() is not None:
             frozen = job.frozen_parameters(base)
             state, data_state = checkpoints.restore(template)
         else:
-            trained, frozen = job.initial_parameters(base)
+            trained, frozen = job.initial_parameters(base, origin=origin)
             state, data_state = job.parameters.create_state(trained, optimizer), None
             del trained
         del base
@@ -85,6 +88,8 @@ def train(
             )
         )
         reporter.say(f"{title}: {_summary(job, state, frozen)}, in {job.run_dir}")
+        if start is not None:
+            reporter.say(f"{title}: {start.line()}")
         if show_cells:
             reporter.say(f"{title}: training examples by cell\n{job.cells_table(data)}")
         for note in notes:
@@ -160,11 +165,21 @@ def keep_config(job: Job, config: str | None) -> None:
 
 
 def trained_parameters(job: Job) -> int:
-    """How many parameters a run trains; columns beyond the rank of a feature do not count."""
+    """How many parameters a run trains.
+
+    Columns beyond the rank of a feature do not count, nor do values that `Run.train_values` leaves
+    as they are.
+    """
     shapes = job.parameters.templates[0]
     if job.space is None:
         return tree.count_parameters(shapes)
-    return sum(sum(of.values()) for of in tree.adapter_counts(shapes, job.space).values())
+    chosen = job.trained_values
+    return sum(
+        count
+        for name, of in tree.adapter_counts(shapes, job.space).items()
+        for value, count in of.items()
+        if chosen is None or value in chosen[name]
+    )
 
 
 def measures(job: Job, share: float = 1.0) -> dict[str, float]:
@@ -209,9 +224,13 @@ def _is_finished(run: Run, run_dir: epath.Path) -> bool:
 
 
 def _summary(job: Job, state: TrainState, frozen: Any) -> str:
-    trained, still = tree.count_parameters(state.trained), tree.count_parameters(frozen)
+    trained, still = trained_parameters(job), tree.count_parameters(frozen)
+    of = ""
+    if job.space is not None and job.trained_values is not None:
+        chosen = sum(map(len, job.trained_values.values()))
+        of = f" ({chosen} of {job.space.num_features} features)"
     return (
-        f"{trained:,} parameters trained, {still:,} frozen, {len(job.split.train)} cells "
+        f"{trained:,} parameters trained{of}, {still:,} frozen, {len(job.split.train)} cells "
         f"({len(job.split.held_out)} held out), batch {job.run.batch_size}, "
         f"step {int(state.step)} of {job.run.total_steps}"
     )

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 OPTIMIZERS = ("adafactor", "adamw", "sgd")
@@ -127,3 +128,29 @@ class Optimizer:
         schedule = self.schedule.build(total_steps, learning_rate)
         parts.append(optax.scale_by_learning_rate(schedule))
         return optax.chain(*parts)
+
+
+def masked(optimizer: optax.GradientTransformation, mask: Any) -> optax.GradientTransformation:
+    """The optimizer where a mask is true; elsewhere parameters keep their bits.
+
+    Gradients are masked before the optimizer sees them, so that it clips by the norm of what is
+    trained and its moments elsewhere stay zero; updates are masked after it, for weight decay. What
+    is added elsewhere is -0.0, which changes neither zero (a device that rounds numbers below 1e-38
+    to zero may do so). Adafactor's sizes that are of a whole array (its clipping, the scale of the
+    parameters) count the others as they are.
+
+    Args:
+      optimizer: of all parameters; its state is the state.
+      mask: a tree of the parameters' structure with bools that broadcast against them.
+    """
+
+    def only(tree: Any, other: float) -> Any:
+        return jax.tree.map(
+            lambda leaf, where: jnp.where(where, leaf, jnp.asarray(other, leaf.dtype)), tree, mask
+        )
+
+    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates, state = optimizer.update(only(grads, 0.0), state, params)
+        return only(updates, -0.0), state
+
+    return optax.GradientTransformation(optimizer.init, update)

@@ -89,13 +89,18 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
+def batch_shards(mesh: Mesh) -> int:
+    """Over how many parts of the mesh a batch is spread: the smallest batch."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
 def check_batch_size(mesh: Mesh, batch_size: int, microbatches: int = 1) -> None:
     """Refuses a global batch that the mesh and the microbatches do not divide evenly.
 
     Raises:
       ValueError: with the sizes that disagree.
     """
-    shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    shards = batch_shards(mesh)
     if microbatches < 1 or batch_size < 1 or batch_size % (shards * microbatches):
         raise ValueError(
             f"batch_size {batch_size} is not a positive multiple of {shards} batch shard(s) "

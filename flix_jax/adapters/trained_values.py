@@ -1,0 +1,58 @@
+"""Which values of the features are trained, where it is not all of them."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from flix_jax.adapters.features import FeatureSpace
+from flix_jax.adapters.suggest import did_you_mean
+from flix_jax.adapters.tree import from_named, named_leaves
+
+Tree = Mapping[str, Any]
+
+
+def matching(space: FeatureSpace, patterns: Sequence[str]) -> dict[str, frozenset[str]]:
+    """type -> the values that some pattern matches; every type is there.
+
+    Args:
+      space: the features; their values must be known.
+      patterns: regular expressions that match the whole of 'type=value'.
+
+    Raises:
+      ValueError: when a pattern is malformed or matches nothing, with the nearest names.
+    """
+    names = {f"{t.name}={v}": (t.name, v) for t in space.types for v in t.known_values}
+    found: dict[str, set[str]] = {t.name: set() for t in space.types}
+    for pattern in patterns:
+        try:
+            compiled = re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
+        matched = [of for name, of in names.items() if compiled.fullmatch(name)]
+        if not matched:
+            raise ValueError(
+                f"{pattern!r} matches none of {len(names)} features; {did_you_mean(pattern, names)}"
+            )
+        for type_name, value in matched:
+            found[type_name].add(value)
+    return {name: frozenset(values) for name, values in found.items()}
+
+
+def mask(
+    adapters: Tree, space: FeatureSpace, chosen: Mapping[str, frozenset[str]]
+) -> dict[str, Any]:
+    """The adapters' tree with bools [values, 1, …] as leaves, which broadcast against the banks.
+
+    Args:
+      adapters: arrays or shapes.
+      space: their features.
+      chosen: what `matching` gives; True for these.
+    """
+    leaves = []
+    for path, leaf in named_leaves(adapters):
+        of = space.type(path[-2])
+        rows = np.array([value in chosen[of.name] for value in of.known_values])
+        leaves.append((path, rows.reshape(-1, *[1] * (len(leaf.shape) - 1))))
+    return from_named(leaves)

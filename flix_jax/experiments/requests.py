@@ -1,0 +1,174 @@
+"""What a run is asked to predict for: texts, and the features that each is to have."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from etils import epath
+
+from flix_jax.adapters.features import ABSENT, FeatureSpace
+from flix_jax.adapters.suggest import did_you_mean
+from flix_jax.tasks.xtreme_up import read_records
+
+JSONL, TEXT = FORMS = ("jsonl", "text")
+
+Features = dict[str, dict[str, float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A text to predict for.
+
+    Attributes:
+      text: the input.
+      record: what the prediction is added to.
+      annotations: its features, as `FeatureSpace.encode_weighted` takes them.
+    """
+
+    text: str
+    record: Mapping[str, Any]
+    annotations: Mapping[str, Any]
+
+
+def parse_features(text: str, space: FeatureSpace | None) -> Features:
+    """Reads ``task=ner,language=sw`` and ``language=sw:0.7,language=rw:0.3``.
+
+    Returns:
+      Type -> value -> weight, 1 where none is given.
+
+    Raises:
+      ValueError: an entry of another form, an unknown type, a value that the type has not, or one
+        that is named twice.
+    """
+    features: Features = {}
+    for entry in filter(None, text.split(",")):
+        name, equals, value = (part.strip() for part in entry.partition("="))
+        if not equals or not value:
+            raise ValueError(
+                f"features {text!r}: {entry!r} is not of the form type=value or type=value:weight"
+            )
+        if space is None:
+            raise ValueError(f"features {text!r}: the run has no adapters, hence no features")
+        known = space.type(name).known_values
+        value, weight = _split_weight(value, known)
+        if value not in known:
+            raise ValueError(
+                f"features {text!r}: {value!r} is no {name}; {did_you_mean(value, known)}"
+            )
+        if not math.isfinite(weight):
+            raise ValueError(
+                f"features {text!r}: weight {weight} of {value!r}: expected a finite number"
+            )
+        values = features.setdefault(name, {})
+        if value in values:
+            raise ValueError(f"features {text!r}: {name}={value} is named more than once")
+        values[value] = weight
+    return features
+
+
+def _split_weight(value: str, known: tuple[str, ...]) -> tuple[str, float]:
+    head, colon, tail = value.rpartition(":")
+    if value in known or not colon:  # the names of cells may have a colon
+        return value, 1.0
+    try:
+        return head, float(tail)
+    except ValueError:
+        return value, 1.0
+
+
+def form_of(path: epath.PathLike, form: str | None) -> str:
+    """The form of a file: as given, or by its name."""
+    if form is None:
+        return TEXT if epath.Path(path).suffix == ".txt" else JSONL
+    if form not in FORMS:
+        raise ValueError(f"unknown input form {form!r}; {did_you_mean(form, FORMS)}")
+    return form
+
+
+def read(
+    path: epath.PathLike,
+    space: FeatureSpace | None,
+    features: str,
+    *,
+    form: str | None = None,
+    override: bool = False,
+    say: Callable[[str], None] = print,
+) -> list[Request]:
+    """The requests of a file, one per line.
+
+    A line of jsonl is an object with ``input``; those of its fields that are called as feature
+    types (``task``, ``language``) are its features: a value, a list of them, or an object value ->
+    weight. A line of text is an input. A feature that is not known is absent, and counted.
+
+    Args:
+      path: the file, UTF-8.
+      space: the features of the run; None for a run without adapters.
+      features: as `parse_features` takes them, for lines that do not say otherwise.
+      form: 'jsonl' or 'text'; None goes by the file's name.
+      override: whether `features` go before what lines say.
+      say: takes the count of unknown features.
+
+    Raises:
+      ValueError: a line that cannot be used, with file and line number.
+    """
+    path = epath.Path(path)
+    given = parse_features(features, space)
+    found: list[Request] = []
+    unknown: Counter[str] = Counter()
+    lines = _text(path) if form_of(path, form) == TEXT else read_records(path)
+    for number, record in lines:
+        try:
+            if not isinstance(record.get("input"), str):
+                raise ValueError("expected a text in the field 'input'")
+            annotations = {**record, **given} if override else {**given, **record}
+            request = Request(record["input"], dict(record), as_of_a_cell(annotations))
+            if space is not None:
+                check(request.annotations, space)
+                unknown.update(space.unknown_types(request.annotations))
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: {error}") from None
+        found.append(request)
+    for name, count in unknown.items():
+        say(f"{count} of {len(found)} lines have an unknown {name} and run without one")
+    return found
+
+
+def check(annotations: Mapping[str, Any], space: FeatureSpace) -> None:
+    """ValueError where no feature is known: the network would run without adapters unnoticed."""
+    ids, _ = space.room_for([annotations]).encode_weighted(annotations)
+    if (ids == ABSENT).all():
+        raise ValueError(
+            f"no known feature of {', '.join(space.names)}: the adapters would be off; "
+            "name them in the line or with --features"
+        )
+
+
+def _text(path: epath.Path) -> list[tuple[int, dict[str, Any]]]:
+    try:
+        content = path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise ValueError(f"{path}:{line}: not UTF-8") from None
+    lines = content.removesuffix("\n").split("\n") if content else []
+    return [(i, {"input": line.removesuffix("\r")}) for i, line in enumerate(lines, start=1)]
+
+
+def as_of_a_cell(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Annotations as those of a cell: every example is shared, and a cell has a name."""
+    annotations = {"shared": "shared", **record}
+    task, language = (_only(record.get(name)) for name in ("task", "language"))
+    if task is not None and language is not None:
+        annotations.setdefault("cell", f"{task}/{language}")
+    return annotations
+
+
+def _only(value: Any) -> str | None:
+    """The one value that is named, without a weight of its own; else None."""
+    if isinstance(value, Mapping):
+        names = list(value)
+        return names[0] if len(names) == 1 and value[names[0]] == 1 else None
+    return value if isinstance(value, str) else None
