@@ -426,6 +426,9 @@ def test_what_has_no_effect_is_refused(run, second, tmp_path):
         dataclasses.replace(run, train_values=())
     with pytest.raises(ValueError, match=r"Run.train_values: 'language=zz' .* 'language=z'"):
         Job(dataclasses.replace(second, train_values=("language=zz",)), tmp_path)
+    says = "'language=y' matches no feature that is trained on: there is: task=back"
+    with pytest.raises(ValueError, match=says):
+        Job(dataclasses.replace(second, train_values=("language=y",)), tmp_path)
 
 
 def test_such_runs_are_programs_of_their_own_and_older_ones_are_what_they_were(run, second):

@@ -15,6 +15,7 @@ LANGUAGES = FeatureType(
     "language", ("sw", "zu", "xh"), rank=2, ranks={"zu": 3}, dropout=0.1, dropouts={"sw": 0.2}
 )
 SPACE = FeatureSpace((FeatureType("task", ("ner", "qa"), rank=1), LANGUAGES))
+COLUMNS = {"task": ("ner", "qa"), "language": ("sw",)}  # of the training cells
 LAYERS = {"loop": ("encoder", "layers_0", "mlp", "wi"), "scan": ("decoder", "decoder", "mlp", "wo")}
 
 
@@ -247,20 +248,21 @@ def test_the_last_value_of_a_type_stays():
 
 
 def test_patterns_choose_values_of_all_types():
-    found = trained_values.matching(SPACE, ("language=(sw|xh)", "task=n.*"))
+    found = trained_values.matching(SPACE, ("language=(sw|xh)", "task=n.*"), COLUMNS)
     assert found == {"task": {"ner"}, "language": {"sw", "xh"}}
-    assert trained_values.matching(SPACE, ("task=.*",))["language"] == frozenset()
+    assert trained_values.matching(SPACE, ("task=.*",), COLUMNS)["language"] == frozenset()
     for pattern, message in (
         ("language=sww", "matches none of 5 features; did you mean 'language=sw'"),
         ("sw", "'sw' matches none of 5 features"),
         ("(", "is no regular expression"),
+        ("language=xh", "matches no feature that is trained on: there is: task=ner, task=qa, lan"),
     ):
         with pytest.raises(ValueError, match=message):
-            trained_values.matching(SPACE, (pattern,))
+            trained_values.matching(SPACE, (pattern,), COLUMNS)
 
 
 def test_a_mask_broadcasts_against_every_bank():
-    chosen = trained_values.matching(SPACE, ("language=(sw|xh)",))
+    chosen = trained_values.matching(SPACE, ("language=(sw|xh)",), COLUMNS)
     found = trained_values.mask(make_banks(), SPACE, chosen)
     for kind, layer in LAYERS.items():
         for type_name, rows in (("task", [False, False]), ("language", [True, False, True])):

@@ -13,15 +13,19 @@ from flix_jax.adapters.tree import from_named, named_leaves
 Tree = Mapping[str, Any]
 
 
-def matching(space: FeatureSpace, patterns: Sequence[str]) -> dict[str, frozenset[str]]:
+def matching(
+    space: FeatureSpace, patterns: Sequence[str], columns: Mapping[str, Sequence[str]]
+) -> dict[str, frozenset[str]]:
     """type -> the values that some pattern matches; every type is there.
 
     Args:
       space: the features; their values must be known.
       patterns: regular expressions that match the whole of 'type=value'.
+      columns: type -> the values that training examples have.
 
     Raises:
-      ValueError: when a pattern is malformed or matches nothing, with the nearest names.
+      ValueError: when a pattern is malformed, or matches nothing, with the nearest names, or only
+        what no training example has.
     """
     names = {f"{t.name}={v}": (t.name, v) for t in space.types for v in t.known_values}
     found: dict[str, set[str]] = {t.name: set() for t in space.types}
@@ -34,6 +38,13 @@ def matching(space: FeatureSpace, patterns: Sequence[str]) -> dict[str, frozense
         if not matched:
             raise ValueError(
                 f"{pattern!r} matches none of {len(names)} features; {did_you_mean(pattern, names)}"
+            )
+        if not any(value in columns.get(name, ()) for name, value in matched):
+            raise ValueError(
+                f"{pattern!r} matches no feature that is trained on: there is: "
+                + ", ".join(
+                    f for f, (name, value) in names.items() if value in columns.get(name, ())
+                )
             )
         for type_name, value in matched:
             found[type_name].add(value)

@@ -103,13 +103,16 @@ class Job:
         adapters, self.space = run.adapters, None
         self.trained_values: dict[str, frozenset[str]] | None = None
         if adapters is not None:
-            self.space = adapters.space.complete(cells_lib.columns(self.split.train))
+            columns = cells_lib.columns(self.split.train)
+            self.space = adapters.space.complete(columns)
             adapters = dataclasses.replace(adapters, space=self.space)
             for cell in self.split.cells:
                 self.space.encode(cell.annotations())  # an unknown value may be an error
             if run.train_values is not None:
                 try:
-                    self.trained_values = trained_values.matching(self.space, run.train_values)
+                    self.trained_values = trained_values.matching(
+                        self.space, run.train_values, columns
+                    )
                 except ValueError as error:
                     raise ValueError(f"Run.train_values: {error}") from None
         ensembles.check(run, self.space)
