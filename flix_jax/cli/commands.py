@@ -151,6 +151,30 @@ def _typed() -> Iterator[str]:
             return
 
 
+def plan(arguments: argparse.Namespace) -> None:
+    from flix_jax.experiments import topology
+
+    topology.use(arguments.topology)  # before JAX starts
+    run, config = _build(arguments, arguments.gin_file)
+    from flix_jax.evaluation import files
+    from flix_jax.experiments import plan, plan_text
+
+    with config.placing_errors():
+        place = topology.find(arguments.topology)
+        if arguments.search:
+            if not place.devices:
+                raise UsageError(f"--search compiles, and {place.missing}")
+            plans = plan.search(run, place, lambda *done: print(plan_text.line(*done), flush=True))
+            if not plans:
+                raise UsageError(f"no mesh of {place.count} devices suits the run")
+            text = f"{plan_text.ranking(plans)}\n\n{plan_text.to_markdown(plans[0])}"
+        else:
+            text = plan_text.to_markdown(plan.make(run, place))
+    print(text)
+    if arguments.out is not None:
+        files.write_text(arguments.out, text)
+
+
 def submission(arguments: argparse.Namespace) -> None:
     run, config = _build(arguments, _saved_config(arguments))
     from flix_jax.experiments.submission import write_submission

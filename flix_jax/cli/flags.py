@@ -254,6 +254,31 @@ def make_parser() -> argparse.ArgumentParser:
     _add_run_dir(train, "folder of the run; local or in a bucket (gs://...)")
     _add_gin(train, required=True)
 
+    plan = _command(
+        parsers,
+        "plan",
+        commands.plan,
+        "what a run needs of a pod, with none here",
+        "Compiles the run's training step and its decoding for a topology and prints memory by\n"
+        "kind, whether it fits, step time, collectives, and what would help. TPUs are compiled\n"
+        "for by their own compiler (extra 'tpu'), which needs none; without it the analytic part\n"
+        "is printed.",
+        "  flix plan --gin_file=configs/experiments/xtreme_up.gin --topology=v5e:8x8 \\\n"
+        "      --gin.DATA_DIR=\"'data/xtreme_up_v1.1'\" --gin.BASE=\"'mt5_base'\" \\\n"
+        "      --gin.VOCABULARY=\"'mc4.model'\"",
+    )
+    plan.add_argument(
+        "--topology",
+        required=True,
+        metavar="KIND:SHAPE",
+        help="v5e:16x16, v4:4x4x4, v5p:8x8x8, v6e:16x16, several slices v5e:16x16*2, or cpu:8",
+    )
+    plan.add_argument(
+        "--search", action="store_true", help="try meshes, remat and microbatches, and rank them"
+    )
+    plan.add_argument("--out", metavar="FILE", help="markdown file to write, too")
+    _add_gin(plan, required=True)
+
     evaluate = _command(
         parsers,
         "evaluate",

@@ -34,7 +34,7 @@ from flix_jax.experiments.run_folder import (
 )
 from flix_jax.experiments.scoring import check_evaluation
 from flix_jax.interop import bases
-from flix_jax.models.encoder_decoder import EncoderDecoder
+from flix_jax.models.encoder_decoder import EncoderDecoder, Layout
 from flix_jax.models.t5 import Transformer
 from flix_jax.training import optimizers, partitioning
 from flix_jax.training.checkpoints import Checkpoints, digest
@@ -76,18 +76,27 @@ class Job:
     """
 
     def __init__(
-        self, run: Run, run_dir: epath.PathLike, *, bases_dir: epath.PathLike | None = None
+        self,
+        run: Run,
+        run_dir: epath.PathLike,
+        *,
+        bases_dir: epath.PathLike | None = None,
+        mesh: Any = None,
     ) -> None:
-        """See the class; ``bases_dir`` is where a base that is a run lives.
+        """See the class.
 
-        By default that is where it was trained, and ``<run_dir>/bases`` if it was not yet.
+        Args:
+          run, run_dir: see the class.
+          bases_dir: where a base that is a run lives; by default where it was trained, and
+            ``<run_dir>/bases`` if it was not yet.
+          mesh: devices in place of those that are here, to compile for; may be abstract.
         """
         self.run = run
         self.run_dir = epath.Path(run_dir)
         check_folder(run, self.run_dir)
         check_installed(run.wandb_project)
         self._bases_dir = _bases_dir(self.run_dir, bases_dir)
-        self.mesh = run.mesh.make()
+        self.mesh = run.mesh.make() if mesh is None else mesh
         if jax.default_backend() == "cpu":
             keep_freed_memory()
         partitioning.check_batch_size(self.mesh, run.batch_size, run.microbatches)
@@ -124,6 +133,7 @@ class Job:
             label_smoothing=run.label_smoothing,
             z_loss=run.z_loss,
             eos_id=run.vocabulary.eos_id,
+            layout=Layout(self.mesh.abstract_mesh, partitioning.ACTIVATION_AXIS_RULES),
         )
         self.parameters = Parameters(
             self.model, self.batch_shapes(1), self.mesh, adapters is not None, run.trainable
@@ -197,6 +207,12 @@ class Job:
             owned += [[f"{name}={value}", f"{count:,}"] for value, count in values.items()]
         return f"{report.table()}\n\n{text_tables.plain(owned)}"
 
+    @property
+    def frozen_template(self) -> Any:
+        """The frozen parameters as `jax.ShapeDtypeStruct`, in the dtype that they are kept in."""
+        frozen, dtype = self.parameters.templates[1], self.run.frozen_dtype
+        return frozen if dtype is None else _of_dtype(frozen, dtype)
+
     def load_base(self) -> Any | None:
         """The parameters of the base, whole; None for random ones.
 
@@ -210,8 +226,8 @@ class Job:
             return None
         template = self.parameters.base_template
         if not isinstance(self.run.base, Run) and bases.kind(self.base_dir) is not None:
-            if self.run.frozen_dtype is not None and self.run.adapters is not None:
-                template = _of_dtype(template, self.run.frozen_dtype)
+            if self.run.adapters is not None:
+                template = self.frozen_template
             return bases.load_parameters(self.base_dir, self.run.model, template)
         if not (self.base_dir / "checkpoints").exists():
             raise ValueError(

@@ -239,7 +239,9 @@ class _Group:
         adapters = self.lead.model.adapters
         assert adapters is not None
         self.model = dataclasses.replace(
-            self.lead.model, adapters=dataclasses.replace(adapters, space=self.wide, alpha=None)
+            self.lead.model,
+            adapters=dataclasses.replace(adapters, space=self.wide, alpha=None),
+            layout=None,  # every device has trials of its own
         )
         self.optimizers = [job.optimizer() for job in self.jobs]
         self.templates = [

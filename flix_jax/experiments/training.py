@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import optax
 from etils import epath
 from jax.experimental import multihost_utils
 
@@ -102,14 +103,7 @@ def train(
         fit(
             state,
             frozen,
-            step_fn=jax.jit(
-                train_step(job.model.loss, optimizer, microbatches=run.microbatches),
-                donate_argnums=0,
-                out_shardings=(
-                    jax.tree.map(lambda x: x.sharding, template),
-                    partitioning.replicated(job.mesh),
-                ),
-            ),
+            step_fn=step_program(job, optimizer, template),
             seed=run.seed,
             batches=batches,
             checkpoints=checkpoints,
@@ -121,6 +115,18 @@ def train(
             judge=scoring.judge(run, job.split),
         )
     return job
+
+
+def step_program(job: Job, optimizer: optax.GradientTransformation, template: TrainState) -> Any:
+    """A run's training step, jitted; `template` is its state with shardings."""
+    return jax.jit(
+        train_step(job.model.loss, optimizer, microbatches=job.run.microbatches),
+        donate_argnums=0,
+        out_shardings=(
+            jax.tree.map(lambda x: x.sharding, template),
+            partitioning.replicated(job.mesh),
+        ),
+    )
 
 
 def train_base(

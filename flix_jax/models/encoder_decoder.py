@@ -8,7 +8,7 @@ calling interface (`__call__`, `encode`, `decode`), T5X's own networks among the
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -34,6 +34,19 @@ _FLOAT_INPUTS = ("decoder_loss_weights", "feature_weights")
 
 
 @dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where activations lie on a mesh.
+
+    Attributes:
+      mesh: of the devices.
+      rules: logical name of an activation's axis -> mesh axes, as `flax.linen.logical_axis_rules`.
+    """
+
+    mesh: jax.sharding.AbstractMesh
+    rules: tuple[tuple[str, str | tuple[str, ...] | None], ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class EncoderDecoder:
     """An encoder-decoder, its adapters, its loss and its decoding. Hashable: a static argument.
 
@@ -51,6 +64,7 @@ class EncoderDecoder:
       members: with more than one, an ensemble: `feature_ids` are [batch, members], each row is
         decoded with one id at a time, and every token is taken by the mean of the logits of the
         ids that are present (of the network alone where none is). For `predict` only.
+      layout: where the activations lie; None leaves it to the compiler.
       settings: dropout rates and scales in place of the feature space's own, to be set within a
         trace: arrays, so they are no part of what a model is equal by.
     """
@@ -61,6 +75,7 @@ class EncoderDecoder:
     z_loss: float = 0.0
     eos_id: int = 1
     members: int = 1
+    layout: Layout | None = None
     settings: FeatureSettings | None = dataclasses.field(default=None, compare=False)
 
     def __post_init__(self) -> None:
@@ -90,7 +105,8 @@ class EncoderDecoder:
             for name, shape in batch_shapes.items()
         }
         check_tokens(batch)
-        with self._injected(self._active(batch, None), deterministic=True):
+        apart = dataclasses.replace(self, layout=None)  # parameters' own axes have those names, too
+        with apart._injected(self._active(batch, None), deterministic=True):
             variables = self.module.init({"params": rng}, **_inputs(batch), enable_dropout=False)
         return variables["params"]
 
@@ -372,12 +388,16 @@ class EncoderDecoder:
             settings=self.settings,
         )
 
-    def _injected(
-        self, active: ActiveFeatures | None, *, deterministic: bool
-    ) -> contextlib.AbstractContextManager[None]:
-        if self.adapters is None or active is None:
-            return contextlib.nullcontext()
-        return inject(self.adapters, active, deterministic=deterministic)
+    @contextlib.contextmanager
+    def _injected(self, active: ActiveFeatures | None, *, deterministic: bool) -> Iterator[None]:
+        """The context of a call of the network: its adapters, and where its activations lie."""
+        with contextlib.ExitStack() as stack:
+            if self.layout is not None:
+                stack.enter_context(jax.sharding.use_abstract_mesh(self.layout.mesh))
+                stack.enter_context(nn.logical_axis_rules(self.layout.rules))
+            if self.adapters is not None and active is not None:
+                stack.enter_context(inject(self.adapters, active, deterministic=deterministic))
+            yield
 
 
 _TOKENS = ("encoder_input_tokens", "decoder_input_tokens", "decoder_target_tokens")

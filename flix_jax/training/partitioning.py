@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "model")
 BATCH_AXES = ("data", "fsdp")
+_AXIS_TYPES = (jax.sharding.AxisType.Auto,) * len(AXES)
 
 #: Logical axis name -> mesh axes; the names are T5X's, and the adapters' own two at the end.
 LOGICAL_AXIS_RULES: tuple[tuple[str, str | None], ...] = (
@@ -31,6 +32,18 @@ LOGICAL_AXIS_RULES: tuple[tuple[str, str | None], ...] = (
     ("layers", None),
     ("features", None),
     ("rank", None),
+)
+
+
+#: The same for activations: split by their batch, and never by the width that layers share.
+ACTIVATION_AXIS_RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
+    ("batch", BATCH_AXES),
+    ("length", None),
+    ("embed", None),
+    ("heads", "model"),
+    ("kv", None),
+    ("mlp", "model"),
+    ("vocab", "model"),
 )
 
 
@@ -67,16 +80,27 @@ class MeshSpec:
           ValueError: the sizes do not multiply to the number of devices.
         """
         devices = list(jax.devices() if devices is None else devices)
+        return jax.make_mesh(
+            self._sizes_of(len(devices)), AXES, axis_types=_AXIS_TYPES, devices=devices
+        )
+
+    def abstract(self, count: int) -> jax.sharding.AbstractMesh:
+        """The mesh over `count` devices that need not be there: shapes, and nothing compiled.
+
+        Raises:
+          ValueError: as `make`.
+        """
+        return jax.sharding.AbstractMesh(self._sizes_of(count), AXES, axis_types=_AXIS_TYPES)
+
+    def _sizes_of(self, count: int) -> tuple[int, ...]:
         known = math.prod(size for size in self.sizes if size != -1)
-        sizes = tuple(len(devices) // known if size == -1 else size for size in self.sizes)
-        if math.prod(sizes) != len(devices):
+        sizes = tuple(count // known if size == -1 else size for size in self.sizes)
+        if math.prod(sizes) != count:
             raise ValueError(
                 f"Mesh(data={self.data}, fsdp={self.fsdp}, model={self.model}) does not fit "
-                f"{len(devices)} device(s)"
+                f"{count} device(s)"
             )
-        return jax.make_mesh(
-            sizes, AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES), devices=devices
-        )
+        return sizes
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -1,0 +1,302 @@
+"""What a run needs of a machine that is not here: its very programs, compiled for it and read."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from flix_jax.adapters import tree
+from flix_jax.experiments import compiled as reading
+from flix_jax.experiments.job import Job
+from flix_jax.experiments.run import RANDOM, Run
+from flix_jax.experiments.topology import Topology
+from flix_jax.experiments.training import step_program
+from flix_jax.training import partitioning
+from flix_jax.training.partitioning import MeshSpec
+
+_FOLDER = "plan-of-no-run"  # in which nothing is written
+_SHARE_FOR_COMPILER = 0.25 / 16  # of the memory, which the compiler keeps: 0.25 of a v5e's 16 GiB
+_FLOATS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A program on one device, as the compiler sees it; bytes.
+
+    Attributes:
+      arguments: what it is given and keeps.
+      temporaries: what it needs while it runs.
+      outputs: what it makes, where that does not take the place of arguments.
+      code: of the program.
+      cycles: estimated, without collectives; 0 where the compiler estimates none.
+      collectives: by kind.
+      compile_seconds: on this machine.
+      refused: what the compiler said if it did not fit; then the rest is 0.
+    """
+
+    compile_seconds: float
+    arguments: int = 0
+    temporaries: int = 0
+    outputs: int = 0
+    code: int = 0
+    cycles: int = 0
+    collectives: Mapping[str, reading.Collective] = dataclasses.field(default_factory=dict)
+    refused: str = ""
+
+    @property
+    def memory(self) -> int:
+        """All that it needs at once."""
+        return self.arguments + self.temporaries + self.outputs + self.code
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a run needs on a topology.
+
+    Attributes:
+      topology: the devices.
+      run: the run.
+      mesh: axis -> size.
+      parameters: 'base' and 'trained' -> how many.
+      state: what a device holds while training, bytes: 'base', 'trained', 'optimizer', 'batch'.
+      logits: bytes of the logits of one microbatch on a device, float32.
+      flops: of the model in a step, on all devices (see `model_flops`).
+      train, decode: the programs; None where there is no compiler.
+    """
+
+    topology: Topology
+    run: Run
+    mesh: Mapping[str, int]
+    parameters: Mapping[str, int]
+    state: Mapping[str, int]
+    logits: int
+    flops: float
+    train: Program | None = None
+    decode: Program | None = None
+
+    @property
+    def room(self) -> float:
+        """Bytes that a program may have on a device; infinite where that is not known."""
+        chip = self.topology.chip
+        return math.inf if chip is None else chip.memory * (1 - _SHARE_FOR_COMPILER)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the programs fit, or without a compiler, whether what they are given does."""
+        if self.train is None or self.decode is None:
+            return sum(self.state.values()) <= self.room
+        programs = (self.train, self.decode)
+        return all(not p.refused and p.memory <= self.room for p in programs)
+
+    @property
+    def step_seconds(self) -> tuple[float, float] | None:
+        """Of a training step: if collectives cost nothing, and if none ran beside products."""
+        chip = self.topology.chip
+        if chip is None or self.train is None or not self.train.cycles:
+            return None
+        least = self.train.cycles / chip.clock
+        moved = sum(c.nbytes for c in self.train.collectives.values())
+        return least, least + moved / chip.link
+
+
+def make(run: Run, topology: Topology) -> Plan:
+    """Compiles a run's training step and greedy decoding for a topology; nothing is computed.
+
+    Args:
+      run: whose data must be there, for they say which features there are; its base need not be.
+      topology: as `topology.find` gives it.
+
+    Raises:
+      ValueError: what `Job` refuses; a mesh that does not fit the devices.
+    """
+    run = dataclasses.replace(run, base=RANDOM, seen_by_base=(), adapters_from=None)
+    if not topology.devices:
+        return _without_compiler(run, topology)
+    job = Job(run, _FOLDER, mesh=run.mesh.make(topology.devices))
+    plan = _analytic(job, topology)
+    return dataclasses.replace(plan, train=_train(job), decode=_decode(job))
+
+
+def search(
+    run: Run, topology: Topology, done: Callable[[Run, Plan | ValueError], None]
+) -> list[Plan]:
+    """Plans with other meshes, and for each, other remat and microbatches until it fits.
+
+    Args:
+      run, topology: as in `make`; a compiler is needed.
+      done: is told of every plan, or why there is none.
+
+    Returns:
+      Those that fit first, then by the time of a step.
+    """
+    found = []
+    for changed in _meshes(run, topology.count):
+        for variant in _savings(changed):
+            try:
+                plan = make(variant, topology)
+            except ValueError as error:  # a dimension that the mesh does not divide, a batch
+                done(variant, error)
+                break
+            found.append(plan)
+            done(variant, plan)
+            if plan.fits:
+                break
+    return sorted(found, key=lambda p: (not p.fits, (p.step_seconds or (0.0, 0.0))[1]))
+
+
+def model_flops(job: Job) -> float:
+    """Multiplications and additions of a step that the model asks for, over the whole batch.
+
+    The products with kernels and within attention, forward and for the gradients with respect to
+    activations, and for those with respect to what is trained; of adapters the columns of an
+    example's own features. What rematerialisation does again is not counted.
+    """
+    run, config = job.run, job.run.model
+    inputs = run.batch_size * run.inputs_length
+    targets = run.batch_size * run.targets_length
+    times = 3 if run.trains_everything else 2
+    total = 0.0
+    for path, leaf in tree.named_leaves(job.parameters.base_template):
+        if path[-1] != "kernel":
+            continue
+        tokens = inputs if path[0] == "encoder" else targets
+        if "encoder_decoder_attention" in path and path[-2] in ("key", "value"):
+            tokens = inputs
+        total += times * 2.0 * tokens * math.prod(leaf.shape)
+    adapters = job.parameters.templates[0] if job.space is not None else {}
+    for path, leaf in tree.named_leaves(adapters):
+        tokens = inputs if path[0] == "encoder" else targets
+        if "encoder_decoder_attention" in path and path[-4] in ("key", "value"):
+            tokens = inputs
+        assert job.space is not None
+        of = job.space.type(path[-2])
+        per_column = math.prod(leaf.shape) / (of.num_values * of.max_rank)
+        total += 3 * 2.0 * tokens * per_column * of.slots * of.max_rank
+    if config.logits_via_embedding:
+        total += times * 2.0 * targets * config.emb_dim * config.vocab_size
+    width = config.num_heads * config.head_dim
+    attended = config.num_encoder_layers * run.inputs_length**2 + config.num_decoder_layers * (
+        run.targets_length**2 + run.targets_length * run.inputs_length
+    )
+    return total + 3 * 4.0 * run.batch_size * width * attended
+
+
+def _without_compiler(run: Run, topology: Topology) -> Plan:
+    return _analytic(Job(run, _FOLDER, mesh=run.mesh.abstract(topology.count)), topology)
+
+
+def _analytic(job: Job, topology: Topology) -> Plan:
+    """What follows from shapes and shardings alone."""
+    run = job.run
+    state = job.parameters.state_template(job.optimizer())
+    kinds = {
+        "base": job.frozen_template,
+        "trained": state.trained,
+        "optimizer": state.opt_state,
+        "batch": _batch(job, run.batch_size),
+    }
+    held = {kind: _held(shapes) for kind, shapes in kinds.items()}
+    shards = partitioning.batch_shards(job.mesh) * run.microbatches
+    rows = run.batch_size // shards
+    vocabulary = run.model.vocab_size // job.mesh.shape["model"]
+    return Plan(
+        topology=topology,
+        run=run,
+        mesh=dict(job.mesh.shape),
+        parameters={kind: tree.count_parameters(kinds[kind]) for kind in ("base", "trained")},
+        state=held,
+        logits=rows * run.targets_length * vocabulary * _FLOATS,
+        flops=model_flops(job),
+    )
+
+
+def _batch(job: Job, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    sharding = partitioning.batch_sharding(job.mesh)
+    return {
+        name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
+        for name, shape in job.batch_shapes(batch_size).items()
+    }
+
+
+def _held(shapes: Any) -> int:
+    """Bytes of arrays on one device."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(shapes)
+    )
+
+
+def _train(job: Job) -> Program:
+    optimizer = job.optimizer()
+    state = job.parameters.state_template(optimizer)
+    program = step_program(job, optimizer, state)
+    seed = jax.ShapeDtypeStruct((), jnp.int32, sharding=partitioning.replicated(job.mesh))
+    batch = _batch(job, job.run.batch_size)
+    return _compile(lambda: program.lower(state, job.frozen_template, batch, seed))
+
+
+def _decode(job: Job) -> Program:
+    run, trained = job.run, job.parameters.templates[0]
+    wanted = ("encoder_input_tokens", "feature_ids")
+    batch = _batch(job, run.evaluation.batch_size)
+    batch = {name: shape for name, shape in batch.items() if name in wanted}
+    program = jax.jit(
+        functools.partial(job.model.predict, max_length=run.targets_length),
+        out_shardings=partitioning.replicated(job.mesh),
+    )
+    return _compile(lambda: program.lower(tree.join(job.frozen_template, trained), batch))
+
+
+def _compile(lower: Callable[[], Any]) -> Program:
+    started = time.monotonic()
+    try:
+        done = lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        text = " ".join(str(error).split())
+        told = re.search(r"(?:total memory required|Used|Attempted)[^.]*\.\d+\w[^.]*\.\d+\w", text)
+        reason = told[0] if told else text.removeprefix("RESOURCE_EXHAUSTED: ")[:200]
+        return Program(time.monotonic() - started, refused=reason)
+    seconds = time.monotonic() - started
+    sizes: Any = done.memory_analysis()
+    read = reading.read(done.as_text())
+    return Program(
+        compile_seconds=seconds,
+        arguments=sizes.argument_size_in_bytes,
+        temporaries=sizes.temp_size_in_bytes,
+        outputs=sizes.output_size_in_bytes - sizes.alias_size_in_bytes,
+        code=sizes.generated_code_size_in_bytes,
+        cycles=read.cycles,
+        collectives=read.collectives,
+    )
+
+
+def _meshes(run: Run, count: int) -> Iterator[Run]:
+    """The run on every mesh of powers of two whose batch is spread evenly."""
+    for model in (2**i for i in range(count.bit_length())):
+        for fsdp in (2**i for i in range(count.bit_length())):
+            data, rest = divmod(count, model * fsdp)
+            if data and not rest and not run.batch_size % (data * fsdp * run.microbatches):
+                yield dataclasses.replace(run, mesh=MeshSpec(data=data, fsdp=fsdp, model=model))
+
+
+def _savings(run: Run) -> Iterator[Run]:
+    """The run, then with full remat, then with more microbatches: each needs less memory."""
+    yield run
+    if run.model.remat != "full":
+        run = dataclasses.replace(run, model=dataclasses.replace(run.model, remat="full"))
+        yield run
+    shards = run.mesh.data * run.mesh.fsdp
+    more = run.microbatches * 2
+    while not run.batch_size % (shards * more):
+        yield dataclasses.replace(run, microbatches=more)
+        more *= 2
