@@ -12,6 +12,7 @@ from tiny_runs import make_base_run, write_words
 from flix_jax.adapters import tree
 from flix_jax.adapters.features import FeatureSpace, FeatureType
 from flix_jax.adapters.injection import AdapterSpec
+from flix_jax.data.cells import Cell
 from flix_jax.experiments import inference, prediction, requests, training
 from flix_jax.experiments.chat import chat
 from flix_jax.experiments.job import Job
@@ -129,17 +130,22 @@ def test_a_lora_is_used_and_lines_without_features_are_refused(infer, run, bases
     lines = [{"input": "abc"}, {"input": "fed", "language": "zz"}]
     infer(lines, run=trial, run_dir=tmp_path / "lora")
     assert infer.said == []
+    with pytest.raises(ValueError, match="override has no effect without features"):
+        infer(lines, run=trial, run_dir=tmp_path / "lora", override=True)
     with pytest.raises(ValueError, match=r"in.jsonl:1: no known feature of task, language"):
         infer(lines)
     infer(lines, features="task=up")
-    assert infer.said == ["1 of 2 lines have an unknown language and run without one"]
+    assert infer.said == [
+        "1 of 2 lines have an unknown language and run without one",
+        "1 of 2 lines have no language",
+    ]
 
 
 def test_inputs_that_are_too_long_are_cut_and_counted(infer):
     long, same, short = "ab" * 50, "ab" * 39 + "a", "abc"
     lines = [{"input": short}, {"input": long}, {"input": same}]
     first, cut, whole_one = infer(lines, features="task=up")
-    (said,) = infer.said
+    said = infer.said[-1]
     assert said.startswith("1 of 3 inputs are cut at Run.inputs_length=80 tokens: of ")
     assert said.endswith("in.jsonl:2")
     assert cut["prediction"] == whole_one["prediction"]
@@ -184,6 +190,32 @@ def test_weights_are_of_the_sum(infer, run, whole, bases_dir):
         np.testing.assert_allclose(line["scores"], scores[0], rtol=1e-4, atol=2e-6)
 
 
+def test_an_output_that_cannot_be_written_is_refused_first(infer, tmp_path, monkeypatch):
+    (tmp_path / "folder").mkdir()
+    monkeypatch.setattr(prediction, "Predictor", None)
+    with pytest.raises(ValueError, match="folder: is a folder, expected a file to write"):
+        infer(MIXED, output="folder")
+
+
+def test_what_was_predicted_before_is_replaced(infer):
+    before = [{**line, "prediction": "p", "predictions": ["p"], "scores": [0.0]} for line in MIXED]
+    assert infer(before) == infer(MIXED)
+
+
+def test_a_language_has_the_annotations_of_its_cells(tmp_path):
+    source = tmp_path / "in.jsonl"
+    lines = [{"language": "x"}, {"language": ["x"]}, {"language": {"x": 1, "y": 1}}, {}]
+    source.write_text("".join(json.dumps({"input": "a", "task": "up", **x}) + "\n" for x in lines))
+    family = FeatureType("family", ("Bantu", "Romance"))
+    space = FeatureSpace((*SPACE.types, family))
+    cells = [Cell("up", language, extra=(("family", "Bantu"),)) for language in "xy"]
+    said: list[str] = []
+    read = requests.read(source, space, "", cells=cells, say=said.append)
+    assert [r.annotations.get("family") for r in read] == ["Bantu", "Bantu", None, None]
+    assert read[1].annotations["cell"] == "up/x"
+    assert said == ["2 of 4 lines have no family", "1 of 4 lines have no language"]
+
+
 def test_a_list_of_features_is_their_sum(infer):
     one = infer([{"input": w, "task": "up", "language": ["x", "y"]} for w in WORDS])
     other = infer([{"input": w, "task": "up", "language": {"x": 1, "y": 1}} for w in WORDS])
@@ -202,7 +234,7 @@ def test_lines_say_what_they_are_unless_overridden(infer):
 
 def test_text_is_read_line_by_line(infer):
     expected = infer([{"input": word} for word in ("ab", "", "déf")], features="task=up")
-    assert infer("ab\n\r\ndéf\n", source="in.txt", features="task=up") == expected
+    assert infer("\ufeffab\n\r\ndéf\n", source="in.txt", features="task=up") == expected
     assert infer("ab\n\ndéf", source="in", form="text", features="task=up") == expected
     assert infer("", source="in.txt", features="task=up") == []
     with pytest.raises(ValueError, match="unknown input form 'txt'; did you mean 'text'"):
@@ -217,7 +249,7 @@ def test_what_was_done_is_not_done_again(infer, monkeypatch, tmp_path):
 
     def fails_at_third(self, *args):
         called.append(args[1])
-        if len(called) == 2:
+        if called == [0, 2]:
             raise KeyboardInterrupt
         return predict(self, *args)
 
@@ -226,12 +258,16 @@ def test_what_was_done_is_not_done_again(infer, monkeypatch, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         infer(lines, **options)
     assert not (tmp_path / "again.jsonl").exists()
-    with pytest.raises(ValueError, match=r"again.jsonl.parts: .* another request \(features"):
-        infer(lines, features="language=x", **options)
-    assert infer(lines, **options) == expected
-    assert called == [0, 2, 2, 4]
-    assert infer.said == ["infer: 16 of 42 lines were there already"]
-    assert not (tmp_path / "again.jsonl.parts").exists()
+    (parts,) = tmp_path.glob("again.jsonl.parts-*")
+    other = infer(lines, features="language=x", **options)
+    assert len(other) == len(lines) and called == [0, 2, 0, 2, 4]
+    assert list(tmp_path.glob("again.jsonl.parts-*")) == [parts]  # others begin anew, in their own
+    del called[:]
+    called.append(None)
+    again = infer(lines, **options)
+    assert again == expected and called == [None, 2, 4]
+    assert infer.said[-1] == "infer: 16 of 42 lines were there already"
+    assert not list(tmp_path.glob("again.jsonl.parts-*"))
 
 
 def test_one_program_for_each_length(infer, caplog):
@@ -250,7 +286,7 @@ def test_one_program_for_each_length(infer, caplog):
     ("text", "features"),
     [
         ("task=up,language=x", {"task": {"up": 1.0}, "language": {"x": 1.0}}),
-        ("language=x:0.7, language = y:-.3", {"language": {"x": 0.7, "y": -0.3}}),
+        ("language=x:0.7, language = y : -.3", {"language": {"x": 0.7, "y": -0.3}}),
         ("", {}),
     ],
 )
@@ -271,6 +307,7 @@ def test_the_name_of_a_cell_may_have_a_colon():
         ("task=upp", "'upp' is no task; did you mean 'up'"),
         ("task=up:x", "'up:x' is no task"),
         ("task=up:inf", "weight inf of 'up': expected a finite number"),
+        ("task=up:1e39", "weight 1e\\+39 of 'up': expected a finite number of float32"),
         ("tsk=up", "no type 'tsk'; did you mean 'task'"),
         ("task=up,task=up:2", "task=up is named more than once"),
     ],
@@ -288,6 +325,8 @@ def test_features_that_there_are_not(text, says):
         ({"task": "up"}, "in.jsonl:2: expected a text in the field 'input'"),
         ({"input": "a", "task": {"up": "much"}}, "in.jsonl:2: weight 'much' of 'up'"),
         ({"input": "a", "task": []}, "in.jsonl:2: no known feature of task, language"),
+        ({"input": "a", "task": "up", "x": "\ud800"}, "in.jsonl:2: .* is half a character"),
+        ({"input": "a", "task": {"up": 10**400}}, "in.jsonl:2: weight 10"),
     ],
 )
 def test_lines_that_cannot_be_used(infer, line, says):

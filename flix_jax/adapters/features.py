@@ -12,9 +12,9 @@ spaces too:
 A type whose `values` are None takes them from the data: see `FeatureSpace.complete`.
 """
 
+import contextlib
 import dataclasses
 import json
-import math
 import numbers
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -195,17 +195,19 @@ def _weighted(value: Any) -> tuple[tuple[Any, float], ...]:
     if isinstance(value, bytes):
         value = value.decode()
     if isinstance(value, Mapping):
-        return tuple((name, _weight(name, weight)) for name, weight in value.items())
+        return tuple((name, check_weight(name, weight)) for name, weight in value.items())
     if isinstance(value, Sequence) and not isinstance(value, str):
         return tuple((one, 1.0) for one in value)
     return ((value, 1.0),)
 
 
-def _weight(name: Any, weight: Any) -> float:
-    number = isinstance(weight, numbers.Real) and not isinstance(weight, bool)
-    if not number or not math.isfinite(weight):
-        raise ValueError(f"weight {weight!r} of {name!r}: expected a finite number")
-    return float(weight)
+def check_weight(name: Any, weight: Any) -> float:
+    """The weight of a value; ValueError unless it is a number that float32 can hold."""
+    if isinstance(weight, numbers.Real) and not isinstance(weight, bool):
+        with contextlib.suppress(OverflowError):  # of integers
+            if abs(float(weight)) <= float(np.finfo(np.float32).max):
+                return float(weight)
+    raise ValueError(f"weight {weight!r} of {name!r}: expected a finite number of float32")
 
 
 @dataclasses.dataclass(frozen=True)

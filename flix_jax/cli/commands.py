@@ -115,16 +115,15 @@ def chat(arguments: argparse.Namespace) -> None:
     run, config = _build(arguments, _saved_config(arguments))
     from flix_jax.experiments import chat
 
-    how = _decoding(arguments)
-    if not how.sampling and arguments.beams is None:
-        how = dataclasses.replace(how, beams=4)
+    if arguments.beams is None and not arguments.sampling:
+        arguments.beams = 4
     with config.placing_errors():
         chat.chat(
             run,
             arguments.run_dir,
             _typed(),
             features=arguments.features,
-            decoding=how,
+            decoding=_decoding(arguments),
             step=arguments.step,
         )
 

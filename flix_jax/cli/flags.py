@@ -113,7 +113,7 @@ def _add_decoding(parser: Parser, text: str) -> Any:
     how.add_argument("--temperature", type=float, help="of drawing (default: 1)")
     how.add_argument("--top_k", type=int, metavar="K", help="draw from the K most probable tokens")
     how.add_argument("--top_p", type=float, metavar="P", help="draw from the nucleus of mass P")
-    how.add_argument("--seed", type=int, help="of drawing (default: 0)")
+    how.add_argument("--seed", type=_seed, help="of drawing (default: 0)")
     return how
 
 
@@ -131,6 +131,12 @@ def _add_exchange(parser: Parser, formats: tuple[str, ...]) -> None:
         metavar="NAME",
         help="of Hugging Face's: t5, mt5 or umt5 (default: as the network is)",
     )
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"expected a number below 2^32, got {text!r}")
+    return int(text)
 
 
 def _step(text: str) -> "Step":
@@ -184,7 +190,7 @@ def _add_features(parsers: Any) -> None:
     add.add_argument("--rank", type=int, metavar="N", help="of its update (default: the type's)")
     add.add_argument("--dropout", type=float, metavar="X", help="of it (default: the type's)")
     add.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of random starts (default: 0)"
+        "--seed", type=_seed, default=0, metavar="N", help="of random starts (default: 0)"
     )
     add.add_argument(
         "--languages",

@@ -75,6 +75,7 @@ class _Session:
     decoding: Decoding
     trained: Any = None
     frozen: Any = None
+    answered: int = 0
     _predictor: Predictor | None = None
 
     def standing(self) -> str:
@@ -105,7 +106,8 @@ class _Session:
         return self.standing()
 
     def _predict(self, text: str) -> str:
-        annotations = requests.as_of_a_cell(self.features)
+        of_languages = {cell.language: dict(cell.extra) for cell in self.job.split.cells}
+        annotations = requests.as_of_a_cell(self.features, of_languages)
         if self.job.space is not None:
             requests.check(annotations, self.job.space)
         if self._predictor is None:  # compiles when it is first called
@@ -118,7 +120,8 @@ class _Session:
                 rows=partitioning.batch_shards(self.job.mesh),
             )
         tokens, cut = self._predictor.tokens(text)
-        (found,) = self._predictor([(tokens, annotations)])
+        (found,) = self._predictor([(tokens, annotations)], self.answered)
+        self.answered += 1  # so that the same text is drawn for anew
         lines = [f"(cut at {len(tokens)} tokens)"] if cut else []
         if not found.scores:
             return "\n".join([*lines, found.texts[0]])

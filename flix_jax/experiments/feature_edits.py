@@ -55,6 +55,7 @@ def add(
         that it cannot be made of, and a rank that has no effect.
     """
     of, value = _parse(feature, adapters.space)
+    _check_name(of, value)
     if value in of.known_values:
         raise ValueError(f"{feature}: is there already, expected a new {of.name}")
     kind, colon, given = init.partition(":")
@@ -80,6 +81,8 @@ def add(
         new, how = _of_lora(adapters, banks, of, value, given, seed)
     else:
         named = tuple(filter(None, given.split(","))) if given else of.known_values
+        if len(set(named)) != len(named):
+            raise ValueError(f"init {init!r}: names a value more than once")
         if kind == FAMILY_MEAN:
             named = _family(of, value, languages)
         new, kept = values.mean(banks, of, named, start, adapters.alpha)
@@ -139,6 +142,19 @@ def table(adapters: Adapters) -> str:
             norm, count = norms[of.name][value], counts[of.name][value]
             lines.append([of.name, value, str(rank), f"{dropout:g}", f"{norm:.4g}", f"{count:,}"])
     return text_tables.plain(lines)
+
+
+def _check_name(of: FeatureType, value: str) -> None:
+    """ValueError for a name that features on a command line would not be read as."""
+    if "," in value or not value.isprintable():
+        raise ValueError(f"{of.name}={value!r}: expected a name without commas and line breaks")
+    head, colon, tail = value.rpartition(":")
+    try:
+        float(tail)
+    except ValueError:
+        return
+    if colon and head in of.known_values:
+        raise ValueError(f"{of.name}={value}: would be read as {of.name}={head} with a weight")
 
 
 def _parse(feature: str, space: FeatureSpace) -> tuple[FeatureType, str]:

@@ -81,10 +81,13 @@ class Predictor:
           costs without them; possible where all examples have the same features. 'auto' does where
           that is so and the base is float32; 'always' refuses several sets; 'never'.
         """
+        if jax.process_count() > 1:
+            raise ValueError(f"{jax.process_count()} processes: texts are predicted for by one")
         self._vocabulary = job.run.vocabulary.build()
         self._eos_id = job.run.vocabulary.eos_id
         self._longest = job.run.inputs_length
         self._rows, self._how = rows, how
+        _check_fold(fold, adapted=job.space is not None)
         adapters = job.model.adapters
         self._space = None if job.space is None else job.space.room_for(examples)
         if adapters is not None and self._space is not None:
@@ -202,9 +205,14 @@ def _program(
     return jax.jit(program, out_shardings=sharding)
 
 
-def _folds(fold: str, run: Run, sets: int) -> bool:
+def _check_fold(fold: str, *, adapted: bool) -> None:
     if fold not in FOLDS:
         raise ValueError(f"unknown fold {fold!r}; {did_you_mean(fold, FOLDS)}")
+    if fold == ALWAYS and not adapted:
+        raise ValueError("fold 'always': the run has no adapters")
+
+
+def _folds(fold: str, run: Run, sets: int) -> bool:
     if fold == ALWAYS and sets != 1:
         raise ValueError(f"fold 'always': the lines have {sets} sets of features, expected one")
     plain = run.frozen_dtype in (None, "float32")  # else rounding would change what is folded
@@ -228,7 +236,8 @@ def infer(
 ) -> int:
     """Predicts for every line of a file, in its order; begun again, it goes on where it stood.
 
-    What is done lies in ``<output>.parts``, some lines to a file, until all is.
+    What is done lies beside the output, in ``<output>.parts-<digest of the request>``, some lines
+    to a file, until all is.
     `Evaluation.ensemble` is of evaluations: a line runs on its own cell's adapter alone.
 
     Args:
@@ -244,11 +253,19 @@ def infer(
       The number of lines.
 
     Raises:
-      ValueError: a line that cannot be used, with file and line number; parts of another request;
-        or as in ``inference.evaluate``.
+      ValueError: a line that cannot be used, with file and line number; an output that is a folder;
+        several processes; or as in ``inference.evaluate``.
     """
     job = Job(run, run_dir, bases_dir=bases_dir)
-    asked = requests.read(input_path, job.space, features, form=form, override=override, say=say)
+    asked = requests.read(
+        input_path,
+        job.space,
+        features,
+        form=form,
+        override=override,
+        cells=job.split.cells,
+        say=say,
+    )
     trained, frozen, found = inference.restore(job, step)
     identity = {
         "run": run.fingerprint(),
@@ -298,6 +315,8 @@ def infer(
 
 def _line(request: Request, prediction: Prediction) -> str:
     line = {**request.record, "prediction": prediction.texts[0]}
+    for name in ("predictions", "scores"):  # of a file that was predicted for before
+        line.pop(name, None)
     if prediction.scores:
         line["predictions"] = list(prediction.texts)
         line["scores"] = [round(score, 6) for score in prediction.scores]
@@ -305,23 +324,18 @@ def _line(request: Request, prediction: Prediction) -> str:
 
 
 class _Parts:
-    """The lines of an output that are done, beside it, until all are."""
+    """The lines of an output that are done, beside it, until all are.
+
+    The folder is named by what is asked for, so that no request finds the lines of another.
+    """
 
     def __init__(self, output: epath.PathLike, identity: Mapping[str, str]) -> None:
-        """ValueError where there are parts of something else."""
+        """ValueError where the output cannot be written."""
         self._output = epath.Path(output)
-        self._folder = epath.Path(f"{os.fspath(output)}.parts")
-        note = self._folder / "request.json"
-        there = files.read_json(note)
-        begun = self._folder.exists() and any(self._folder.glob("*.jsonl"))
-        if there is None or not begun:
-            files.write_json(note, dict(identity))
-        elif there != identity:
-            differs = [name for name in identity if there.get(name) != identity[name]]
-            raise ValueError(
-                f"{self._folder}: predictions of another request ({', '.join(differs)} differ); "
-                "finish that, remove the folder, or name another output"
-            )
+        if self._output.is_dir():
+            raise ValueError(f"{output}: is a folder, expected a file to write")
+        mark = hashlib.sha256(json.dumps(dict(identity), sort_keys=True).encode()).hexdigest()
+        self._folder = epath.Path(f"{os.fspath(output)}.parts-{mark[:12]}")
 
     def _path(self, start: int) -> epath.Path:
         return self._folder / f"{start:09d}.jsonl"
@@ -333,9 +347,13 @@ class _Parts:
         files.write_text(self._path(start), "".join(line + "\n" for line in lines))
 
     def join(self, starts: Sequence[int]) -> None:
-        """Makes the output of its parts."""
+        """Makes the output of its parts; ValueError where another process has taken them away."""
+        for start in starts:
+            if not self.has(start):
+                raise ValueError(f"{self._path(start)} is gone: does the same command run twice?")
         files.write_text(self._output, "".join(self._path(at).read_text() for at in starts))
-        self._folder.rmtree()
+        if starts:
+            self._folder.rmtree()
 
 
 class _Watch:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from etils import epath
 
-from flix_jax.adapters.features import ABSENT, FeatureSpace
+from flix_jax.adapters.features import ABSENT, FeatureSpace, check_weight
 from flix_jax.adapters.suggest import did_you_mean
+from flix_jax.data.cells import Cell
 from flix_jax.tasks.xtreme_up import read_records
 
 JSONL, TEXT = FORMS = ("jsonl", "text")
@@ -59,10 +60,10 @@ def parse_features(text: str, space: FeatureSpace | None) -> Features:
             raise ValueError(
                 f"features {text!r}: {value!r} is no {name}; {did_you_mean(value, known)}"
             )
-        if not math.isfinite(weight):
-            raise ValueError(
-                f"features {text!r}: weight {weight} of {value!r}: expected a finite number"
-            )
+        try:
+            check_weight(value, weight)
+        except ValueError as error:
+            raise ValueError(f"features {text!r}: {error}") from None
         values = features.setdefault(name, {})
         if value in values:
             raise ValueError(f"features {text!r}: {name}={value} is named more than once")
@@ -71,7 +72,7 @@ def parse_features(text: str, space: FeatureSpace | None) -> Features:
 
 
 def _split_weight(value: str, known: tuple[str, ...]) -> tuple[str, float]:
-    head, colon, tail = value.rpartition(":")
+    head, colon, tail = (part.strip() for part in value.rpartition(":"))
     if value in known or not colon:  # the names of cells may have a colon
         return value, 1.0
     try:
@@ -96,6 +97,7 @@ def read(
     *,
     form: str | None = None,
     override: bool = False,
+    cells: Iterable[Cell] = (),
     say: Callable[[str], None] = print,
 ) -> list[Request]:
     """The requests of a file, one per line.
@@ -110,30 +112,40 @@ def read(
       features: as `parse_features` takes them, for lines that do not say otherwise.
       form: 'jsonl' or 'text'; None goes by the file's name.
       override: whether `features` go before what lines say.
-      say: takes the count of unknown features.
+      cells: of the run, whose annotations (family, script) lines of their languages have too.
+      say: takes the counts of features that are unknown or not given.
 
     Raises:
       ValueError: a line that cannot be used, with file and line number.
     """
     path = epath.Path(path)
     given = parse_features(features, space)
+    if override and not given:
+        raise ValueError("override has no effect without features")
+    of_languages = {cell.language: dict(cell.extra) for cell in cells}
     found: list[Request] = []
     unknown: Counter[str] = Counter()
+    without: Counter[str] = Counter()
     lines = _text(path) if form_of(path, form) == TEXT else read_records(path)
     for number, record in lines:
         try:
             if not isinstance(record.get("input"), str):
                 raise ValueError("expected a text in the field 'input'")
+            _check_text(record)
             annotations = {**record, **given} if override else {**given, **record}
-            request = Request(record["input"], dict(record), as_of_a_cell(annotations))
+            annotations = as_of_a_cell(annotations, of_languages)
+            request = Request(record["input"], dict(record), annotations)
             if space is not None:
-                check(request.annotations, space)
-                unknown.update(space.unknown_types(request.annotations))
+                check(annotations, space)
+                unknown.update(space.unknown_types(annotations))
+                without.update(name for name in space.names if not annotations.get(name))
         except ValueError as error:
             raise ValueError(f"{path}:{number}: {error}") from None
         found.append(request)
     for name, count in unknown.items():
         say(f"{count} of {len(found)} lines have an unknown {name} and run without one")
+    for name, count in sorted(without.items()):
+        say(f"{count} of {len(found)} lines have no {name}")
     return found
 
 
@@ -143,13 +155,13 @@ def check(annotations: Mapping[str, Any], space: FeatureSpace) -> None:
     if (ids == ABSENT).all():
         raise ValueError(
             f"no known feature of {', '.join(space.names)}: the adapters would be off; "
-            "name them in the line or with --features"
+            "name them in the line or by features"
         )
 
 
 def _text(path: epath.Path) -> list[tuple[int, dict[str, Any]]]:
     try:
-        content = path.read_bytes().decode("utf-8")
+        content = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise ValueError(f"{path}:{line}: not UTF-8") from None
@@ -157,10 +169,24 @@ def _text(path: epath.Path) -> list[tuple[int, dict[str, Any]]]:
     return [(i, {"input": line.removesuffix("\r")}) for i, line in enumerate(lines, start=1)]
 
 
-def as_of_a_cell(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Annotations as those of a cell: every example is shared, and a cell has a name."""
-    annotations = {"shared": "shared", **record}
+def _check_text(record: Mapping[str, Any]) -> None:
+    try:
+        json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{error.object[error.start]!r} is half a character") from None
+
+
+def as_of_a_cell(
+    record: Mapping[str, Any], of_languages: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Annotations as those of a cell: every example is shared, and a cell has a name.
+
+    Args:
+      record: what is said.
+      of_languages: language -> what else cells of that language are annotated with.
+    """
     task, language = (_only(record.get(name)) for name in ("task", "language"))
+    annotations = {"shared": "shared", **of_languages.get(language or "", {}), **record}
     if task is not None and language is not None:
         annotations.setdefault("cell", f"{task}/{language}")
     return annotations
@@ -171,4 +197,6 @@ def _only(value: Any) -> str | None:
     if isinstance(value, Mapping):
         names = list(value)
         return names[0] if len(names) == 1 and value[names[0]] == 1 else None
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
     return value if isinstance(value, str) else None

@@ -127,8 +127,9 @@ class Run:
       adapters_from: a folder of adapters (`flix export --format=flix`, `flix features`) from whose
         values those of the same names start; others start freshly, as all do with None. The base,
         the network, the targets, alpha and the vocabulary must be the same.
-      train_values: patterns over the adapters' features (``'language=(rw|sw)'``) that are trained;
-        the others keep their bits. None trains all.
+      train_values: patterns over the adapters' features (``'language=(rw|sw)'``) that are trained,
+        each of which must match one that a training cell has; the others keep their bits. None
+        trains all.
       trainable: without adapters, patterns over parameter paths (``'.*/scale'``) that are trained;
         None trains everything.
       optimizer: over the trained parameters.
@@ -201,8 +202,12 @@ class Run:
                     f"Run.{name} has no effect without Run.adapters (in gin, a base that is a run "
                     f"needs base/Run.{name} = None)"
                 )
-        if self.train_values is not None and not self.train_values:
-            raise ValueError("Run.train_values is empty, expected a pattern, or None for all")
+        if self.train_values is not None:
+            if isinstance(self.train_values, str) or not self.train_values:
+                raise ValueError(
+                    f"Run.train_values = {self.train_values!r}: expected patterns, such as "
+                    "('language=sw',), or None for all"
+                )
         if isinstance(self.base, Run):
             for name in ("model", "vocabulary"):
                 if getattr(self.base, name) != getattr(self, name):

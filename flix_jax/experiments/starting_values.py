@@ -64,7 +64,7 @@ class Start:
         if self.adapters.base != base:
             raise ValueError(
                 f"Run.adapters_from={self.folder!r}: its base is {self.adapters.base!r} there and "
-                f"{base!r} here, expected the same parameters"
+                f"{base!r} here, expected the same parameters, in the same dtype (Run.frozen_dtype)"
             )
         found = dict(network.flat(trained))
         for name, array in found.items():

@@ -17,6 +17,7 @@ from etils import epath
 from flix_jax.adapters.features import FeatureSpace
 from flix_jax.interop import huggingface, network
 from flix_jax.interop.leaves import Leaf
+from flix_jax.models.config import T5Config
 
 RECORD, STEM = "adapters.json", "adapters"
 VERSION = 1
@@ -85,6 +86,9 @@ def read(folder: epath.PathLike) -> Adapters:
         raise ValueError(f"{path}: {error}") from None
     if record.get("version") != VERSION:
         raise ValueError(f"{path}: version {record.get('version')!r}, expected {VERSION}")
+    for name in record["model"]:
+        if name not in {field.name for field in dataclasses.fields(T5Config)}:
+            raise ValueError(f"{path}: model has {name!r}, which T5Config has not")
     space = FeatureSpace.from_json(json.dumps(record["space"]))
     banks = huggingface.weights(epath.Path(folder), STEM)
     for name, leaf in banks.items():
