@@ -258,6 +258,33 @@ def test_loss_is_that_of_the_logits(looped):
     assert float(sums["weight"]) == float((targets > 0).sum())
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_chunks_of_the_loss_are_the_whole_with_dropout_and_adapters(tied):
+    """Loss, metrics and gradients of adapters, and of the whole network, its output layer too."""
+    config = dataclasses.replace(CONFIG, logits_via_embedding=tied)
+    model = EncoderDecoder(Transformer(config), AdapterSpec(SPACE), z_loss=1e-3)
+    params, batch = _random_params(model), _batch()
+    key = jax.random.key(5)
+
+    def found(chunks):
+        chunked = dataclasses.replace(model, loss_chunks=chunks)
+        loss = jax.jit(jax.value_and_grad(lambda p: chunked.loss(p, batch, rng=key), has_aux=True))
+        return loss(params)
+
+    for one, other in zip(jax.tree.leaves(found(LENGTH)), jax.tree.leaves(found(1)), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=2e-6 * np.abs(other).max())
+
+
+def test_chunks_are_refused_where_the_output_layer_is_not_apart():
+    with pytest.raises(ValueError, match="Dense does not tell its output layer apart"):
+        EncoderDecoder(nn.Dense(3), loss_chunks=2)
+    with pytest.raises(ValueError, match="adapters of decoder/logits_dense need its logits whole"):
+        spec = AdapterSpec(SPACE, ("decoder/logits_dense",))
+        EncoderDecoder(Transformer(CONFIG), spec, loss_chunks=2)
+    with pytest.raises(ValueError, match="loss_chunks = 0: expected >= 1"):
+        EncoderDecoder(Transformer(CONFIG), loss_chunks=0)
+
+
 def _without_adapters(params):
     flat = flatten_dict(params)
     return unflatten_dict({path: value for path, value in flat.items() if "flix" not in path})

@@ -70,3 +70,98 @@ def test_sums_are_weighted():
     assert float(sums["loss"]) == float(total)
     assert float(sums["weight"]) == 3.75
     assert float(sums["correct"]) == 1.75
+
+
+CHUNKS, EMBED, VOCAB = 3, 5, 11
+
+
+def _head(params, states):
+    return states.astype(jnp.float32) @ params["kernel"]
+
+
+def _tokens():
+    rng = np.random.default_rng(1)
+    states = rng.normal(size=(4, 6, EMBED)).astype(np.float32)
+    kernel = rng.normal(size=(EMBED, VOCAB)).astype(np.float32)
+    targets, weights = rng.integers(0, VOCAB, (4, 6)), rng.random((4, 6))
+    return {"kernel": jnp.asarray(kernel)}, *map(jnp.asarray, (states, targets, weights))
+
+
+@pytest.mark.parametrize("differentiated", [(0, 1), (1,), (0,)])
+@pytest.mark.parametrize("chunks", [1, CHUNKS, 6])
+def test_chunks_change_neither_loss_nor_gradients(chunks, differentiated):
+    """Against the logits as a whole, in float32, and the metrics to the bit of their sums."""
+    params, states, targets, weights = _tokens()
+    settings = {"label_smoothing": 0.1, "z_loss": 1e-2}
+
+    def whole(params, states):
+        logits = _head(params, states)
+        return losses.weighted_sums(logits, targets, weights, **settings)
+
+    def parts(params, states):
+        return losses.chunked_sums(
+            _head,
+            params,
+            states,
+            targets,
+            weights,
+            chunks=chunks,
+            **settings,
+        )
+
+    plain = jax.jit(parts)(params, states)
+    expected, found = (
+        jax.jit(jax.value_and_grad(of, argnums=differentiated, has_aux=True))(params, states)
+        for of in (whole, parts)
+    )
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-6)
+    for one, other in zip(jax.tree.leaves(plain), jax.tree.leaves(expected[0]), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6)
+    scaled = jax.grad(lambda s: -3.0 * parts(params, s)[0])(states)
+    np.testing.assert_allclose(
+        scaled, -3.0 * jax.grad(lambda s: whole(params, s)[0])(states), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_metrics_of_chunks_have_no_gradient():
+    params, states, targets, weights = _tokens()
+
+    def correct(states):
+        return losses.chunked_sums(_head, params, states, targets, weights, chunks=CHUNKS)[1][
+            "correct"
+        ]
+
+    assert not np.any(jax.grad(correct)(states))
+
+
+def test_chunks_need_a_part_of_the_memory():
+    """Of a head of 4,096 tokens of vocabulary: a quarter of the logits, and no second copy."""
+    rows, length, vocab = 8, 64, 4096
+    shapes = (
+        {"kernel": jax.ShapeDtypeStruct((EMBED, vocab), jnp.float32)},
+        jax.ShapeDtypeStruct((rows, length, EMBED), jnp.float32),
+        jax.ShapeDtypeStruct((rows, length), jnp.int32),
+    )
+
+    def needed(chunks):
+        def loss(params, states, targets):
+            sums = losses.weighted_sums
+            if chunks == 1:
+                return sums(_head(params, states), targets, targets > 0)[0]
+            return losses.chunked_sums(_head, params, states, targets, targets > 0, chunks=chunks)[
+                0
+            ]
+
+        compiled = jax.jit(jax.grad(loss, argnums=1)).lower(*shapes).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    logits = rows * length * vocab * 4
+    assert needed(1) >= logits
+    assert needed(4) < 0.6 * logits and needed(16) < 0.2 * logits
+
+
+def test_chunks_must_divide_the_length():
+    params, states, targets, weights = _tokens()
+    with pytest.raises(ValueError, match="4 chunks do not divide a length of 6 tokens"):
+        losses.chunked_sums(_head, params, states, targets, weights, chunks=4)

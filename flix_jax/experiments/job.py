@@ -133,6 +133,7 @@ class Job:
             label_smoothing=run.label_smoothing,
             z_loss=run.z_loss,
             eos_id=run.vocabulary.eos_id,
+            loss_chunks=run.loss_chunks,
             layout=Layout(self.mesh.abstract_mesh, partitioning.ACTIVATION_AXIS_RULES),
         )
         self.parameters = Parameters(

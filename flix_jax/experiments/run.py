@@ -138,6 +138,8 @@ class Run:
       read_lengths: (inputs, targets) in tokens to which examples are cut when they are read, for
         transforms that shorten them; None is the lengths of the batch.
       microbatches: parts of a batch that are computed one after another, to save memory.
+      loss_chunks: parts of the targets whose logits are made one after another, so that those of a
+        large vocabulary never stand whole; a divisor of `targets_length`.
       label_smoothing, z_loss: of the loss (T5X's definitions).
       frozen_dtype: the frozen parameters' dtype, one of ``FROZEN_DTYPES``; None leaves them.
       mesh: how the devices are arranged.
@@ -169,6 +171,7 @@ class Run:
     transforms: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     read_lengths: tuple[int, int] | None = None
     microbatches: int = 1
+    loss_chunks: int = 1
     label_smoothing: float = 0.0
     z_loss: float = 0.0
     frozen_dtype: str | None = None
@@ -186,6 +189,11 @@ class Run:
         for name in [*sizes.split(), "log_every", "keep"]:
             if getattr(self, name) < 1:
                 raise ValueError(f"Run.{name} must be at least 1, got {getattr(self, name)}")
+        if self.loss_chunks < 1 or self.targets_length % self.loss_chunks:
+            raise ValueError(
+                f"Run.loss_chunks = {self.loss_chunks}: expected a divisor of Run.targets_length "
+                f"= {self.targets_length}"
+            )
         if self.read_lengths is not None and not self.transforms:
             raise ValueError("Run.read_lengths has no effect without Run.transforms")
         if self.frozen_dtype is not None and self.frozen_dtype not in FROZEN_DTYPES:

@@ -30,6 +30,7 @@ _PACKING = (
     "encoder_positions",
     "decoder_positions",
 )
+_OUTPUT = "decoder/logits_dense"
 _FLOAT_INPUTS = ("decoder_loss_weights", "feature_weights")
 
 
@@ -64,6 +65,8 @@ class EncoderDecoder:
       members: with more than one, an ensemble: `feature_ids` are [batch, members], each row is
         decoded with one id at a time, and every token is taken by the mean of the logits of the
         ids that are present (of the network alone where none is). For `predict` only.
+      loss_chunks: parts of the length whose logits `loss` makes one after another, so that they
+        never stand whole; needs a module that tells its output layer apart, as `models.t5` does.
       layout: where the activations lie; None leaves it to the compiler.
       settings: dropout rates and scales in place of the feature space's own, to be set within a
         trace: arrays, so they are no part of what a model is equal by.
@@ -75,6 +78,7 @@ class EncoderDecoder:
     z_loss: float = 0.0
     eos_id: int = 1
     members: int = 1
+    loss_chunks: int = 1
     layout: Layout | None = None
     settings: FeatureSettings | None = dataclasses.field(default=None, compare=False)
 
@@ -85,6 +89,18 @@ class EncoderDecoder:
             )
         if self.z_loss < 0.0:
             raise ValueError(f"EncoderDecoder.z_loss = {self.z_loss!r}: expected at least 0")
+        if self.loss_chunks < 1:
+            raise ValueError(f"EncoderDecoder.loss_chunks = {self.loss_chunks!r}: expected >= 1")
+        if self.loss_chunks > 1 and not hasattr(self.module, "output_layer"):
+            raise ValueError(
+                f"EncoderDecoder.loss_chunks = {self.loss_chunks!r}: "
+                f"{type(self.module).__name__} does not tell its output layer apart"
+            )
+        if self.loss_chunks > 1 and self.adapters and self.adapters.matching(_OUTPUT):
+            raise ValueError(
+                f"EncoderDecoder.loss_chunks = {self.loss_chunks!r}: adapters of {_OUTPUT} need "
+                "its logits whole"
+            )
         if self.members < 1:
             raise ValueError(f"EncoderDecoder.members = {self.members!r}: expected at least 1")
         if self.members > 1 and (self.adapters is None or self.adapters.space.num_slots != 1):
@@ -115,6 +131,9 @@ class EncoderDecoder:
     ) -> Float[Array, "batch length vocab"]:
         """Float32 logits of the targets; `rng` switches dropout on, of features and network."""
         check_tokens(batch)
+        return self._call(params, batch, rng)
+
+    def _call(self, params: Params, batch: Batch, rng: Array | None, **options: Any) -> Array:
         feature_rng, dropout_rng = (None, None) if rng is None else jax.random.split(rng)
         with self._injected(self._active(batch, feature_rng), deterministic=rng is None):
             return self._apply(
@@ -122,6 +141,7 @@ class EncoderDecoder:
                 **_inputs(batch),
                 enable_dropout=rng is not None,
                 rngs=None if dropout_rng is None else {"dropout": dropout_rng},
+                **options,
             )
 
     def loss(
@@ -141,15 +161,21 @@ class EncoderDecoder:
         Raises:
           ValueError: when traced with arrays that are missing or whose shapes disagree.
         """
+        check_tokens(batch)
         targets = batch["decoder_target_tokens"]
         weights = batch.get("decoder_loss_weights")
-        return losses.weighted_sums(
-            self.logits(params, batch, rng=rng),
-            targets,
-            (targets > 0).astype(jnp.float32) if weights is None else weights,
-            label_smoothing=self.label_smoothing,
-            z_loss=self.z_loss,
-        )
+        if weights is None:
+            weights = (targets > 0).astype(jnp.float32)
+        smoothing = {"label_smoothing": self.label_smoothing, "z_loss": self.z_loss}
+        if self.loss_chunks == 1:
+            logits = self.logits(params, batch, rng=rng)
+            return losses.weighted_sums(logits, targets, weights, **smoothing)
+        head, own = self.module.output_layer(params)
+        states = self._call(params, batch, rng, method="states")
+        with self._injected(None, deterministic=True):
+            return losses.chunked_sums(
+                head, own, states, targets, weights, chunks=self.loss_chunks, **smoothing
+            )
 
     def predict(
         self, params: Params, batch: Batch, *, max_length: int

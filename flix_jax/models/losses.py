@@ -2,6 +2,8 @@
 
 import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -109,3 +111,104 @@ def weighted_sums(
         "correct": jnp.sum(correct * weights),
     }
     return total, metrics
+
+
+def chunked_sums(
+    head: Callable[[Any, Array], Array],
+    params: Any,
+    states: Float[Array, "batch length embed"],
+    targets: Int[Array, "batch length"],
+    weights: Num[Array, "batch length"] | Bool[Array, "batch length"],
+    *,
+    chunks: int,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """`weighted_sums` of the logits of states, only a part of which is in memory at a time.
+
+    The length is cut into chunks, whose logits are made one after another. Where the loss is
+    differentiated, a chunk's gradient with respect to its states is formed beside its loss, while
+    its logits are there: they are neither kept nor made again. Parameters of the head get theirs
+    the same way, if they are differentiated at all. The metrics have no gradient.
+
+    Args:
+      head: (params, states [batch, any length, embed]) -> float32 logits.
+      params: of the head.
+      states, targets, weights: of all tokens.
+      chunks: a divisor of the length.
+      label_smoothing, z_loss: as in `cross_entropy`.
+
+    Raises:
+      ValueError: the chunks do not divide the length.
+    """
+    if chunks < 1 or states.shape[1] % chunks:
+        raise ValueError(f"{chunks} chunks do not divide a length of {states.shape[1]} tokens")
+    return _chunked(head, chunks, label_smoothing, z_loss, params, states, targets, weights)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _chunked(head, chunks, label_smoothing, z_loss, params, states, targets, weights):
+    loss = _loss_of_part(head, label_smoothing, z_loss)
+
+    def turn(sums, part):
+        return jax.tree.map(jnp.add, sums, loss(params, *part)), None
+
+    parts = [_cut(x, chunks) for x in (states, targets, weights)]
+    return jax.lax.scan(turn, _no_sums(), parts)[0]
+
+
+def _chunked_forward(head, chunks, label_smoothing, z_loss, params, states, targets, weights):
+    # Each argument's leaves say whether they are differentiated.
+    differentiated = any(leaf.perturbed for leaf in jax.tree.leaves(params, is_leaf=_is_primal))
+    params, states, targets, weights = jax.tree.map(
+        lambda leaf: leaf.value, (params, states, targets, weights), is_leaf=_is_primal
+    )
+    loss = _loss_of_part(head, label_smoothing, z_loss)
+    gradients = jax.value_and_grad(loss, argnums=(1, 0) if differentiated else (1,), has_aux=True)
+
+    def turn(carry, part):
+        sums, of_params = carry
+        found, (of_states, *more) = gradients(params, *part)
+        if differentiated:
+            of_params = jax.tree.map(jnp.add, of_params, more[0])
+        return (jax.tree.map(jnp.add, sums, found), of_params), of_states
+
+    nothing = jax.tree.map(jnp.zeros_like, params) if differentiated else None
+    parts = [_cut(x, chunks) for x in (states, targets, weights)]
+    (sums, of_params), of_states = jax.lax.scan(turn, (_no_sums(), nothing), parts)
+    return sums, (jnp.moveaxis(of_states, 0, 1).reshape(states.shape), of_params)
+
+
+def _chunked_backward(head, chunks, label_smoothing, z_loss, gradients, cotangents):
+    total = cotangents[0]
+    if isinstance(total, jax.custom_derivatives.SymbolicZero):
+        return None, None, None, None
+    of_states, of_params = jax.tree.map(lambda x: (total * x).astype(x.dtype), gradients)
+    return of_params, of_states, None, None
+
+
+_chunked.defvjp(_chunked_forward, _chunked_backward, symbolic_zeros=True)
+
+
+def _is_primal(leaf: Any) -> bool:
+    return isinstance(leaf, jax.custom_derivatives.CustomVJPPrimal)
+
+
+def _loss_of_part(head, label_smoothing: float, z_loss: float):
+    def loss(params, states, targets, weights):
+        logits = head(params, states)
+        return weighted_sums(
+            logits, targets, weights, label_smoothing=label_smoothing, z_loss=z_loss
+        )
+
+    return loss
+
+
+def _no_sums():
+    zero = jnp.zeros((), jnp.float32)
+    return zero, dict.fromkeys(("loss", "z_loss", "weight", "correct"), zero)
+
+
+def _cut(x: Array, chunks: int) -> Array:
+    """[batch, length, …] -> [chunks, batch, length / chunks, …]."""
+    return jnp.moveaxis(x.reshape(x.shape[0], chunks, -1, *x.shape[2:]), 1, 0)

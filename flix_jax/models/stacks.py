@@ -223,8 +223,12 @@ class Decoder(nn.Module):
         decode: bool,
         keep_encoded_keys: bool,
         max_decode_length: int | None,
-    ) -> Float[Array, "batch length vocab"]:
-        """Token ids [batch, length] -> float32 logits [batch, length, vocab]."""
+        output: bool = True,
+    ) -> Float[Array, "batch length vocab"] | Float[Array, "batch length embed"]:
+        """Token ids [batch, length] -> float32 logits [batch, length, vocab].
+
+        Without `output`, what its output layer makes logits of: `t5.output_logits` does, too.
+        """
         config = self.config
         position = self._next_position(max_decode_length) if decode else None
         x = self.token_embedder(tokens)
@@ -250,6 +254,8 @@ class Decoder(nn.Module):
         )
         x = layers.RMSNorm(dtype=jnp.dtype(config.dtype), name="decoder_norm")(x)
         x = nn.Dropout(config.dropout_rate, broadcast_dims=(-2,))(x, deterministic=deterministic)
+        if not output:
+            return x
         if config.logits_via_embedding:
             logits = self.token_embedder.attend(x) / jnp.sqrt(x.shape[-1])
         else:

@@ -7,6 +7,10 @@ relative positions in every layer. Kernels are two-dimensional in both, so that 
 attention kernels [embed, layers, heads, kv] are here [embed, layers, heads * kv].
 """
 
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
@@ -116,6 +120,45 @@ class Transformer(nn.Module):
             max_decode_length=None,
         )
 
+    def states(
+        self,
+        encoder_input_tokens: Int[Array, "batch input_length"],
+        decoder_input_tokens: Int[Array, "batch length"],
+        decoder_target_tokens: Int[Array, "batch length"],
+        encoder_segment_ids: Int[Array, "batch input_length"] | None = None,
+        decoder_segment_ids: Int[Array, "batch length"] | None = None,
+        encoder_positions: Int[Array, "batch input_length"] | None = None,
+        decoder_positions: Int[Array, "batch length"] | None = None,
+        *,
+        enable_dropout: bool = True,
+    ) -> Float[Array, "batch length embed"]:
+        """What `__call__` makes logits of, with its arguments."""
+        encoded = self.encode(encoder_input_tokens, encoder_segment_ids, enable_dropout)
+        return self._decode(
+            encoded,
+            encoder_input_tokens,
+            decoder_input_tokens,
+            decoder_target_tokens,
+            encoder_segment_ids,
+            decoder_segment_ids,
+            enable_dropout=enable_dropout,
+            decode=False,
+            keep_encoded_keys=False,
+            max_decode_length=None,
+            output=False,
+        )
+
+    @nn.nowrap
+    def output_layer(
+        self, params: Mapping[str, Any]
+    ) -> tuple[Callable[[Any, Array], Array], Mapping[str, Any]]:
+        """(function of parameters and `states` -> logits, those parameters)."""
+        if self.config.logits_via_embedding:
+            own = params["token_embedder"]
+        else:
+            own = params["decoder"]["logits_dense"]
+        return functools.partial(output_logits, self.config), own
+
     def _decode(
         self,
         encoded: Array,
@@ -129,6 +172,7 @@ class Transformer(nn.Module):
         decode: bool,
         keep_encoded_keys: bool,
         max_decode_length: int | None,
+        output: bool = True,
     ) -> Array:
         input_valid = encoder_input_tokens > 0
         if decode:
@@ -158,4 +202,21 @@ class Transformer(nn.Module):
             decode=decode,
             keep_encoded_keys=keep_encoded_keys,
             max_decode_length=max_decode_length,
+            output=output,
         )
+
+
+def output_logits(
+    config: T5Config, params: Mapping[str, Any], states: Float[Array, "batch length embed"]
+) -> Float[Array, "batch length vocab"]:
+    """Float32 logits of a decoder's states, by the parameters of its output layer."""
+    if config.logits_via_embedding:
+        embed = layers.Embed(config.vocab_size, config.emb_dim)
+        logits: Any = embed.apply({"params": params}, states, method="attend")
+        logits = logits / jnp.sqrt(states.shape[-1])
+    else:
+        dense = layers.DenseGeneral(
+            config.vocab_size, dtype=jnp.float32, kernel_axes=("embed", "vocab")
+        )
+        logits = dense.apply({"params": params}, states)
+    return nn.with_logical_constraint(logits, ("batch", "length", "vocab"))
