@@ -1,0 +1,86 @@
+"""One run on one device and on meshes of eight: the same losses, parameters and checkpoints."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from tiny_runs import make_base_run, write_words
+
+from flix_jax.adapters.features import FeatureSpace, FeatureType
+from flix_jax.adapters.injection import AdapterSpec
+from flix_jax.experiments import training
+from flix_jax.experiments.job import Job
+from flix_jax.training.optimizers import Optimizer, Schedule
+from flix_jax.training.partitioning import MeshSpec
+from flix_jax.training.reporting import read_metrics
+
+STEPS = 20
+MESHES = [
+    MeshSpec(data=8),
+    MeshSpec(data=4, model=2),
+    MeshSpec(data=1, fsdp=4, model=2),
+]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    base = make_base_run(write_words(tmp_path_factory.mktemp("data")))
+    types = (FeatureType("task", rank=2, dropout=0.3), FeatureType("language", rank=4))
+    return dataclasses.replace(
+        base,
+        adapters=AdapterSpec(FeatureSpace(types), dropout=0.1),
+        total_steps=STEPS,
+        loss_chunks=2,
+    )
+
+
+def with_optimizer(run, name):
+    rate = {"sgd": 0.3, "adamw": 1e-2}[name]
+    return dataclasses.replace(run, optimizer=Optimizer(name, Schedule(learning_rate=rate)))
+
+
+def steps(run, folder, devices):
+    """(losses, trained parameters) of the run's own step, on some of the devices."""
+    job = Job(run, folder, mesh=run.mesh.make(devices))
+    optimizer = job.optimizer()
+    template = job.parameters.state_template(optimizer)
+    trained, frozen = job.initial_parameters(None)
+    state = job.parameters.create_state(trained, optimizer)
+    step = training.step_program(job, optimizer, template)
+    losses = []
+    with job.batches(job.pipeline(), 0, None) as batches:
+        for _ in range(STEPS):
+            state, metrics = step(state, frozen, next(batches), run.seed)
+            losses.append(float(metrics["loss"]))
+    return losses, jax.device_get(state.trained)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_a_mesh_changes_neither_losses_nor_parameters(run, name, tmp_path):
+    run = with_optimizer(run, name)
+    alone = dataclasses.replace(run, mesh=MeshSpec(data=1))
+    expected, parameters = steps(alone, tmp_path, jax.devices()[:1])
+    assert expected[-1] < expected[0]
+    for mesh in MESHES if name == "sgd" else MESHES[-1:]:
+        losses, found = steps(dataclasses.replace(run, mesh=mesh), tmp_path, jax.devices())
+        np.testing.assert_allclose(losses, expected, rtol=1e-5, err_msg=str(mesh))
+        if name == "sgd":
+            for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(parameters), strict=True):
+                np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_on_another_mesh(run, tmp_path):
+    run = dataclasses.replace(with_optimizer(run, "adamw"), log_every=1)
+    training.train(dataclasses.replace(run, mesh=MESHES[0]), tmp_path / "whole")
+    for mesh, until in ((MESHES[0], 7), (MESHES[2], 14), (MESHES[1], STEPS)):
+        part = dataclasses.replace(run, mesh=mesh, total_steps=until)
+        training.train(part, tmp_path / "parts")
+    expected, found = (
+        [x["loss"] for x in read_metrics(tmp_path / name / "metrics.jsonl") if "loss" in x]
+        for name in ("whole", "parts")
+    )
+    assert len(found) == STEPS
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
