@@ -136,6 +136,19 @@ def test_bytes_are_those_of_the_arrays(run, made, tmp_path):
     assert made.mesh == {"data": 2, "fsdp": 2, "model": 2}
 
 
+def test_a_table_has_every_parameter(run, made, tmp_path):
+    job = Job(run, tmp_path)
+    job.note_folder()
+    lines = (tmp_path / "parameters.txt").read_text().splitlines()
+    leaves = len(jax.tree.leaves(job.parameters.templates))
+    assert len(lines) == 2 + leaves + 2
+    (logits,) = [line.split() for line in lines if line.startswith("decoder/logits_dense/kernel")]
+    # embed over fsdp, vocabulary over model: a quarter of 16 × 384 in bfloat16
+    assert logits[1:] == ["frozen", "bfloat16", "16", "×", "384", "fsdp", "model", "3,072"]
+    sums = f"frozen {made.state['base']:,}, trained {made.state['trained']:,}"
+    assert lines[-1] == f"bytes of a device: {sums}"
+
+
 def products(jaxpr):
     """Multiplications and additions of all products in a jaxpr, inner ones too."""
     total = 0

@@ -24,7 +24,7 @@ from flix_jax.data.examples import CellData, DataReport
 from flix_jax.data.pipeline import PrefetchIterator, TrainPipeline, check_state
 from flix_jax.evaluation import files
 from flix_jax.evaluation.batches import GUESSES
-from flix_jax.experiments import ensembles, starting_values
+from flix_jax.experiments import ensembles, parameter_table, starting_values
 from flix_jax.experiments.run import RANDOM, Run
 from flix_jax.experiments.run_folder import (
     check_base_folder,
@@ -180,6 +180,8 @@ class Job:
         if self.base_dir is not None:
             path = os.path.relpath(self._bases_dir, self.run_dir)
             files.write_text(self.run_dir / BASES_FILE, path + "\n")
+        kinds = {"frozen": self.frozen_template, "trained": self.parameters.templates[0]}
+        files.write_text(self.run_dir / "parameters.txt", parameter_table.table(kinds) + "\n")
         if self.space is not None:
             files.write_text(self.run_dir / "features.json", self.space.to_json() + "\n")
             files.write_text(self.run_dir / "matched_modules.txt", self.match_table() + "\n")

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flix_jax.adapters import tree
 from flix_jax.experiments import compiled as reading
 from flix_jax.experiments.job import Job
+from flix_jax.experiments.parameter_table import bytes_per_device
 from flix_jax.experiments.run import RANDOM, Run
 from flix_jax.experiments.topology import Topology
 from flix_jax.experiments.training import step_program
@@ -203,7 +204,7 @@ def _analytic(job: Job, topology: Topology) -> Plan:
         "optimizer": state.opt_state,
         "batch": _batch(job, run.batch_size),
     }
-    held = {kind: _held(shapes) for kind, shapes in kinds.items()}
+    held = {kind: bytes_per_device(shapes) for kind, shapes in kinds.items()}
     shards = partitioning.batch_shards(job.mesh) * run.microbatches
     rows = run.batch_size // shards
     vocabulary = run.model.vocab_size // job.mesh.shape["model"]
@@ -224,14 +225,6 @@ def _batch(job: Job, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
         for name, shape in job.batch_shapes(batch_size).items()
     }
-
-
-def _held(shapes: Any) -> int:
-    """Bytes of arrays on one device."""
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(shapes)
-    )
 
 
 def _train(job: Job) -> Program:

@@ -144,8 +144,10 @@ def _advice(plan: Plan) -> Iterator[str]:
         )
     if run.model.remat != "full":
         parts.append("T5Config.remat = 'full' keeps only the inputs of layers")
-    if plan.logits > 0.1 * plan.room:
-        parts.append(f"the logits of a microbatch alone are {_size(plan.logits)}")
+    if run.loss_chunks == 1 and plan.logits > 0.1 * plan.room:
+        parts.append(
+            f"Run.loss_chunks makes the logits ({_size(plan.logits)} of a microbatch) in parts"
+        )
     rows = run.batch_size // (plan.mesh["data"] * plan.mesh["fsdp"])
     if rows > run.microbatches:
         parts.append(f"more Run.microbatches, of {rows} rows that a device has")
@@ -153,7 +155,9 @@ def _advice(plan: Plan) -> Iterator[str]:
 
 
 def _figures(plan: Plan) -> Iterator[str]:
-    yield f"- Logits of a microbatch: {_size(plan.logits)} a device (float32), were they whole."
+    chunks = plan.run.loss_chunks
+    made = "at once" if chunks == 1 else f"in {chunks} parts"
+    yield f"- Logits of a microbatch: {_size(plan.logits)} a device (float32), made {made}."
     yield f"- Model FLOPs of a step: {plan.flops:.3g}, over all devices."
     times, chip = plan.step_seconds, plan.topology.chip
     if times is not None and chip is not None and plan.train is not None:

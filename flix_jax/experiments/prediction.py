@@ -70,16 +70,20 @@ class Predictor:
         rows: int,
         fold: str = NEVER,
     ) -> None:
-        """Args:
+        """See the class.
 
-        job, trained, frozen: the run and its parameters, as `inference.restore` gives them.
-        how: decoding.
-        examples: annotations of all that will be predicted for, to make room for: a slot for each
-          value, and weights.
-        rows: of a batch.
-        fold: whether the adapters are folded into the base first, so that decoding costs what it
-          costs without them; possible where all examples have the same features. 'auto' does where
-          that is so and the base is float32; 'always' refuses several sets; 'never'.
+        Args:
+          job, trained, frozen: the run and its parameters, as `inference.restore` gives them.
+          how: decoding.
+          examples: annotations of all that will be predicted for, to make room for: a slot for each
+            value, and weights.
+          rows: of a batch.
+          fold: whether the adapters are folded into the base first, so that decoding costs what it
+            costs without them; possible where all examples have the same features. 'auto' does
+            where that is so and the base is float32; 'always' refuses several sets; 'never'.
+
+        Raises:
+          ValueError: a `fold` that cannot be, or several processes.
         """
         if jax.process_count() > 1:
             raise ValueError(f"{jax.process_count()} processes: texts are predicted for by one")
