@@ -165,22 +165,21 @@ def model_flops(job: Job) -> float:
     targets = run.batch_size * run.targets_length
     times = 3 if run.trains_everything else 2
     total = 0.0
+
+    def tokens(*dense: str) -> int:
+        """That a dense layer sees: in the decoder, keys and values of the inputs see those."""
+        crossed = "encoder_decoder_attention" in dense and dense[-1] in ("key", "value")
+        return inputs if dense[0] == "encoder" or crossed else targets
+
     for path, leaf in tree.named_leaves(job.parameters.base_template):
-        if path[-1] != "kernel":
-            continue
-        tokens = inputs if path[0] == "encoder" else targets
-        if "encoder_decoder_attention" in path and path[-2] in ("key", "value"):
-            tokens = inputs
-        total += times * 2.0 * tokens * math.prod(leaf.shape)
+        if path[-1] == "kernel":
+            total += times * 2.0 * tokens(*path[:-1]) * math.prod(leaf.shape)
     adapters = job.parameters.templates[0] if job.space is not None else {}
     for path, leaf in tree.named_leaves(adapters):
-        tokens = inputs if path[0] == "encoder" else targets
-        if "encoder_decoder_attention" in path and path[-4] in ("key", "value"):
-            tokens = inputs
         assert job.space is not None
         of = job.space.type(path[-2])
         per_column = math.prod(leaf.shape) / (of.num_values * of.max_rank)
-        total += 3 * 2.0 * tokens * per_column * of.slots * of.max_rank
+        total += 3 * 2.0 * tokens(*path[:-3]) * per_column * of.slots * of.max_rank
     if config.logits_via_embedding:
         total += times * 2.0 * targets * config.emb_dim * config.vocab_size
     width = config.num_heads * config.head_dim

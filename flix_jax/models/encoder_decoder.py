@@ -171,7 +171,7 @@ class EncoderDecoder:
             logits = self.logits(params, batch, rng=rng)
             return losses.weighted_sums(logits, targets, weights, **smoothing)
         head, own = self.module.output_layer(params)
-        states = self._call(params, batch, rng, method="states")
+        states = self._call(params, batch, rng, output=False)
         with self._injected(None, deterministic=True):
             return losses.chunked_sums(
                 head, own, states, targets, weights, chunks=self.loss_chunks, **smoothing

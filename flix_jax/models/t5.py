@@ -100,11 +100,14 @@ class Transformer(nn.Module):
         *,
         enable_dropout: bool = True,
         decode: bool = False,
-    ) -> Float[Array, "batch length vocab"]:
+        output: bool = True,
+    ) -> Float[Array, "batch length vocab"] | Float[Array, "batch length embed"]:
         """Logits [batch, length, vocab] (float32) of the targets given the inputs.
 
         `decoder_input_tokens` are the targets shifted right; 0 is padding in both. With `decode` a
         cache for decoding is made, without the encoded inputs: T5X makes its cache from dummies.
+        Without `output`, the decoder's states [batch, length, embed], of which `output_layer` makes
+        the logits.
         """
         encoded = self.encode(encoder_input_tokens, encoder_segment_ids, enable_dropout)
         return self._decode(
@@ -118,41 +121,14 @@ class Transformer(nn.Module):
             decode=decode,
             keep_encoded_keys=False,
             max_decode_length=None,
-        )
-
-    def states(
-        self,
-        encoder_input_tokens: Int[Array, "batch input_length"],
-        decoder_input_tokens: Int[Array, "batch length"],
-        decoder_target_tokens: Int[Array, "batch length"],
-        encoder_segment_ids: Int[Array, "batch input_length"] | None = None,
-        decoder_segment_ids: Int[Array, "batch length"] | None = None,
-        encoder_positions: Int[Array, "batch input_length"] | None = None,
-        decoder_positions: Int[Array, "batch length"] | None = None,
-        *,
-        enable_dropout: bool = True,
-    ) -> Float[Array, "batch length embed"]:
-        """What `__call__` makes logits of, with its arguments."""
-        encoded = self.encode(encoder_input_tokens, encoder_segment_ids, enable_dropout)
-        return self._decode(
-            encoded,
-            encoder_input_tokens,
-            decoder_input_tokens,
-            decoder_target_tokens,
-            encoder_segment_ids,
-            decoder_segment_ids,
-            enable_dropout=enable_dropout,
-            decode=False,
-            keep_encoded_keys=False,
-            max_decode_length=None,
-            output=False,
+            output=output,
         )
 
     @nn.nowrap
     def output_layer(
         self, params: Mapping[str, Any]
     ) -> tuple[Callable[[Any, Array], Array], Mapping[str, Any]]:
-        """(function of parameters and `states` -> logits, those parameters)."""
+        """(function of parameters and the decoder's states -> logits, those parameters)."""
         if self.config.logits_via_embedding:
             own = params["token_embedder"]
         else:
