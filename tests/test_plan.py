@@ -19,7 +19,7 @@ from tiny_runs import make_base_run, write_gin, write_words
 from flix_jax.adapters import tree
 from flix_jax.adapters.features import FeatureSpace, FeatureType
 from flix_jax.adapters.injection import AdapterSpec
-from flix_jax.experiments import compiled, plan, plan_text, topology
+from flix_jax.experiments import compiled, flops, plan, plan_text, topology
 from flix_jax.experiments.job import Job
 from flix_jax.experiments.topology import Topology
 from flix_jax.training.optimizers import Optimizer
@@ -185,14 +185,14 @@ def test_flops_are_those_of_the_products(run, tmp_path):
         return job, forward, products(jax.make_jaxpr(jax.grad(loss))(params).jaxpr)
 
     job, forward, gradients = forward_and_gradients(whole)
-    assert plan.model_flops(job) == gradients == 3 * forward
+    assert flops.model_flops(job) == gradients == 3 * forward
     config = run.model
     pairs = config.num_encoder_layers * run.inputs_length**2
     pairs += run.targets_length * (run.targets_length + run.inputs_length)
     attention = 4 * run.batch_size * config.num_heads * config.head_dim * pairs
     adapted, adapted_forward, _ = forward_and_gradients(run)
     expected = 2 * (forward - attention) + 3 * attention + 3 * (adapted_forward - forward)
-    assert plan.model_flops(adapted) == expected
+    assert flops.model_flops(adapted) == expected
 
 
 def test_without_a_compiler_what_follows_from_shapes_is_told(run, made):

@@ -4,7 +4,9 @@ import argparse
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Sequence
+from typing import NoReturn
 
 from flix_jax.adapters.suggest import did_you_mean
 from flix_jax.cli.commands import UsageError
@@ -13,6 +15,15 @@ from flix_jax.cli.flags import make_parser
 DIVERGED = 1
 USER_ERROR = 2
 INTERRUPTED = 130
+MISTAKES = (
+    ValueError,
+    FileNotFoundError,
+    NotADirectoryError,
+    IsADirectoryError,
+    FileExistsError,
+    PermissionError,
+    ConnectionError,
+)
 
 
 def _choices(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
@@ -72,6 +83,41 @@ def _describe(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
+def _explained(error: BaseException) -> tuple[int, str] | None:
+    """Exit status and line of an error that is no fault of the program's; None of any other."""
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED, "interrupted"
+    if isinstance(error, FloatingPointError):
+        return DIVERGED, f"error: {_describe(error)}"
+    return (USER_ERROR, f"error: {_describe(error)}") if isinstance(error, MISTAKES) else None
+
+
+def _several() -> bool:
+    """Whether this is one of several processes; nothing heavy is imported to find out."""
+    processes = sys.modules.get("flix_jax.processes")
+    return processes is not None and processes.count() > 1
+
+
+def _stop_all(error: BaseException, known: tuple[int, str] | None, debug: bool) -> NoReturn:
+    """Ends this process and all others of the command, with what the first that failed said."""
+    import jax
+
+    from flix_jax import processes
+
+    told = None
+    if known is None:
+        # Where a process is gone, the others fail in what they compute together.
+        told = processes.cause()
+        lost = isinstance(error, jax.errors.JaxRuntimeError) and not debug
+        known = 1, f"error: {str(error).splitlines()[0]}" if lost else traceback.format_exc()
+    told = told or processes.fail(known[1], known[0])
+    if told.process == processes.index():
+        print(known[1], file=sys.stderr)
+    elif told.message != known[1]:  # the same mistake is told once
+        print(f"process {told.process}: {told.message}", file=sys.stderr)
+    processes.leave(told.status)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line and returns its exit status.
 
@@ -85,24 +131,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = parse(argv)
         arguments.run(arguments)
-    except (
-        ValueError,
-        FileNotFoundError,
-        NotADirectoryError,
-        IsADirectoryError,
-        FileExistsError,
-        PermissionError,
-    ) as error:
-        if "--debug" in argv:
+    except (Exception, KeyboardInterrupt) as error:
+        known, debug = _explained(error), "--debug" in argv
+        if _several():
+            _stop_all(error, None if debug else known, debug)
+        if known is None or (debug and known[0] != INTERRUPTED):
             raise
-        print(f"error: {_describe(error)}", file=sys.stderr)
-        return USER_ERROR
-    except FloatingPointError as error:
-        if "--debug" in argv:
-            raise
-        print(f"error: {_describe(error)}", file=sys.stderr)
-        return DIVERGED
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return INTERRUPTED
+        print(known[1], file=sys.stderr)
+        return known[0]
     return 0

@@ -6,6 +6,7 @@ Nothing heavy is imported before a command runs, so that help and mistakes answe
 import argparse
 import contextlib
 import dataclasses
+import logging
 import os
 import shlex
 import sys
@@ -50,8 +51,25 @@ def _build(
     config = _configure(arguments, gin_files)
     built = config.build("Run")
     for line in config.check_used():
-        print(f"warning: {line}", file=sys.stderr)
+        _warn(line)
     return built, config
+
+
+def _warn(line: str) -> None:
+    from flix_jax import processes
+
+    if processes.is_first():
+        print(f"warning: {line}", file=sys.stderr)
+
+
+def _join(arguments: argparse.Namespace) -> None:
+    """Joins the other processes of the command; all but the first say nothing but errors."""
+    from flix_jax import processes
+
+    processes.start(arguments.coordinator, arguments.processes, arguments.process)
+    if not processes.is_first():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (until the process ends)
+        logging.disable(logging.WARNING)
 
 
 def _saved_config(arguments: argparse.Namespace) -> list[str]:
@@ -67,15 +85,22 @@ def _saved_config(arguments: argparse.Namespace) -> list[str]:
 
 
 def train(arguments: argparse.Namespace) -> None:
+    _join(arguments)
     run, config = _build(arguments, arguments.gin_file)
     from flix_jax import configuration
     from flix_jax.experiments import training
 
     with config.placing_errors():
-        training.train(run, arguments.run_dir, config=configuration.operative_config())
+        training.train(
+            run,
+            arguments.run_dir,
+            config=configuration.operative_config(),
+            profile=arguments.profile,
+        )
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
+    _join(arguments)
     run, config = _build(arguments, _saved_config(arguments))
     from flix_jax.experiments import inference
 

@@ -82,6 +82,21 @@ def _add_run_dir(parser: Parser, text: str) -> None:
     parser.add_argument("--run_dir", required=True, metavar="DIR", help=text)
 
 
+def _add_processes(parser: Parser) -> None:
+    group = parser.add_argument_group(
+        "several processes",
+        "Start the command once on every host, each with devices of its own; flix launch does.",
+    )
+    group.add_argument(
+        "--coordinator",
+        metavar="HOST:PORT|auto",
+        help="of the first process; auto: as TPU VMs, GKE and SLURM tell (default: none, but auto "
+        "where the environment lists the workers of a TPU slice)",
+    )
+    group.add_argument("--processes", type=int, metavar="N", help="how many there are")
+    group.add_argument("--process", type=int, metavar="I", help="which this is, from 0")
+
+
 def _add_step(parser: Parser) -> None:
     parser.add_argument(
         "--step",
@@ -137,6 +152,13 @@ def _seed(text: str) -> int:
     if not text.isdecimal() or int(text) >= 2**32:
         raise argparse.ArgumentTypeError(f"expected a number below 2^32, got {text!r}")
     return int(text)
+
+
+def _steps(text: str) -> tuple[int, int]:
+    first, _, last = text.partition(":")
+    if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+        raise argparse.ArgumentTypeError(f"expected two steps such as 10:12, got {text!r}")
+    return int(first), int(last)
 
 
 def _step(text: str) -> "Step":
@@ -258,6 +280,13 @@ def make_parser() -> argparse.ArgumentParser:
         "      --gin.DATA_DIR=\"'data/xtreme_up_v1.1'\" --run_dir=runs/ner_tiny",
     )
     _add_run_dir(train, "folder of the run; local or in a bucket (gs://...)")
+    train.add_argument(
+        "--profile",
+        type=_steps,
+        metavar="FIRST:LAST",
+        help="steps of which a trace for TensorBoard and xprof is written to the run's profile/",
+    )
+    _add_processes(train)
     _add_gin(train, required=True)
 
     plan = _command(
@@ -313,6 +342,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="add bootstrap intervals, of 0.95 unless another share is given",
     )
     _add_step(evaluate)
+    _add_processes(evaluate)
     _add_gin(evaluate, required=False)
 
     infer = _command(

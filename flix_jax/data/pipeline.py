@@ -10,7 +10,7 @@ import hashlib
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,12 +38,12 @@ class TrainPipeline:
         and the global position. The first pattern that matches a cell counts. What comes out longer
         than `lengths` is cut. A transform that has a method `prepared` is asked by it for the one
         to apply, given the cell's examples.
-      process_index, process_count: which contiguous slice of the global batch to return. Where
-        several processes need the same rows, give the index and the number of the distinct slices.
+      rows: which rows of the global batch to make, ascending, where another process makes the
+        others; None makes all.
 
     Raises:
-      ValueError: for no cells, lengths below 1, a batch that the processes do not divide, cells of
-        which only some have feature ids, transforms for no cell.
+      ValueError: for no cells, lengths below 1, rows that are not of the batch, cells of which only
+        some have feature ids, transforms for no cell.
     """
 
     def __init__(
@@ -55,22 +55,16 @@ class TrainPipeline:
         global_batch_size: int,
         seed: int = 0,
         transforms: Mapping[str, Transform] | None = None,
-        process_index: int = 0,
-        process_count: int = 1,
+        rows: Sequence[int] | np.ndarray | None = None,
     ):
         check_lengths(lengths)
         if global_batch_size < 1:
             raise ValueError(f"global_batch_size={global_batch_size}: expected at least 1")
-        if process_count < 1 or global_batch_size % process_count:
-            raise ValueError(
-                f"global_batch_size={global_batch_size} does not divide by {process_count=}"
-            )
-        if not 0 <= process_index < process_count:
-            raise ValueError(f"process_index={process_index} of process_count={process_count}")
+        self.rows = np.arange(global_batch_size) if rows is None else np.asarray(rows, np.int64)
+        if not np.isin(self.rows, np.arange(global_batch_size)).all() or not self.rows.size:
+            raise ValueError(f"rows={rows}: expected some of a batch of {global_batch_size}")
         self.lengths = {name: int(lengths[name]) for name in TOKENS}
         self.global_batch_size = int(global_batch_size)
-        self.process_index = process_index
-        self.process_count = process_count
         self._data = {cell.name: examples for cell, examples in data.items()}
         self._order = ExampleOrder(
             sizes={name: len(examples) for name, examples in self._data.items()},
@@ -92,27 +86,22 @@ class TrainPipeline:
     def seed(self) -> int:
         return self._order.seed
 
-    @property
-    def local_batch_size(self) -> int:
-        """Rows of a batch on this process."""
-        return self.global_batch_size // self.process_count
-
     def batch_at(self, step: int) -> Batch:
-        """The rows of this process in the batch of `step` (from 0), padded with zeros.
+        """`rows` of the batch of `step` (from 0), padded with zeros.
 
         Returns:
           int32 `encoder_input_tokens` [rows, L], `decoder_input_tokens`, `decoder_target_tokens`,
           `decoder_loss_weights` [rows, T], and, where the cells have them, `feature_ids` [rows,
           slots].
         """
-        rows = self.local_batch_size
-        start = int(step) * self.global_batch_size + self.process_index * rows
-        cells, draws = self._order.cells_at(start, rows)
+        rows = len(self.rows)
+        start = int(step) * self.global_batch_size
+        cells, draws = self._order.cells_at(start, self.global_batch_size)
         inputs = np.zeros((rows, self.lengths["inputs"]), np.int32)
         targets = np.zeros((rows, self.lengths["targets"]), np.int32)
         feature_ids = np.zeros((rows, self.num_slots or 0), np.int32)
-        for row in range(rows):
-            example = self._example(int(cells[row]), int(draws[row]), start + row)
+        for row, place in enumerate(self.rows):
+            example = self._example(int(cells[place]), int(draws[place]), start + int(place))
             tokens = example["inputs"][: inputs.shape[1]]
             inputs[row, : len(tokens)] = tokens
             tokens = example["targets"][: targets.shape[1]]

@@ -19,6 +19,7 @@ import numpy as np
 import seqio
 from etils import epath
 
+from flix_jax import processes
 from flix_jax.adapters.suggest import did_you_mean
 from flix_jax.data.cells import GENERATE, RETRIEVE, Cell
 from flix_jax.evaluation import files, retrieval
@@ -173,8 +174,15 @@ class CellEvaluator:
         for cell in self.tasks:
             if cell.name in missing:
                 results[cell.name] = {"examples": 0}
-            elif (scores := self._finished(folder, cell, fingerprint)) is not None:
-                results[cell.name] = scores
+        # Asked of one process, for others may read when the first has written more.
+        finished = processes.from_first(
+            lambda: {
+                cell.name: self._finished(folder, cell, fingerprint)
+                for cell in self.tasks
+                if cell.name not in missing
+            }
+        )
+        results |= {name: scores for name, scores in finished.items() if scores is not None}
         pending = [cell for cell in self.tasks if cell.name not in results]
         before = examples_done = sum(int(scores["examples"]) for scores in results.values())
 

@@ -6,6 +6,8 @@ from typing import Any
 
 from etils import epath
 
+from flix_jax import processes
+
 EVALUATIONS = "evaluations"  # in a run's folder
 
 
@@ -13,8 +15,11 @@ def write_text(path: epath.PathLike, text: str) -> None:
     """Writes `text` (UTF-8) so that a reader finds the old content or the new, never a part.
 
     On a local disk through a neighbouring temporary file; a bucket's objects appear whole anyway
-    and cannot be renamed cheaply. Missing parent folders are made.
+    and cannot be renamed cheaply. Missing parent folders are made. Of several processes, which all
+    have the same to write, the first one writes.
     """
+    if not processes.is_first():
+        return
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     if "://" in os.fspath(path):

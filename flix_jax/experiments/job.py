@@ -324,8 +324,7 @@ class Job:
             global_batch_size=run.batch_size,
             seed=run.order_seed,
             transforms=run.transforms,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            rows=partitioning.local_rows(self.mesh, run.batch_size),
         )
 
     def _check_features(self, data: Mapping[Cell, CellData]) -> None:
@@ -360,9 +359,10 @@ class Job:
         """
         if saved is not None:
             check_state(saved, pipeline.state())
-        return PrefetchIterator(
-            pipeline, step, put=functools.partial(partitioning.put_batch, self.mesh)
+        put = functools.partial(
+            partitioning.put_batch, self.mesh, batch_size=pipeline.global_batch_size
         )
+        return PrefetchIterator(pipeline, step, put=put)
 
     def cells_table(self, report: DataReport) -> str:
         """Training examples per task and language, and which cells are held out or absent."""

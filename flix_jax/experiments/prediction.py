@@ -18,6 +18,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import NamedSharding
 
+from flix_jax import processes
 from flix_jax.adapters import tree
 from flix_jax.adapters.features import ABSENT
 from flix_jax.adapters.suggest import did_you_mean
@@ -85,8 +86,8 @@ class Predictor:
         Raises:
           ValueError: a `fold` that cannot be, or several processes.
         """
-        if jax.process_count() > 1:
-            raise ValueError(f"{jax.process_count()} processes: texts are predicted for by one")
+        if processes.count() > 1:
+            raise ValueError(f"{processes.count()} processes: texts are predicted for by one")
         self._vocabulary = job.run.vocabulary.build()
         self._eos_id = job.run.vocabulary.eos_id
         self._longest = job.run.inputs_length

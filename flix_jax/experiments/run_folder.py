@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+import orbax.checkpoint as ocp
 from etils import epath
 
 from flix_jax.data.cells import CellSplit, match, name_some
@@ -19,11 +20,11 @@ TRAINED_ON_FILE = "trained_on.json"
 
 
 def saved_steps(folder: epath.PathLike) -> frozenset[int]:
-    """The steps of a run's checkpoints."""
+    """The steps of a run's whole checkpoints."""
     directory = epath.Path(folder) / "checkpoints"
     if not directory.exists():
         return frozenset()
-    return frozenset(int(path.name) for path in directory.iterdir() if path.name.isdecimal())
+    return frozenset(ocp.utils.checkpoint_steps(directory))
 
 
 def check_folder(run: Run, run_dir: epath.Path) -> None:

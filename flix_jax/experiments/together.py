@@ -19,6 +19,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from flix_jax import processes
 from flix_jax.adapters import tree
 from flix_jax.adapters.activation import FeatureSettings
 from flix_jax.adapters.features import FeatureSpace
@@ -221,7 +222,7 @@ class _Group:
         bases_dir: epath.PathLike,
         title: str,
     ) -> None:
-        if jax.process_count() > 1:
+        if processes.count() > 1:
             raise ValueError("trials of one program run in one process; got several")
         self.jobs = [
             Job(run, folder, bases_dir=bases_dir) for run, folder in zip(runs, folders, strict=True)

@@ -46,6 +46,19 @@ CHIPS = {
     "v5e": Chip(16 * 2**30, 197e12, 4 * _MXU, 100e9),
     "v6e": Chip(32 * 2**30, 918e12, 16 * _MXU, 224e9),  # four of 256 × 256
 }
+# What JAX calls a device -> FLOPs a second of bfloat16 products, dense; of the makers' data sheets.
+_PEAKS = {
+    "TPU v4": CHIPS["v4"].flops,
+    "TPU v5 lite": CHIPS["v5e"].flops,
+    "TPU v5e": CHIPS["v5e"].flops,
+    "TPU v5": CHIPS["v5p"].flops,
+    "TPU v5p": CHIPS["v5p"].flops,
+    "TPU v6 lite": CHIPS["v6e"].flops,
+    "TPU v6e": CHIPS["v6e"].flops,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+}
 _NAME = re.compile(r"(?P<kind>[a-z0-9]+):(?P<shape>\d+(x\d+)*)(\*(?P<slices>\d+))?")
 
 
@@ -122,6 +135,12 @@ def find(name: str) -> Topology:
         text = " ".join(str(error).split()).removeprefix("INVALID_ARGUMENT: ")
         raise ValueError(f"topology {name!r}: {text}") from None
     return Topology(name, chip, described.devices, count)
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """FLOPs a second of a device by what JAX calls it; None where that is not known."""
+    found = [name for name in _PEAKS if re.match(rf"{re.escape(name)}\b(?! lite)", device_kind)]
+    return _PEAKS[found[0]] if found else None
 
 
 def use(name: str) -> None:

@@ -10,17 +10,17 @@ from typing import Any
 import jax
 import optax
 from etils import epath
-from jax.experimental import multihost_utils
 
+from flix_jax import processes
 from flix_jax.adapters import tree
 from flix_jax.evaluation import files
-from flix_jax.experiments import data_notes, ensembles, inference, scoring
+from flix_jax.experiments import data_notes, ensembles, flops, inference, scoring, topology
 from flix_jax.experiments.claims import Claims
 from flix_jax.experiments.job import Job
 from flix_jax.experiments.run import Run
 from flix_jax.experiments.run_folder import saved_steps
-from flix_jax.training import partitioning
-from flix_jax.training.checkpoints import Checkpoints, digest
+from flix_jax.training import partitioning, tracing
+from flix_jax.training.checkpoints import digest
 from flix_jax.training.loop import fit
 from flix_jax.training.reporting import Reporter, read_metrics
 from flix_jax.training.step import TrainState, train_step
@@ -34,6 +34,7 @@ def train(
     config: str | None = None,
     title: str = "train",
     show_cells: bool = True,
+    profile: tuple[int, int] | None = None,
 ) -> Job:
     """Trains ``run`` in ``run_dir`` up to its last step, its base first if that is a run.
 
@@ -45,13 +46,17 @@ def train(
       config: the operative gin config, kept as ``config.gin``.
       title: what the progress display calls the run.
       show_cells: whether the log has the table of tasks and languages too, beside ``cells.txt``.
+      profile: the first and the last step of which a trace is written to ``profile``.
 
     Raises:
       ValueError: before any compute, in one line, for whatever in the run cannot work.
     """
     job = Job(run, run_dir, bases_dir=bases_dir)
     job.check_data()  # a mistake is better found before anything is trained than after
-    start = None if saved_steps(job.run_dir) else job.start
+    saved = saved_steps(job.run_dir)
+    start = None if saved else job.start
+    if profile is not None:
+        _check_profile(profile, max(saved, default=0) + 1, run.total_steps)
     train_base(job, bases_dir=bases_dir, title=title, show_cells=show_cells)
     base = job.load_base()
     pipeline = job.pipeline()
@@ -83,6 +88,8 @@ def train(
                 start_step=int(state.step),
                 log_every=run.log_every,
                 wait_seconds=lambda: batches.wait_seconds,
+                devices=job.mesh.size,
+                utilization=_utilization(job),
                 title=title,
                 hparams=run.hparams(),
                 wandb_project=run.wandb_project,
@@ -100,10 +107,15 @@ def train(
             reporter.say(
                 f"{title}: best so far step {step}, {run.evaluation.keep_best} {value:.2f}"
             )
+        program = step_program(job, optimizer, template)
+        step_fn = tracing.telling_compilations(program, lambda s: reporter.say(f"{title}: {s}"))
+        if profile is not None:
+            folder, start_step = job.run_dir / "profile", int(state.step)
+            step_fn = tracing.traced(step_fn, *profile, start_step=start_step, folder=folder)
         fit(
             state,
             frozen,
-            step_fn=step_program(job, optimizer, template),
+            step_fn=step_fn,
             seed=run.seed,
             batches=batches,
             checkpoints=checkpoints,
@@ -129,6 +141,21 @@ def step_program(job: Job, optimizer: optax.GradientTransformation, template: Tr
     )
 
 
+def _check_profile(profile: tuple[int, int], first: int, last: int) -> None:
+    if not first <= profile[0] <= profile[1] <= last:
+        raise ValueError(
+            f"--profile={profile[0]}:{profile[1]}: expected steps of those that are trained now, "
+            f"{first} to {last}"
+        )
+
+
+def _utilization(job: Job) -> float | None:
+    """The share of the devices' peak that one step a second would be."""
+    device = job.mesh.devices.flat[0]
+    peak = topology.peak_flops(device.device_kind)
+    return None if peak is None else flops.model_flops(job) / (peak * job.mesh.size)
+
+
 def train_base(
     job: Job, *, bases_dir: epath.PathLike | None, title: str, show_cells: bool = False
 ) -> None:
@@ -140,13 +167,19 @@ def train_base(
     if not isinstance(base, Run):
         return
     assert job.base_dir is not None
-    if _is_finished(base, job.base_dir):
+    base_dir = job.base_dir
+
+    def is_finished() -> bool:
+        # Of checkpoints opened by orbax all processes would have to ask together.
+        return base.total_steps in processes.from_first(lambda: sorted(saved_steps(base_dir)))
+
+    if is_finished():
         return
-    with claim(job.base_dir):
-        if not _is_finished(base, job.base_dir):  # another may have been before us
+    with claim(base_dir):
+        if not is_finished():  # another may have been before us
             train(
                 base,
-                job.base_dir,
+                base_dir,
                 bases_dir=bases_dir,
                 title=f"{title}: base",
                 show_cells=show_cells,
@@ -157,10 +190,9 @@ def train_base(
 def claim(folder: epath.Path) -> Iterator[None]:
     """Holds a folder for the processes of this run, of which the first one claims it."""
     with contextlib.ExitStack() as stack:
-        if jax.process_index() == 0:
+        if processes.is_first():
             stack.enter_context(Claims()).wait_for(folder)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices(f"claim of {folder}")
+        processes.wait_for_first()
         yield
 
 
@@ -218,15 +250,6 @@ def _evaluation(job: Job, frozen: Any) -> Callable[[int, Any], Mapping[str, Mapp
         )
 
     return evaluate
-
-
-def _is_finished(run: Run, run_dir: epath.Path) -> bool:
-    """Whether a run has reached its last step."""
-    directory = run_dir / "checkpoints"
-    if not directory.exists():
-        return False
-    with Checkpoints(directory, {}, create=False) as checkpoints:
-        return checkpoints.latest_step() == run.total_steps
 
 
 def _summary(job: Job, state: TrainState, frozen: Any) -> str:

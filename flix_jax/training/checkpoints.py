@@ -19,7 +19,9 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from flix_jax import processes
 from flix_jax.evaluation import files
+from flix_jax.training.partitioning import gathered
 from flix_jax.training.step import TrainState
 
 logger = logging.getLogger(__name__)
@@ -34,7 +36,7 @@ def digest(params: Any) -> str:
     """A digest of a parameter tree: its names, shapes, dtypes and bytes."""
     total = hashlib.blake2b(digest_size=16)
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        array = np.ascontiguousarray(leaf)
+        array = np.ascontiguousarray(gathered(leaf) if isinstance(leaf, jax.Array) else leaf)
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         total.update(f"{name} {array.dtype} {array.shape}\n".encode())
         total.update(array.reshape(-1).view(np.uint8).data)
@@ -192,7 +194,8 @@ class Checkpoints:
         """Makes `best.json` say what is so; a folder that keeps no best step has none."""
         path = self.directory.parent / BEST_FILE
         if self.best is None:
-            path.unlink(missing_ok=True)
+            if processes.is_first():
+                path.unlink(missing_ok=True)
             return
         step, value = self.best
         record = {"step": step, "value": value, "of": self._best_of}

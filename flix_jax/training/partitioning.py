@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import linen as nn
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "model")
@@ -132,10 +133,46 @@ def check_batch_size(mesh: Mesh, batch_size: int, microbatches: int = 1) -> None
         )
 
 
-def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-    """Forms global arrays from this process's rows of a batch."""
+def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """Which rows of a global batch the devices of this process hold, ascending."""
+    slices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    rows = np.arange(batch_size)
+    return np.unique(np.concatenate([rows[index] for index in slices]))
+
+
+def put_batch(
+    mesh: Mesh, batch: Mapping[str, np.ndarray], batch_size: int | None = None
+) -> dict[str, jax.Array]:
+    """Forms global arrays of a batch.
+
+    Args:
+      mesh: of the devices, of all processes.
+      batch: the whole batch, or of one of `batch_size` rows those of `local_rows`.
+      batch_size: of the global batch; None where `batch` is whole.
+    """
     sharding = batch_sharding(mesh)
-    return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+    if jax.process_count() == 1:
+        return jax.device_put(dict(batch), sharding)
+
+    def put(local: np.ndarray) -> jax.Array:
+        size = len(local) if batch_size is None else batch_size
+        rows = np.arange(size) if batch_size is None else local_rows(mesh, size)
+
+        def shard(index: Any) -> np.ndarray:
+            first, last, _ = index[0].indices(size)
+            place = int(np.searchsorted(rows, first))
+            return local[place : place + last - first]
+
+        return jax.make_array_from_callback((size, *local.shape[1:]), sharding, shard)
+
+    return {name: put(local) for name, local in batch.items()}
+
+
+def gathered(array: jax.Array) -> np.ndarray:
+    """The whole of an array, on every process."""
+    if array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(array)
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
 def logical_axes(boxed_params: Any) -> Any:

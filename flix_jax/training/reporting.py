@@ -16,15 +16,10 @@ import jax
 from etils import epath
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
-from tensorboard.compat.proto.tensor_pb2 import TensorProto
-from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
-from tensorboard.compat.proto.types_pb2 import DT_FLOAT
-from tensorboard.plugins.hparams import plugin_data_pb2
-from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
+from flix_jax import processes
 from flix_jax.evaluation import files
+from flix_jax.training.tensorboard_sink import TensorBoardSink
 from flix_jax.training.wandb_sink import WandbSink
 
 
@@ -33,8 +28,11 @@ class Reporter:
 
     Lines of ``metrics.jsonl`` hold ``step``, ``loss``, ``z_loss``, ``accuracy``, ``grad_norm``
     (means over the window), ``tokens`` (target tokens since the start of this process),
-    ``tokens_per_second``, ``steps_per_second`` and ``data_wait`` (share of the window's time spent
-    waiting for data); lines of evaluations hold ``step`` and ``<cell>/<metric>``.
+    ``tokens_per_second``, ``tokens_per_second_per_chip``, ``steps_per_second``, ``data_wait``
+    (share of the window's time spent waiting for data), ``mfu`` (model-FLOPs utilisation, where the
+    devices' peak is known) and ``device_memory`` (the most that a device had in use so far, bytes,
+    where it tells); lines of evaluations hold ``step`` and ``<cell>/<metric>``. Of several
+    processes, which all have the same metrics, the first alone writes and shows them.
 
     Args:
       run_dir: the run's folder.
@@ -42,6 +40,8 @@ class Reporter:
       start_step: the step that the run goes on from; lines of later steps are dropped.
       log_every: the window in steps.
       wait_seconds: the time so far in which the loop waited for data.
+      devices: how many there are, over all processes.
+      utilization: share of the devices' peak that one step a second is; None where it is not known.
       title: what is running, before the progress bar.
       show: whether the console is written to.
       hparams: what TensorBoard's page of hyperparameters shows of the run, by name.
@@ -56,6 +56,8 @@ class Reporter:
         start_step: int,
         log_every: int,
         wait_seconds: Callable[[], float],
+        devices: int = 1,
+        utilization: float | None = None,
         title: str = "train",
         show: bool = True,
         hparams: Mapping[str, str | float] | None = None,
@@ -63,21 +65,16 @@ class Reporter:
     ) -> None:
         self._path = epath.Path(run_dir) / "metrics.jsonl"
         self._lines = [x for x in read_metrics(self._path) if x["step"] <= start_step]
-        self._events = EventFileWriter(str(epath.Path(run_dir) / "tensorboard"))
-        # TensorBoard drops what an earlier attempt wrote of the steps that come again.
-        restart = SessionLog(status=SessionLog.START)
-        self._events.add_event(
-            Event(wall_time=time.time(), step=start_step + 1, session_log=restart)
-        )
-        if hparams:
-            summary = _hparams_summary(hparams, group=epath.Path(run_dir).name)
-            self._events.add_event(Event(wall_time=time.time(), summary=summary))
-        first = jax.process_index() == 0  # several processes are one W&B run
-        self._wandb = None
-        if wandb_project and first:
-            self._wandb = WandbSink(run_dir, wandb_project, hparams or {})
+        self._sinks: list[TensorBoardSink | WandbSink] = []
+        if processes.is_first():
+            self._sinks.append(TensorBoardSink(run_dir, start_step, hparams or {}))
+            if wandb_project:
+                self._sinks.append(WandbSink(run_dir, wandb_project, hparams or {}))
+        show = show and processes.is_first()
         self._log_every = log_every
         self._wait_seconds = wait_seconds
+        self._devices = devices
+        self._utilization = utilization
         self._pending: list[tuple[int, Any]] = []
         self._tokens = 0.0
         self._written = 0.0
@@ -131,9 +128,15 @@ class Reporter:
             **{k: float(sum(v[k] for v in values) / len(values)) for k in values[0]},
             "tokens": self._tokens,
             "tokens_per_second": tokens / seconds,
+            "tokens_per_second_per_chip": tokens / seconds / self._devices,
             "steps_per_second": len(steps) / seconds,
             "data_wait": (self._wait_seconds() - self._window_wait) / seconds,
         }
+        if self._utilization is not None:
+            line["mfu"] = self._utilization * line["steps_per_second"]
+        memory = jax.local_devices()[0].memory_stats() or {}
+        if "peak_bytes_in_use" in memory:
+            line["device_memory"] = memory["peak_bytes_in_use"]
         self._write(line, prefix="train/")
         self._show(line)
         self._start_window()
@@ -153,7 +156,8 @@ class Reporter:
         """Puts all that was reported on disk."""
         self.flush()
         self._store()
-        self._events.flush()
+        for sink in self._sinks:
+            sink.flush()
 
     def close(self) -> None:
         """Writes what is pending and gives the console back."""
@@ -161,9 +165,8 @@ class Reporter:
             self.sync()
         finally:
             self._progress.stop()
-            self._events.close()
-            if self._wandb:
-                self._wandb.close()
+            for sink in self._sinks:
+                sink.close()
 
     def __enter__(self) -> Reporter:
         return self
@@ -177,14 +180,9 @@ class Reporter:
 
     def _write(self, line: dict[str, Any], prefix: str) -> None:
         self._lines.append(line)
-        values = [
-            Summary.Value(tag=prefix + k, simple_value=v) for k, v in line.items() if k != "step"
-        ]
-        self._events.add_event(
-            Event(wall_time=time.time(), step=line["step"], summary=Summary(value=values))
-        )
-        if self._wandb:
-            self._wandb.write(line["step"], {value.tag: value.simple_value for value in values})
+        values = {prefix + name: value for name, value in line.items() if name != "step"}
+        for sink in self._sinks:
+            sink.write(line["step"], values)
         if time.monotonic() - self._written > 10:
             self._store()
 
@@ -198,6 +196,8 @@ class Reporter:
             f"loss {line['loss']:.4f}  accuracy {line['accuracy']:.3f}  "
             f"{line['tokens_per_second']:,.0f} tokens/s  waiting {line['data_wait']:.1%}"
         )
+        if "mfu" in line:
+            values += f"  MFU {line['mfu']:.1%}"
         if self._progress.live.is_started:
             self._progress.update(self._task, values=values)
             return
@@ -205,32 +205,6 @@ class Reporter:
         rate = (line["step"] - first) / (time.monotonic() - then)
         left = (self._total - line["step"]) / rate
         self.say(f"{self._title}: step {line['step']}/{self._total}  {values}  {left:.0f} s left")
-
-
-def _hparams_summary(hparams: Mapping[str, str | float], group: str) -> Summary:
-    """TensorBoard's record of a session's hyperparameters (plugin 'hparams', data version 0).
-
-    Made of the protocol buffers alone: the helpers around them import TensorFlow.
-    """
-    start = plugin_data_pb2.SessionStartInfo(group_name=group, start_time_secs=time.time())
-    for name, value in hparams.items():
-        if isinstance(value, str):
-            start.hparams[name].string_value = value
-        elif isinstance(value, bool):
-            start.hparams[name].bool_value = value
-        else:
-            start.hparams[name].number_value = value
-    content = plugin_data_pb2.HParamsPluginData(version=0, session_start_info=start)
-    plugin = SummaryMetadata.PluginData(plugin_name="hparams", content=content.SerializeToString())
-    return Summary(
-        value=[
-            Summary.Value(
-                tag="_hparams_/session_start_info",
-                metadata=SummaryMetadata(plugin_data=plugin),
-                tensor=TensorProto(dtype=DT_FLOAT, tensor_shape=TensorShapeProto()),
-            )
-        ]
-    )
 
 
 def read_metrics(path: epath.PathLike) -> list[dict[str, Any]]:

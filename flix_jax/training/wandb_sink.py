@@ -59,6 +59,9 @@ class WandbSink:
         """Logs values of a step, by name."""
         self._run.log(dict(values), step=step)
 
+    def flush(self) -> None:
+        """W&B sends in its own time."""
+
     def close(self) -> None:
         """Ends the W&B run."""
         self._run.finish()
