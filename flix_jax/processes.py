@@ -154,8 +154,9 @@ def cause(patience: float = 2.0) -> Failure | None:
 
 def leave(status: int) -> NoReturn:
     """Ends this process after a failure: at once, for at exit it would wait for the others."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # whoever read it may be gone
+            stream.flush()
     with contextlib.suppress(jax.errors.JaxRuntimeError):
         _state().client.key_value_set(f"flix_jax/left/{index()}", "")
         if is_first():  # with it goes the place where the others read why
@@ -171,8 +172,10 @@ def _watch(done: threading.Event) -> None:
     while not done.wait(_POLL):
         told = _told()
         if told is not None and told.process != index():
-            print(f"process {told.process}: {told.message}", file=sys.stderr)
-            leave(told.status)
+            try:
+                print(f"process {told.process}: {told.message}", file=sys.stderr)
+            finally:
+                leave(told.status)
 
 
 def _told() -> Failure | None:

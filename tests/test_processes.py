@@ -1,11 +1,11 @@
 """Several processes: one run whatever their number, and none that goes on alone."""
 
 import os
-import re
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -13,6 +13,7 @@ import pytest
 from tiny_runs import write_gin
 
 from flix_jax import cli, processes
+from flix_jax.experiments.run_folder import saved_steps
 from flix_jax.training.checkpoints import Checkpoints
 from flix_jax.training.reporting import read_metrics
 
@@ -70,7 +71,7 @@ def train(*arguments, steps=STEPS):
     assert cli.main(["train", *SETTINGS, f"--gin.Run.total_steps={steps}", *arguments]) == 0
 
 
-def launch(*arguments, steps=STEPS, **options):
+def launch(*arguments, steps=STEPS):
     """The command of two processes with four devices each, started."""
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     command = [sys.executable, "-c", LAUNCH, "train", *SETTINGS, *arguments]
@@ -80,12 +81,17 @@ def launch(*arguments, steps=STEPS, **options):
         stderr=subprocess.STDOUT,
         text=True,
         env=environment,
-        **options,
     )
 
 
+def children(process):
+    """The processes that one has started, the first of the run first."""
+    pid = process.pid
+    return [int(pid) for pid in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
 def finish(process):
-    said, _ = process.communicate(timeout=300)
+    said, _ = process.communicate(timeout=900)
     assert process.returncode == 0, said
     return said
 
@@ -151,26 +157,25 @@ def test_a_run_goes_on_in_other_numbers_of_processes(folder):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc")
 def test_where_one_is_killed_the_other_stops_and_the_run_goes_on_later(folder):
-    running = launch("--run_dir=killed", steps=10**6, start_new_session=True)
-    end = time.monotonic() + 200
-    while not (folder / "killed/checkpoints/5").exists() and time.monotonic() < end:
+    running = launch("--run_dir=killed", "--gin.Run.log_every=1000", steps=10**6)
+    end = time.monotonic() + 600
+    while len(saved_steps(folder / "killed")) < 2 and time.monotonic() < end:
         time.sleep(0.1)
-    table = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True).stdout
-    children = re.findall(rf"^ *(\d+) +{running.pid} .*--process=1$", table, re.MULTILINE)
-    os.kill(int(children[0]), signal.SIGKILL)
+    first, second = children(running)
+    os.kill(second, signal.SIGKILL)
     killed = time.monotonic()
     said, _ = running.communicate(timeout=60)
     assert time.monotonic() - killed < 10
     assert running.returncode == 128 + signal.SIGKILL
     assert "process 1 was killed by SIGKILL" in said
-    table = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
-    assert "--run_dir=killed" not in table
-    last = max(int(path.name) for path in (folder / "killed/checkpoints").iterdir())
+    assert not Path(f"/proc/{first}").exists()
+    last = max(saved_steps(folder / "killed"))
     said = finish(launch("--run_dir=killed", steps=last + 2))
     assert f"step {last} of {last + 2}" in said
     steps = [line["step"] for line in numbers(folder / "killed") if "loss" in line]
-    assert steps == list(range(1, last + 3))
+    assert steps[-2:] == [last + 1, last + 2]
 
 
 @pytest.mark.slow
@@ -186,7 +191,7 @@ def test_where_one_fails_all_stop_with_what_it_said(folder, free_port):
         )
 
     first, second = start(0), start(1)
-    said = second.communicate(timeout=200)[1]
+    said = second.communicate(timeout=600)[1]
     ended = time.monotonic()
     other = first.communicate(timeout=60)[1]
     assert time.monotonic() - ended < 10
@@ -211,7 +216,6 @@ def free_port():
         ("--coordinator=here:1 --processes=2", "needs --processes and --process"),
         ("--coordinator=here:1 --processes=2 --process=2", "--process=2: expected 0 to 1"),
         ("--coordinator=here --processes=2 --process=1", "expected HOST:PORT, or auto"),
-        ("--coordinator=auto", "no cluster found"),
     ],
 )
 def test_flags_that_do_not_go_together_are_one_line(flags, message, capsys):
@@ -219,6 +223,15 @@ def test_flags_that_do_not_go_together_are_one_line(flags, message, capsys):
     assert cli.main(arguments) == cli.USER_ERROR
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: --") and message in line
+
+
+def test_where_no_cluster_is_found_that_is_one_line():
+    command = [sys.executable, "-m", "flix_jax.cli", "train", "--coordinator=auto"]
+    command += ["--gin_file=x.gin", "--run_dir=x"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == cli.USER_ERROR
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: --coordinator=auto: no cluster found")
 
 
 @pytest.mark.parametrize(

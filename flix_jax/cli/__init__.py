@@ -111,11 +111,13 @@ def _stop_all(error: BaseException, known: tuple[int, str] | None, debug: bool) 
         lost = isinstance(error, jax.errors.JaxRuntimeError) and not debug
         known = 1, f"error: {str(error).splitlines()[0]}" if lost else traceback.format_exc()
     told = told or processes.fail(known[1], known[0])
-    if told.process == processes.index():
-        print(known[1], file=sys.stderr)
-    elif told.message != known[1]:  # the same mistake is told once
-        print(f"process {told.process}: {told.message}", file=sys.stderr)
-    processes.leave(told.status)
+    try:
+        if told.process == processes.index():
+            print(known[1], file=sys.stderr)
+        elif told.message != known[1]:  # the same mistake is told once
+            print(f"process {told.process}: {told.message}", file=sys.stderr)
+    finally:  # whoever read it may be gone
+        processes.leave(told.status)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

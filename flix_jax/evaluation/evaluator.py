@@ -211,6 +211,7 @@ class CellEvaluator:
                 results[cell.name] = {"examples": 0}
             report(cell)
         self._warn(missing)
+        processes.wait_for_first()  # now what it has written can be read by all
         return {cell.name: results[cell.name] for cell in self.tasks}
 
     def _warn(self, missing: Collection[str]) -> None:

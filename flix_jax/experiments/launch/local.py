@@ -43,6 +43,8 @@ def run(arguments: Sequence[str], processes: int, devices_per_process: int | Non
     command = [sys.executable, "-m", "flix_jax.cli", *arguments]
     command += [f"--coordinator=127.0.0.1:{_free_port()}", f"--processes={processes}"]
     started: list[_Process] = []
+    # As by Ctrl-C, which reaches all of them: none is left behind.
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         for index in range(processes):
             started.append(_Process(index, [*command, f"--process={index}"], environment))
@@ -50,6 +52,7 @@ def run(arguments: Sequence[str], processes: int, devices_per_process: int | Non
     finally:
         for process in started:
             process.end()
+        signal.signal(signal.SIGTERM, before)
     if failed is None or not failed.was_killed:
         for process in started:
             process.show()
