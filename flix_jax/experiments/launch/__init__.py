@@ -1,0 +1,1 @@
+"""From gin files to a running pod: what is launched, and the commands of engines that exist."""
