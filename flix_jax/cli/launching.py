@@ -207,7 +207,9 @@ def _run(arguments: argparse.Namespace, shell: "Shell") -> None:
     machines: Slices | Allocation
     if on_slurm:
         machines = slurm.Allocation(
-            arguments.nodes or 1, arguments.gpus_per_node or 8, tuple(arguments.extra)
+            1 if arguments.nodes is None else arguments.nodes,
+            8 if arguments.gpus_per_node is None else arguments.gpus_per_node,
+            tuple(arguments.extra),
         )
     else:
         machines = _slices(arguments)

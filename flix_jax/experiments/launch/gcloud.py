@@ -158,7 +158,7 @@ def launch(
                     f"{machines.name}: {lost}, and no restart is left; the same command goes on "
                     "from the last checkpoint (--restarts=N starts again by itself)"
                 ) from None
-            shell.say(f"{lost}; starting again from the last checkpoint ({left} restarts left)")
+            shell.say(f"{lost}; starting again from the last checkpoint ({left - 1} restarts left)")
             shell.wait()
 
 

@@ -257,9 +257,12 @@ def check_run(run: Run, *, shared: bool) -> None:
         check_run(run.base, shared=shared)
     elif run.base != RANDOM:
         paths["base"] = run.base
+    made = getattr(run.source, "cache_dir", None)  # where workers make the data themselves
     for name, path in paths.items():
+        if path is None or (made is not None and Path(path).is_relative_to(made)):
+            continue
         # An absolute path may be a disk that the workers have, too.
-        if path is not None and "://" not in str(path) and not Path(path).is_absolute():
+        if "://" not in str(path) and not Path(path).is_absolute():
             raise ValueError(
                 f"Run.{name} = {str(path)!r}: workers do not start in this folder; give "
                 + ("the whole path" if shared else "a copy in a bucket, gs://...")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
 import re
 import shlex
 import shutil
@@ -33,8 +35,10 @@ class Done:
     @property
     def reason(self) -> str:
         """What went wrong, in one line."""
-        text = " ".join(self.errors[self.errors.rfind("ERROR:") + 1 :].split())
-        text = re.sub(r"^RROR:( \([a-z.-]+\))? ?", "", text)
+        text = " ".join(self.errors.rpartition("ERROR:")[2].split())
+        text = re.sub(r"^\([a-z.-]+\) ", "", text)  # gcloud names its command here
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            text = json.loads(text)["message"]  # as the API of TPUs has put it
         return text or f"exit status {self.status}"
 
 
