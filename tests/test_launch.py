@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -393,3 +394,32 @@ def test_the_version_is_noted_in_the_launched_folder_and_by_the_workers(tmp_path
     assert f"FLIX_COMMIT={commit[:12]}" in (folder / "worker.sh").read_text()
     assert launched.bucket == f"gs://b/r/launch/{commit[:12]}"
     assert launched.labels["flix-commit"] == commit[:12]
+
+
+# ----------------------------------------------------------------------------------------- the page
+
+
+def blocks() -> list[str]:
+    text = (ROOT / "docs" / "launch.md").read_text(encoding="utf-8")
+    return re.findall(r"^```\w*\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def test_the_page_shows_what_the_commands_print(code, tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = checkout.find(str(code), allow_dirty=False)
+    shown = blocks()  # a command, what it prints, the next command, ...
+    assert len(shown) == 6
+    for command, block in zip(shown[::2], shown[1::2], strict=True):
+        argv = shlex.split(command.replace("\\\n", " "))[1:]
+        assert cli.main([*argv, f"--code={code}"]) == 0
+        out = capfd.readouterr().out
+        for told, name in ((found.commit, "COMMIT"), (found.version, "VERSION")):
+            out = out.replace(told, name)
+        out = out.replace(str(code), "CODE").replace(str(tmp_path), "FOLDER")
+        # Where lines are broken depends on the lengths of names.
+        out, block = (text.replace(" \\\n    ", " ") for text in (out, block))
+        assert block in out, out
+        # A whole section: what comes before it and after it is another.
+        before, after = out.split(block)
+        assert before == "" or before.endswith("<==\n")
+        assert after == "" or after.startswith("\n==> ")
