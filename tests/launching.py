@@ -7,7 +7,14 @@ import sys
 from pathlib import Path
 
 # A run that reads nothing when it is built.
-GIN = ("--gin_file=configs/experiments/ner_tiny.gin", "--gin.DATA_DIR='gs://b/data'")
+GIN = (
+    "--gin_file=configs/experiments/xtreme_up.gin",
+    "--gin.DATA_DIR='gs://b/data'",
+    "--gin.BASE='gs://b/base'",
+    "--gin.VOCABULARY='gs://b/model'",
+    "--gin.Run.batch_size=3072",
+    "--gin.Evaluation.batch_size=3072",
+)
 
 # Logs its arguments, and plays the answers that are left for its verb: [status, output, errors].
 _STAND_IN = """\

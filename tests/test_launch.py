@@ -14,6 +14,7 @@ from launching import GIN, git, make_checkout
 
 from flix_jax import cli, configuration
 from flix_jax.experiments.launch import accelerators, checkout, job
+from flix_jax.experiments.launch import worker as worker_script
 from flix_jax.experiments.launch.shell import Shell, written
 
 ROOT = Path(__file__).parent.parent
@@ -248,10 +249,11 @@ def test_a_worker_trains_on_without_its_connection_and_tells_its_status(worker, 
 def test_a_worker_that_was_killed_says_so_and_can_start_again(worker):
     worker("start", "sleep 100")
     assert worker("install").stdout == "training runs here already and is left alone\n"
+    assert worker("lost").returncode == 0
     assert worker("stop").returncode == 0
-    assert worker("follow").returncode == job.LOST
+    assert worker("follow").returncode == worker("lost").returncode == worker_script.LOST
     worker("start", "exit 0")
-    assert worker("follow").returncode == 0
+    assert worker("follow").returncode == worker("lost").returncode == 0
 
 
 def test_the_script_passes_shellcheck(worker):
@@ -305,6 +307,13 @@ def code(tmp_path_factory):
         ([*VM, "--name=Mine"], "--name=Mine: expected at most 40 lower-case letters"),
         ([*VM, "--detach", "--delete"], "--detach returns before training ends"),
         ([*VM, "--action=follow"], "--gin_file has no effect with --action=follow"),
+        ([*VM, "--hours=0"], "--hours=0: expected more than 0"),
+        ([*VM, "--gin.Run.batch_size=6"], "on 4 devices: batch_size 6 is not a positive multiple"),
+        ([*VM, "--gin.Evaluation.batch_size=6"], "batch_size 6 is not a positive multiple of 4"),
+        (
+            [*VM, "--gin.MeshSpec.fsdp=3"],
+            "on 4 devices: Mesh(data=-1, fsdp=3, model=1) does not fit",
+        ),
         ([*VM, "--restarts=-1"], "--restarts=-1: expected at least 0"),
         ([*VM, "--gin.Run.sed=1"], "Run has no parameter 'sed'; did you mean 'seed'"),
         ([*VM, "--gin.Run.batch_size=0"], "Run.batch_size must be at least 1"),
@@ -365,11 +374,10 @@ finally:
     "flags, line",
     [
         (["--hours=2.5"], "# 160.0 chip-hours: 64 for 2.5 hours"),
-        # 300 steps of 1.8 seconds are 0.15 hours.
+        # 5000 steps of 1.8 seconds are 2.5 hours.
         (
             ["--step_seconds=1.8"],
-            "# 9.6 chip-hours of training steps, without the training of its base: 64 for 300 "
-            "steps of 1.8 s",
+            "# 160.0 chip-hours of training steps: 64 for 5000 steps of 1.8 s",
         ),
         ([], "# chip-hours unknown: give --hours, or --step_seconds as flix plan prints them"),
     ],
@@ -381,6 +389,16 @@ def test_chip_hours_are_told_as_far_as_they_are_known(
     argv = [*BASE, "--engine=tpu_vm", "--zone=z", "--accelerator=v4-128"]
     assert cli.main([*argv, f"--code={code}", *flags]) == 0
     assert line in capfd.readouterr().out.splitlines()
+
+
+def test_the_training_of_a_base_that_is_a_run_is_left_out_of_the_cost_and_not_of_the_mesh():
+    given = ["configs/experiments/ner_tiny.gin"]
+    run = configuration.load(given, ["DATA_DIR='gs://b/data'", "Run.batch_size=64"]).build("Run")
+    text = job.cost(64, "chip", hours=None, run=run, seconds=1.8)
+    assert text.startswith("9.6 chip-hours of training steps, without the training of its base: ")
+    with pytest.raises(ValueError, match="on 64 devices: batch_size 16 is not"):
+        job.check_mesh(run, 64)
+    job.check_mesh(run, 16)
 
 
 def test_the_version_is_noted_in_the_launched_folder_and_by_the_workers(tmp_path):

@@ -155,12 +155,22 @@ def test_a_worker_that_was_restarted_is_started_again_without_new_machines(launc
 def test_a_lost_connection_is_made_again_and_a_failed_training_is_not(launch, stand_ins):
     stand_ins.play(
         describe=[NOT_FOUND, READY, READY, READY],
-        ssh=[ENDED, ENDED, [255, "", ""], [1, "diverged", ""]],
+        ssh=[ENDED, ENDED, [255, "", ""], [1, "diverged", ""], ENDED],
     )
     status, _, error, done = launch(*ON_VM, "--restarts=5", "--delete")
     assert status == cli.USER_ERROR
-    assert done == [*FRESH, "describe", "ssh-follow", "describe"]
+    assert done == [*FRESH, "describe", "ssh-follow", "describe", "ssh-lost"]
     assert "training failed on flix-x with status 1" in error.splitlines()[-1]
+
+
+def test_training_that_fails_for_another_worker_was_restarted_is_started_again(launch, stand_ins):
+    stand_ins.play(
+        describe=[NOT_FOUND, READY, READY, READY],
+        ssh=[ENDED, ENDED, [1, "a peer is gone", ""], [75, "", ""]],
+    )
+    status, _, _, done = launch(*ON_VM, "--restarts=1")
+    assert status == 0
+    assert done == [*FRESH, "describe", "ssh-lost", "describe", "ssh-stop", *FRESH[-3:]]
 
 
 def test_an_installation_is_tried_three_times(launch, stand_ins):

@@ -185,6 +185,9 @@ def _check(arguments: argparse.Namespace) -> None:
     if after and arguments.action == "run" and (arguments.detach or engine == "slurm"):
         how = "--detach" if arguments.detach else "--engine=slurm"
         raise UsageError(f"{how} returns before training ends: use --action={after[0]} then")
+    for name in ("hours", "step_seconds"):
+        if getattr(arguments, name) is not None and getattr(arguments, name) <= 0:
+            raise UsageError(f"--{name}={getattr(arguments, name):g}: expected more than 0")
     if arguments.restarts < 0:
         raise UsageError(f"--restarts={arguments.restarts}: expected at least 0")
 
@@ -216,6 +219,7 @@ def _run(arguments: argparse.Namespace, shell: "Shell") -> None:
     run, config = commands._build(arguments, arguments.gin_file)
     with config.placing_errors():
         job.check_run(run, shared=on_slurm)
+        job.check_mesh(run, machines.jax_devices)
     gin_files, copies = job.travelling(arguments.gin_file, config.files)
     launched = job.Job(
         arguments.name,

@@ -127,6 +127,11 @@ class Slices:
         """Chips of all slices."""
         return self.chips * self.count
 
+    @property
+    def jax_devices(self) -> int:
+        """As JAX counts them: of v2 and v3 every TensorCore is one."""
+        return self.devices * (self.kind.counted if self.name in ("v2", "v3") else 1)
+
     def __str__(self) -> str:
         hosts = f"{self.hosts} host{'s' * (self.hosts > 1)} of {self.chips_per_host}"
         slices = f"{self.count} slices of " if self.count > 1 else ""

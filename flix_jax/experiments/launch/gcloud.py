@@ -7,8 +7,9 @@ import shlex
 from collections.abc import Mapping
 
 from flix_jax.experiments.launch.accelerators import Slices
-from flix_jax.experiments.launch.job import LOST, SCRIPT, Job
+from flix_jax.experiments.launch.job import Job
 from flix_jax.experiments.launch.shell import Shell, named
+from flix_jax.experiments.launch.worker import LOST, SCRIPT
 
 CAPACITIES = ("on_demand", "spot", "reserved")
 
@@ -181,12 +182,17 @@ def follow(machines: Machines, shell: Shell) -> None:
             raise Lost(f"the machines were preempted ({state or 'they are gone'})")
         if done.status == LOST or state not in READY:
             raise Lost(f"a worker was restarted ({state})")
-        if done.status != CONNECTION_LOST:
-            raise ValueError(
-                f"training failed on {machines.name} with status {done.status}: see its log above; "
-                "the machines are still there"
-            )
-        shell.say("the connection was lost; following again")
+        if done.status == CONNECTION_LOST:
+            shell.say("the connection was lost; following again")
+            continue
+        # The first worker fails, too, where it loses another one.
+        lost = machines.ssh(f"bash {_folder(machines)}/{SCRIPT} lost", everywhere=True)
+        if shell.run(lost, quiet=True).status == LOST:
+            raise Lost("a worker was restarted")
+        raise ValueError(
+            f"training failed on {machines.name} with status {done.status}: see its log above; "
+            "the machines are still there"
+        )
 
 
 def _obtain(

@@ -8,8 +8,9 @@ from typing import Any
 import yaml
 
 from flix_jax.experiments.launch.accelerators import Slices
-from flix_jax.experiments.launch.job import SCRIPT, Job
+from flix_jax.experiments.launch.job import Job
 from flix_jax.experiments.launch.shell import Shell
+from flix_jax.experiments.launch.worker import SCRIPT
 
 MANIFEST = "jobset.yaml"
 REPLICATED = "slice"  # the replicated job: one job a slice, one pod a host

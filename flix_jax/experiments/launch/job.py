@@ -6,97 +6,21 @@ import dataclasses
 import json
 import os
 import re
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from flix_jax.configs import FOLDER as CONFIGS
+from flix_jax.experiments.launch import worker
 from flix_jax.experiments.launch.checkout import Checkout
 from flix_jax.experiments.launch.shell import Shell
 from flix_jax.experiments.run import RANDOM, Run
+from flix_jax.training import partitioning
 
 # Kubernetes appends some twenty characters to make the names of pods, which have 63.
 _NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")
 
-CODE = "code.tar.gz"
-SCRIPT = "worker.sh"
 RECORD = "launch.json"
-GIN = "gin"  # the folder of the gin files, where training is started
-
-_TEMPLATE = """\
-#!/usr/bin/env bash
-# One worker of {name}. Usage: worker.sh install | train | start | follow | stop
-set -euo pipefail
-cd "$(dirname "${{BASH_SOURCE[0]}}")"
-
-running() {{ ! flock --nonblock lock true; }}
-
-case "${{1:-}}" in
-  install) # an environment of its own, of the code that lies here
-    if running; then
-      echo "training runs here already and is left alone"
-      exit 0
-    fi
-    mkdir -p code
-    find code -mindepth 1 -maxdepth 1 ! -name '.venv*' -exec rm -rf {{}} +
-    tar -xzf {code} -C code
-    if ! python3 -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
-      PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet uv
-      python3 -m uv python install --quiet 3.11
-      FLIX_PYTHON="$(python3 -m uv python find 3.11)"
-      export FLIX_PYTHON
-    fi
-    # shellcheck source=/dev/null
-    source code/scripts/_environment.sh
-    ensure_environment {extra}
-    ;;
-  train)
-    export FLIX_COMMIT={version}
-    echo "flix_jax $FLIX_COMMIT on $(uname -n)"
-    cd {gin}
-    exec ../code/.venv/bin/{train}
-    ;;
-  start) # train in the background, so that a lost connection does not end it
-    if running; then
-      echo "training runs here already"
-      exit 0
-    fi
-    rm -f status
-    nohup setsid flock lock bash {script} attempt < /dev/null >> log 2>&1 &
-    echo $! > pid
-    until [[ -e status ]] || running; do sleep 0.1; done
-    ;;
-  attempt)
-    status=0
-    bash {script} train || status=$?
-    echo "$status" > status
-    ;;
-  follow) # ends as training ends; {lost} where it was killed, by a restart of the machine say
-    if running; then
-      tail -n 100 --pid="$(cat pid)" -F log
-    else
-      tail -n 100 log
-    fi
-    if [[ ! -e status ]]; then exit {lost}; fi
-    exit "$(cat status)"
-    ;;
-  stop)
-    if running; then kill -TERM -- "-$(cat pid)"; fi
-    for _ in {{1..300}}; do
-      if ! running; then exit 0; fi
-      sleep 0.1
-    done
-    kill -KILL -- "-$(cat pid)"
-    ;;
-  *)
-    echo "worker.sh: install, train, start, follow or stop?" >&2
-    exit 64
-    ;;
-esac
-"""
-
-#: The status of `worker.sh follow` after a worker that ended without telling how.
-LOST = 75
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,15 +68,11 @@ class Job:
 
     def files(self) -> dict[str, str]:
         """The texts of the launched folder, by their names there, but for copied gin files."""
-        script = _TEMPLATE.format(
+        script = worker.script(
             name=self.name,
-            code=CODE,
-            script=SCRIPT,
-            gin=GIN,
             extra=self.extra,
             version=self.checkout.version,
-            train=shlex.join(self.train()),
-            lost=LOST,
+            train=self.train(),
         )
         record = {
             "name": self.name,
@@ -160,7 +80,7 @@ class Job:
             "changed": self.checkout.dirty,
             "command": self.train(),
         }
-        return {SCRIPT: script, RECORD: json.dumps(record, indent=2) + "\n"}
+        return {worker.SCRIPT: script, RECORD: json.dumps(record, indent=2) + "\n"}
 
     def write(self, shell: Shell, more: Mapping[str, str] | None = None) -> dict[str, str]:
         """Fills the launched folder, also with the texts `more`; returns all texts by their paths.
@@ -168,18 +88,18 @@ class Job:
         A dry run returns them only.
         """
         texts = {**self.files(), **(more or {})}
-        names = [*texts, *(f"{GIN}/{name}" for name in self.copies), CODE]
+        names = [*texts, *(f"{worker.GIN}/{name}" for name in self.copies), worker.CODE]
         shell.say(f"{self.folder}: {', '.join(names)}")
         if not shell.dry_run:
             folder = Path(self.folder)
             for name, source in self.copies.items():
-                target = folder / GIN / name
+                target = folder / worker.GIN / name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_bytes(Path(source).read_bytes())
-            (folder / GIN).mkdir(parents=True, exist_ok=True)
+            (folder / worker.GIN).mkdir(parents=True, exist_ok=True)
             for name, text in texts.items():
                 (folder / name).write_text(text, encoding="utf-8")
-        shell.check(self.checkout.archive(os.path.join(self.folder, CODE)))
+        shell.check(self.checkout.archive(os.path.join(self.folder, worker.CODE)))
         return {os.path.join(self.folder, name): text for name, text in texts.items()}
 
     def ship(self, shell: Shell) -> None:
@@ -267,6 +187,22 @@ def check_run(run: Run, *, shared: bool) -> None:
                 f"Run.{name} = {str(path)!r}: workers do not start in this folder; give "
                 + ("the whole path" if shared else "a copy in a bucket, gs://...")
             )
+
+
+def check_mesh(run: Run, devices: int) -> None:
+    """Refuses a run, or a base that it trains first, whose mesh or batch does not fit the devices.
+
+    Raises:
+      ValueError: with the sizes that disagree.
+    """
+    if isinstance(run.base, Run):
+        check_mesh(run.base, devices)
+    try:
+        mesh: Any = run.mesh.abstract(devices)  # only its shape is looked at
+        partitioning.check_batch_size(mesh, run.batch_size, run.microbatches)
+        partitioning.check_batch_size(mesh, run.evaluation.batch_size)
+    except ValueError as error:
+        raise ValueError(f"on {devices} devices: {error}") from None
 
 
 def check_run_dir(run_dir: str, *, shared: bool) -> None:

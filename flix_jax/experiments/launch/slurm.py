@@ -6,8 +6,9 @@ import dataclasses
 import os
 import shlex
 
-from flix_jax.experiments.launch.job import SCRIPT, Job
+from flix_jax.experiments.launch.job import Job
 from flix_jax.experiments.launch.shell import Shell
+from flix_jax.experiments.launch.worker import SCRIPT
 
 BATCH = "job.sbatch"
 LOG = "log"
@@ -58,6 +59,11 @@ class Allocation:
     @property
     def devices(self) -> int:
         return self.nodes * self.gpus
+
+    @property
+    def jax_devices(self) -> int:
+        """As JAX counts them."""
+        return self.devices
 
     def __str__(self) -> str:
         nodes = f"{self.nodes} node{'s' * (self.nodes > 1)}"
