@@ -193,6 +193,19 @@ def test_an_include_that_means_nothing_elsewhere_is_refused(tmp_path, monkeypatc
         job.travelling(["run.gin"], files)
 
 
+def test_the_launched_folder_holds_the_gin_files_of_this_launch_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("one.gin").write_text("Run.seed = 5\n")
+    found = checkout.Checkout("code", "a" * 40, "a" * 40)
+    for name in ("old.gin", "sub/new.gin"):
+        launched = job.Job("n", "gs://b/r", "there", found, "tpu", (name,), {name: "one.gin"})
+        with pytest.raises(ValueError, match="git -C code archive"):  # there is no code
+            launched.write(Shell())
+    files = [path for path in Path("there/gin").rglob("*") if path.is_file()]
+    assert files == [Path("there/gin/sub/new.gin")]
+    assert files[0].read_text() == "Run.seed = 5\n"
+
+
 def test_two_files_of_one_name_are_refused(tmp_path, monkeypatch):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
@@ -212,7 +225,6 @@ def worker(tmp_path):
     bindings = ("A='it''s'", "B=(1, 2)")
     launched = job.Job("n", "gs://b/r", str(tmp_path), found, "tpu", ("x.gin",), {}, bindings)
     (tmp_path / "worker.sh").write_text(launched.files()["worker.sh"])
-    (tmp_path / "gin").mkdir()
     flix = tmp_path / "code" / ".venv" / "bin" / "flix"
     flix.parent.mkdir(parents=True)
 

@@ -85,7 +85,7 @@ def test_a_tpu_vm_is_made_set_up_followed_and_kept(launch, stand_ins, tmp_path):
     assert stand_ins.commands[0][-1] == f"{RUN}/launch/{version}"
     folder = tmp_path / "launches" / "flix-x"
     assert {path.name for path in folder.iterdir()} == {
-        "worker.sh", "launch.json", "code.tar.gz", "gin",
+        "worker.sh", "launch.json", "code.tar.gz",
     }  # fmt: skip
 
 

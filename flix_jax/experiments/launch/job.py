@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -92,11 +93,12 @@ class Job:
         shell.say(f"{self.folder}: {', '.join(names)}")
         if not shell.dry_run:
             folder = Path(self.folder)
+            shutil.rmtree(folder / worker.GIN, ignore_errors=True)  # of an earlier launch
+            folder.mkdir(parents=True, exist_ok=True)
             for name, source in self.copies.items():
                 target = folder / worker.GIN / name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_bytes(Path(source).read_bytes())
-            (folder / worker.GIN).mkdir(parents=True, exist_ok=True)
             for name, text in texts.items():
                 (folder / name).write_text(text, encoding="utf-8")
         shell.check(self.checkout.archive(os.path.join(self.folder, worker.CODE)))

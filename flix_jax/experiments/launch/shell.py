@@ -119,6 +119,6 @@ class Shell:
 
 
 def named(argv: Sequence[str]) -> str:
-    """A command without its flags, for messages."""
-    words = [word for word in argv if not word.startswith("-")]
+    """A command without its long flags, for messages."""
+    words = [word for word in argv if not word.startswith("--")]
     return shlex.join(words[:6])

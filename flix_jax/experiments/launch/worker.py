@@ -42,6 +42,7 @@ case "${{1:-}}" in
   train)
     export FLIX_COMMIT={version}
     echo "flix_jax $FLIX_COMMIT on $(uname -n)"
+    mkdir -p {gin} # a bucket keeps no empty folder
     cd {gin}
     exec ../code/.venv/bin/{train}
     ;;
