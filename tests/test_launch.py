@@ -246,6 +246,33 @@ def test_a_worker_trains_with_exactly_the_arguments_in_the_folder_of_the_gin_fil
     assert lines[1:] == [str(worker.folder / "gin"), "a" * 12, *worker.job.train()[1:]]
 
 
+@pytest.mark.parametrize("new_enough", [True, False])
+def test_a_worker_installs_the_packed_code_and_a_python_if_it_has_none(
+    new_enough, worker, monkeypatch
+):
+    scripts = worker.folder / "packed" / "scripts"
+    scripts.mkdir(parents=True)
+    (scripts / "_environment.sh").write_text(
+        'ensure_environment() { echo "extra $1 with ${FLIX_PYTHON:-its own}"; }\n'
+    )
+    (worker.folder / "code" / "stale.py").write_text("")
+    with tarfile.open(worker.folder / "code.tar.gz", "w:gz") as archive:
+        archive.add(scripts, arcname="scripts")
+    python = worker.folder / "bin" / "python3"
+    python.parent.mkdir()
+    python.write_text(
+        "#!/usr/bin/env bash\n"
+        f'case "$*" in -c*) exit {0 if new_enough else 1};; *find*) echo /managed/python;; esac\n'
+    )
+    python.chmod(0o755)
+    monkeypatch.setenv("PATH", str(python.parent), prepend=":")
+    done = worker("install")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"extra tpu with {'its own' if new_enough else '/managed/python'}\n"
+    # What an earlier launch left is gone, but for the environment.
+    assert {path.name for path in (worker.folder / "code").iterdir()} == {".venv", "scripts"}
+
+
 @pytest.mark.parametrize("status", [0, 3])
 def test_a_worker_trains_on_without_its_connection_and_tells_its_status(worker, status):
     assert worker("start", f"echo first; sleep 1; echo last; exit {status}").returncode == 0

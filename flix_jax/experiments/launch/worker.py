@@ -30,7 +30,8 @@ case "${{1:-}}" in
     find code -mindepth 1 -maxdepth 1 ! -name '.venv*' -exec rm -rf {{}} +
     tar -xzf {code} -C code
     if ! python3 -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
-      PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet uv
+      export PIP_BREAK_SYSTEM_PACKAGES=1 UV_PYTHON_PREFERENCE=only-managed
+      python3 -m pip install --quiet uv
       python3 -m uv python install --quiet 3.11
       FLIX_PYTHON="$(python3 -m uv python find 3.11)"
       export FLIX_PYTHON
