@@ -18,7 +18,7 @@ GIN = (
 
 # Logs its arguments, and plays the answers that are left for its verb: [status, output, errors].
 _STAND_IN = """\
-#!{python}
+#!{python} -IS
 import json, pathlib, sys
 folder = pathlib.Path({folder!r})
 argv = [pathlib.Path(sys.argv[0]).name, *sys.argv[1:]]
