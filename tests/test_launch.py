@@ -346,6 +346,10 @@ def code(tmp_path_factory):
         ([*VM, "--name=Mine"], "--name=Mine: expected at most 40 lower-case letters"),
         ([*VM, "--detach", "--delete"], "--detach returns before training ends"),
         ([*VM, "--action=follow"], "--gin_file has no effect with --action=follow"),
+        (
+            [*BASE, "--engine=gke", "--topology=v5e:4x4", "--slices=0"],
+            "--slices=0: expected at least 1",
+        ),
         ([*VM, "--hours=0"], "--hours=0: expected more than 0"),
         ([*VM, "--gin.Run.batch_size=6"], "on 4 devices: batch_size 6 is not a positive multiple"),
         ([*VM, "--gin.Evaluation.batch_size=6"], "batch_size 6 is not a positive multiple of 4"),

@@ -188,7 +188,9 @@ def of_topology(topology: str, count: int | None = None) -> Slices:
         raise ValueError(
             f"--topology={topology}: {name} has {dimensions} axes, for example {name}:{example}"
         )
-    return _placed("topology", topology, name, devices // slices, shape, count or slices)
+    return _placed(
+        "topology", topology, name, devices // slices, shape, slices if count is None else count
+    )
 
 
 def _placed(flag: str, text: str, name: str, chips: int, shape: str, count: int) -> Slices:
