@@ -55,7 +55,6 @@ def add_launch(parsers: Any, command: Callable[..., Any], gin_help: str) -> None
     parser.add_argument(
         "--engine",
         choices=ENGINES,
-        required=True,
         help="tpu_vm and queued_resource: Cloud TPU by gcloud; gke: a JobSet by kubectl; xpk: "
         "xpk workload create; slurm: sbatch, for GPUs",
     )
@@ -64,6 +63,18 @@ def add_launch(parsers: Any, command: Callable[..., Any], gin_help: str) -> None
         choices=ACTIONS,
         default="run",
         help="what to do; follow, fetch and delete are for what runs already (default: run)",
+    )
+    parser.add_argument(
+        "--local_processes",
+        type=int,
+        metavar="N",
+        help="in place of an engine: train in N processes of this machine, as a pod would",
+    )
+    parser.add_argument(
+        "--devices_per_process",
+        type=int,
+        metavar="N",
+        help="virtual devices of each local process",
     )
     parser.add_argument(
         "--run_dir", required=True, metavar="DIR", help="folder of the run; a bucket for pods"
@@ -149,9 +160,16 @@ def _add_code(group: Any) -> None:
 
 
 def launch(arguments: argparse.Namespace) -> None:
+    if (arguments.engine is None) == (arguments.local_processes is None):
+        raise UsageError("give one of --engine and --local_processes")
+    if arguments.local_processes is not None:
+        _run_here(arguments)
+        return
     from flix_jax.experiments.launch import job
     from flix_jax.experiments.launch.shell import Shell
 
+    if arguments.devices_per_process is not None:
+        raise UsageError("--devices_per_process has no effect without --local_processes")
     _check(arguments)
     job.check_run_dir(arguments.run_dir, shared=arguments.engine == "slurm")
     if arguments.engine == "slurm" and "://" not in arguments.run_dir:
@@ -164,6 +182,20 @@ def launch(arguments: argparse.Namespace) -> None:
         _run(arguments, shell)
     else:
         _act(arguments, shell, arguments.action)
+
+
+def _run_here(arguments: argparse.Namespace) -> None:
+    if not arguments.gin_file:
+        raise UsageError("--gin_file is missing: what is to be trained")
+    if arguments.dry_run:
+        raise UsageError("--dry_run has no effect with --local_processes")
+    from flix_jax.experiments.launch.local import run
+
+    flags = [f"--gin_file={name}" for name in arguments.gin_file]
+    flags += [f"--run_dir={arguments.run_dir}", *(f"--gin.{b}" for b in arguments.bindings)]
+    status = run(flags, arguments.local_processes, arguments.devices_per_process)
+    if status:
+        raise SystemExit(status)
 
 
 def _check(arguments: argparse.Namespace) -> None:
