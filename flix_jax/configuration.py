@@ -10,10 +10,11 @@ import contextlib
 import dataclasses
 import hashlib
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import gin
+from etils import epath
 from gin import config as gin_config
 
 from flix_jax.adapters.suggest import did_you_mean
@@ -60,9 +61,15 @@ NAMES: dict[str, str] = {
 
 @dataclasses.dataclass(frozen=True)
 class Configuration:
-    """What `load` read. Gin's registry is global: the last one loaded is the one in force."""
+    """What `load` read. Gin's registry is global: the last one loaded is the one in force.
+
+    Attributes:
+      bindings: the values, each once.
+      files: the files that were read, by the names under which flags and includes ask for them.
+    """
 
     bindings: tuple[Binding, ...]
+    files: Mapping[str, epath.Path] = dataclasses.field(default_factory=dict)
 
     def build(self, name: str) -> Any:
         """The object that `name` configures, with everything that it refers to.
@@ -262,7 +269,7 @@ def load(gin_files: Sequence[str] = (), bindings: Sequence[str] = ()) -> Configu
 
     for binding in reader.bindings.values():
         gin.bind_parameter(binding.key, replace(binding.value, look_up))
-    return Configuration(tuple(reader.bindings.values()))
+    return Configuration(tuple(reader.bindings.values()), reader.files)
 
 
 def operative_config() -> str:

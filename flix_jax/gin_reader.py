@@ -224,9 +224,11 @@ class Reader:
     def __init__(self, names: Mapping[str, str]) -> None:
         self.names = names
         self.bindings: dict[tuple[str, str, str], Binding] = {}
+        self.files: dict[str, epath.Path] = {}  # what was read, by the names that asked for it
 
     def read_file(self, name: str, place: str = "", within: tuple[str, ...] = ()) -> None:
         path = find_file(name, place)
+        self.files[name] = path
         identity = os.fspath(path.resolve())
         if identity in within:
             fail(place, f"'{name}' includes itself")

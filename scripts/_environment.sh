@@ -99,7 +99,7 @@ ensure_environment() {
       return
     fi
   fi
-  say "installing flix_jax${extras:+ with what its tests need}"
+  say "installing flix_jax${extras:+ with what '$extras' needs}"
   install "$extras" || fail "the installation failed; run the script again to go on"
   printf '%s\n' "$wanted" > "$stamp"
   exec 9>&-

@@ -1,6 +1,7 @@
 """Several processes: one run whatever their number, and none that goes on alone."""
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -30,11 +31,6 @@ SETTINGS = [
     "--gin.language/FeatureType.dropout=0.3",
 ]
 SGD = ["--gin.Optimizer.name='sgd'", "--gin.Schedule.learning_rate=0.3"]
-LAUNCH = """
-import sys
-from flix_jax.experiments.launch import local
-sys.exit(local.run(sys.argv[1:], 2, 4))
-"""
 # The same for processes of which the second one meets an error at its third batch.
 FAILING = """
 import sys
@@ -74,7 +70,8 @@ def train(*arguments, steps=STEPS):
 def launch(*arguments, steps=STEPS):
     """The command of two processes with four devices each, started."""
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    command = [sys.executable, "-c", LAUNCH, "train", *SETTINGS, *arguments]
+    command = [sys.executable, "-m", "flix_jax.cli", "launch", "--local_processes=2"]
+    command += ["--devices_per_process=4", *SETTINGS, *arguments]
     return subprocess.Popen(
         [*command, f"--gin.Run.total_steps={steps}"],
         stdout=subprocess.PIPE,
@@ -245,6 +242,45 @@ def test_where_no_cluster_is_found_that_is_one_line():
 )
 def test_the_environment_of_a_tpu_slice_is_known(environment, several):
     assert processes._lists_workers(environment) is several
+
+
+def test_a_dry_run_shows_the_commands(capsys):
+    arguments = ["launch", "--local_processes=2", "--run_dir=my runs/x", "--dry_run"]
+    arguments += ["--gin_file=x.gin", "--gin.A=1", "--devices_per_process=4"]
+    assert cli.main(arguments) == 0
+    first, second = capsys.readouterr().out.replace(" \\\n   ", "").splitlines()
+    assert shlex.split(first)[:5] == [
+        "env",
+        "JAX_PLATFORMS=cpu",
+        "JAX_NUM_CPU_DEVICES=4",
+        sys.executable,
+        "-m",
+    ]
+    flags = shlex.split(second)[5:]
+    assert flags[:5] == [
+        "flix_jax.cli",
+        "train",
+        "--gin_file=x.gin",
+        "--run_dir=my runs/x",
+        "--gin.A=1",
+    ]
+    assert flags[-1] == "--process=1" and first == second[:-1] + "0"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("", "give one of --engine and --local_processes"),
+        ("--local_processes=2 --engine=slurm", "give one of --engine and --local_processes"),
+        ("--local_processes=0", "--local_processes=0: expected at least 1"),
+        ("--local_processes=2 --devices_per_process=0", "--devices_per_process=0: expected"),
+    ],
+)
+def test_launches_that_cannot_be_are_one_line(flags, message, capsys):
+    arguments = ["launch", "--gin_file=x.gin", "--run_dir=x", *flags.split()]
+    assert cli.main(arguments) == cli.USER_ERROR
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
 
 
 def test_alone_nothing_waits():

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from flix_jax.cli import commands
+from flix_jax.cli import commands, launching
 from flix_jax.cli.commands import UsageError
 
 if TYPE_CHECKING:
@@ -313,6 +313,8 @@ def make_parser() -> argparse.ArgumentParser:
     )
     plan.add_argument("--out", metavar="FILE", help="markdown file to write, too")
     _add_gin(plan, required=True)
+
+    launching.add_launch(parsers, _command, GIN_HELP)
 
     evaluate = _command(
         parsers,

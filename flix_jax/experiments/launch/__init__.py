@@ -1,1 +1,1 @@
-"""From a gin file to running processes: on this machine, and through the engines of pods."""
+"""From gin files to running processes: on this machine, or on a pod by engines that exist."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import queue
 import signal
 import socket
@@ -18,11 +17,10 @@ _AFTER_FAILURE, _AFTER_KILL = 15.0, 2.0
 _POLL = 0.05
 
 
-def run(arguments: Sequence[str], processes: int, devices_per_process: int | None = None) -> int:
-    """Runs a `flix` command as several processes and returns its exit status.
-
-    What the first one says is shown as it is, what the others say with their number before it.
-    Where one fails or is killed, the others stop.
+def commands(
+    arguments: Sequence[str], processes: int, devices_per_process: int | None = None
+) -> list[list[str]]:
+    """The commands of several processes, which find each other on a free port.
 
     Args:
       arguments: of `flix`, such as ``['train', '--gin_file=run.gin', '--run_dir=runs/a']``; a
@@ -37,17 +35,26 @@ def run(arguments: Sequence[str], processes: int, devices_per_process: int | Non
         raise ValueError(f"--local_processes={processes}: expected at least 1")
     if devices_per_process is not None and devices_per_process < 1:
         raise ValueError(f"--devices_per_process={devices_per_process}: expected at least 1")
-    environment = dict(os.environ)
-    if devices_per_process is not None:
-        environment |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices_per_process)}
     command = [sys.executable, "-m", "flix_jax.cli", *arguments]
     command += [f"--coordinator=127.0.0.1:{_free_port()}", f"--processes={processes}"]
+    if devices_per_process is not None:
+        devices = ("JAX_PLATFORMS=cpu", f"JAX_NUM_CPU_DEVICES={devices_per_process}")
+        command = ["env", *devices, *command]
+    return [[*command, f"--process={index}"] for index in range(processes)]
+
+
+def run(commands: Sequence[Sequence[str]]) -> int:
+    """Runs the commands at once and returns the exit status of the first that fails, or 0.
+
+    What the first one says is shown as it is, what the others say with their number before it.
+    Where one fails or is killed, the others stop.
+    """
     started: list[_Process] = []
     # As by Ctrl-C, which reaches all of them: none is left behind.
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
-        for index in range(processes):
-            started.append(_Process(index, [*command, f"--process={index}"], environment))
+        for index, command in enumerate(commands):
+            started.append(_Process(index, command))
         failed = _watch(started)
     finally:
         for process in started:
@@ -64,11 +71,10 @@ def run(arguments: Sequence[str], processes: int, devices_per_process: int | Non
 class _Process:
     """One of the processes, and what it says."""
 
-    def __init__(self, index: int, command: Sequence[str], environment: dict[str, str]) -> None:
+    def __init__(self, index: int, command: Sequence[str]) -> None:
         self.index = index
         self._process = subprocess.Popen(
             command,
-            env=environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT if index else None,  # the first shows its progress there
