@@ -462,6 +462,7 @@ def test_the_version_is_noted_in_the_launched_folder_and_by_the_workers(tmp_path
 
 def blocks() -> list[str]:
     text = (ROOT / "docs" / "launch.md").read_text(encoding="utf-8")
+    text = text.partition("## Processes of this machine")[0]
     return re.findall(r"^```\w*\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
