@@ -259,6 +259,8 @@ def _product(
 
 
 def _folded_kernel(kernel, first, second, layers_axis: int):
+    if not jnp.issubdtype(kernel.dtype, jnp.floating):
+        raise ValueError(f"kernel is {kernel.dtype}, expected floating point: dequantise it first")
     update = jnp.matmul(first, second, precision="highest")
     stacked = update.ndim == 3
     moved = jnp.moveaxis(kernel, layers_axis, 0) if stacked else kernel

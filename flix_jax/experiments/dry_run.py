@@ -102,7 +102,7 @@ def cost(runs: Sequence[Run], run_dir: epath.PathLike, trial: object) -> Cost:
     job = jobs[counts.index(max(counts))]
     run = job.run
     optimizer = job.optimizer()
-    state, frozen = job.parameters.state_template(optimizer), job.parameters.templates[1]
+    state, frozen = job.parameters.state_template(optimizer), job.frozen_template
     batch = {
         name: jax.ShapeDtypeStruct(shape, jnp.int32)
         for name, shape in job.batch_shapes(run.batch_size).items()

@@ -18,6 +18,7 @@ from flix_jax.experiments.job import Job
 from flix_jax.experiments.run import Run
 from flix_jax.interop import bases, flix_adapters, huggingface, network, peft, t5x_checkpoints
 from flix_jax.interop.leaves import Leaf
+from flix_jax.models import int8
 from flix_jax.models.config import T5Config
 from flix_jax.models.encoder_decoder import EncoderDecoder
 from flix_jax.training.checkpoints import Step
@@ -119,9 +120,10 @@ def export(
         assert adapters is not None
         _write_peft(job, trained, chosen, out, dtype)
     else:
-        params = tree.join(frozen, trained) if adapters is None else frozen
+        whole_base = int8.dequantise(frozen)
+        params = tree.join(whole_base, trained) if adapters is None else whole_base
         if adapters is not None:
-            params = tree.fold(frozen, trained, adapters, chosen)
+            params = tree.fold(whole_base, trained, adapters, chosen)
             say(_rounding(job, tree.join(frozen, trained), params, chosen))
         leaves = {n: Leaf.of(x, n) for n, x in network.flat(params).items()}
         fitted = network.fit(leaves, run.model, str(run_dir))

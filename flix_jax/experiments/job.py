@@ -34,6 +34,7 @@ from flix_jax.experiments.run_folder import (
 )
 from flix_jax.experiments.scoring import check_evaluation
 from flix_jax.interop import bases
+from flix_jax.models import int8
 from flix_jax.models.encoder_decoder import EncoderDecoder, Layout
 from flix_jax.models.t5 import Transformer
 from flix_jax.training import optimizers, partitioning
@@ -213,8 +214,7 @@ class Job:
     @property
     def frozen_template(self) -> Any:
         """The frozen parameters as `jax.ShapeDtypeStruct`, in the dtype that they are kept in."""
-        frozen, dtype = self.parameters.templates[1], self.run.frozen_dtype
-        return frozen if dtype is None else _of_dtype(frozen, dtype)
+        return self.parameters.frozen_template(self.run.frozen_dtype)
 
     def load_base(self) -> Any | None:
         """The parameters of the base, whole; None for random ones.
@@ -470,11 +470,14 @@ class Job:
         return {kind: predictor(program) for kind, program in self._programs.items()}
 
     def folded(self, trained: Any, frozen: Any, features: Mapping[str, Any]) -> Any:
-        """The base with one set of features folded in, sharded as it was."""
+        """The base with one set of features folded in, sharded as it was; of int8, in float32."""
         adapters = self.model.adapters
         assert adapters is not None
         shardings = jax.tree.map(lambda x: x.sharding, self.parameters.templates[1])
-        fold = jax.jit(lambda t, f: tree.fold(f, t, adapters, features), out_shardings=shardings)
+        fold = jax.jit(
+            lambda t, f: tree.fold(int8.dequantise(f), t, adapters, features),
+            out_shardings=shardings,
+        )
         return fold(trained, frozen)
 
     @functools.cached_property
@@ -499,9 +502,3 @@ class Job:
             ),
             RETRIEVE: program(lambda m, p, batch: m.embed(p, batch, normalize=True)),
         }
-
-
-def _of_dtype(template: Any, dtype: str) -> Any:
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding), template
-    )

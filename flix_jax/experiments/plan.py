@@ -169,6 +169,7 @@ def _analytic(job: Job, topology: Topology) -> Plan:
         "batch": _batch(job, run.batch_size),
     }
     held = {kind: bytes_per_device(shapes) for kind, shapes in kinds.items()}
+    counted = {"base": job.parameters.templates[1], "trained": state.trained}
     shards = partitioning.batch_shards(job.mesh) * run.microbatches
     rows = run.batch_size // shards
     vocabulary = run.model.vocab_size // job.mesh.shape["model"]
@@ -176,7 +177,7 @@ def _analytic(job: Job, topology: Topology) -> Plan:
         topology=topology,
         run=run,
         mesh=dict(job.mesh.shape),
-        parameters={kind: tree.count_parameters(kinds[kind]) for kind in ("base", "trained")},
+        parameters={kind: tree.count_parameters(shapes) for kind, shapes in counted.items()},
         state=held,
         logits=rows * run.targets_length * vocabulary * _FLOATS,
         flops=model_flops(job),

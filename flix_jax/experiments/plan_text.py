@@ -135,7 +135,9 @@ def _advice(plan: Plan) -> Iterator[str]:
             f"twice the fsdp or model axis halves the base ({_size(state['base'])} a device)"
         )
         if run.frozen_dtype in (None, "float32"):
-            parts.append("Run.frozen_dtype = 'bfloat16' halves it too")
+            parts.append("Run.frozen_dtype = 'bfloat16' halves it too, 'int8' quarters it")
+        elif run.frozen_dtype != "int8":
+            parts.append("Run.frozen_dtype = 'int8' halves it too")
     moments = state["trained"] + state["optimizer"]
     if moments > 0.25 * plan.room:
         parts.append(

@@ -18,7 +18,7 @@ from flix_jax.models.config import T5Config
 from flix_jax.training.optimizers import Optimizer
 from flix_jax.training.partitioning import MeshSpec
 
-FROZEN_DTYPES = ("float32", "bfloat16", "float16")
+FROZEN_DTYPES = ("float32", "bfloat16", "float16", "int8")
 
 # What an ensemble takes the mean of, and which trained cells are its members.
 ENSEMBLES = ("weights", "logits")
@@ -141,7 +141,8 @@ class Run:
       loss_chunks: parts of the targets whose logits are made one after another, so that those of a
         large vocabulary never stand whole; a divisor of `targets_length`.
       label_smoothing, z_loss: of the loss (T5X's definitions).
-      frozen_dtype: the frozen parameters' dtype, one of ``FROZEN_DTYPES``; None leaves them.
+      frozen_dtype: the frozen parameters' dtype, one of ``FROZEN_DTYPES``; None leaves them. 'int8'
+        keeps matrices so, with a float32 scale per output channel, and the rest as it is.
       mesh: how the devices are arranged.
       seed: of initialisation, dropout and the order of the data.
       data_seed: of the order of the data, where it is another one: runs of several seeds that see

@@ -311,7 +311,8 @@ class _Group:
             overall = stack.enter_context(self._reporter(log_dir, batches, first, self.title))
             overall.say(
                 f"{self.title}: {len(self.jobs)} trials as one program, "
-                f"{tree.count_parameters(self.frozen):,} parameters frozen, step {first} of {total}"
+                f"{tree.count_parameters(self.lead.parameters.templates[1]):,} parameters frozen, "
+                f"step {first} of {total}"
             )
             state = self.program.stack(states)
             del states

@@ -95,7 +95,7 @@ def train(
                 wandb_project=run.wandb_project,
             )
         )
-        reporter.say(f"{title}: {_summary(job, state, frozen)}, in {job.run_dir}")
+        reporter.say(f"{title}: {_summary(job, state)}, in {job.run_dir}")
         if start is not None:
             reporter.say(f"{title}: {start.line()}")
         if show_cells:
@@ -252,8 +252,9 @@ def _evaluation(job: Job, frozen: Any) -> Callable[[int, Any], Mapping[str, Mapp
     return evaluate
 
 
-def _summary(job: Job, state: TrainState, frozen: Any) -> str:
-    trained, still = trained_parameters(job), tree.count_parameters(frozen)
+def _summary(job: Job, state: TrainState) -> str:
+    trained = trained_parameters(job)
+    still = tree.count_parameters(job.parameters.templates[1])
     of = ""
     if job.space is not None and job.trained_values is not None:
         chosen = sum(map(len, job.trained_values.values()))

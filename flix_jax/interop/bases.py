@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 
 from flix_jax.interop import huggingface, network, t5x_checkpoints
 from flix_jax.interop.leaves import Leaf, load
+from flix_jax.models import int8
 from flix_jax.models.config import T5Config
 
 HUGGINGFACE, T5X = "huggingface", "t5x"
@@ -59,13 +61,18 @@ def load_parameters(path: epath.PathLike, config: T5Config, template: Mapping[st
     Args:
       path: of the network.
       config: of the template's network.
-      template: nested mappings of `jax.ShapeDtypeStruct` with shardings.
+      template: nested mappings of `jax.ShapeDtypeStruct` with shardings; where it is int8, with the
+        scales beside (`models.int8.template`), the parameters are quantised as they are read.
 
     Raises:
       ValueError: as `read` does.
     """
     found = network.scanned_as(read(path, config), config)
     wanted: dict[str, jax.ShapeDtypeStruct] = network.flat(template)
+    for name, shape in wanted.items():
+        if shape.dtype == np.int8:
+            axis = int8.AXES[name.rpartition("/")[2]]
+            found[name], found[int8.scale_name(name)] = found[name].quantised(axis)
     return network.nested(load(found, wanted))
 
 

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
+from flix_jax.models import int8
+
 Index = tuple[slice, ...]
+_ONE = slice(0, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +71,33 @@ class Leaf:
             self, fetch=lambda index: (self.fetch(index) * factor).astype(self.dtype)
         )
 
+    def quantised(self, axis: int) -> tuple[Leaf, Leaf]:
+        """(int8 values, float32 scales), which share one along an axis (see `models.int8`).
+
+        A part's scales need the whole axis: it is read for them, a layer of three axes at a time.
+        """
+        known: dict[str, np.ndarray] = {}
+
+        def scales(index: Index) -> np.ndarray:
+            if repr(index) not in known:
+                whole = (*index[:axis], slice(0, self.shape[axis]), *index[axis + 1 :])
+                parts = [int8.scales(self.fetch(part), axis) for part in _by_layer(whole)]
+                known[repr(index)] = np.concatenate(parts, axis=1)
+            return known[repr(index)]
+
+        def values(index: Index) -> np.ndarray:
+            parts = [
+                int8.integers(self.fetch(part), scales((*part[:axis], _ONE, *part[axis + 1 :])))
+                for part in _by_layer(index)
+            ]
+            return np.concatenate(parts, axis=1)
+
+        of_scales = (*self.shape[:axis], 1, *self.shape[axis + 1 :])
+        return (
+            dataclasses.replace(self, dtype=np.dtype(np.int8), fetch=values),
+            dataclasses.replace(self, shape=of_scales, dtype=np.dtype(np.float32), fetch=scales),
+        )
+
     def matrix(self, rows: int) -> Leaf:
         """[rows, columns] of more axes, the first of which make the rows; a matrix is itself.
 
@@ -113,6 +143,15 @@ class Leaf:
         return dataclasses.replace(
             self, shape=shape, fetch=fetch, source=f"{self.source}, layer {place}"
         )
+
+
+def _by_layer(index: Index) -> Iterator[Index]:
+    """The parts of a stack of matrices, one layer each; of a matrix itself."""
+    if len(index) < 3:
+        yield index
+        return
+    for place in range(index[1].start, index[1].stop):
+        yield (index[0], slice(place, place + 1), index[2])
 
 
 def stacked(leaves: Sequence[Leaf], axis: int) -> Leaf:

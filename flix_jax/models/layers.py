@@ -18,6 +18,7 @@ from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from flix_jax.models import int8
 from flix_jax.models.products import matmul
 
 MASKED_LOGIT = -1e10
@@ -56,6 +57,7 @@ class DenseGeneral(nn.Module):
     """Linear map without bias over one or several axes, its kernel kept two-dimensional.
 
     `kernel` is [prod(contracted axes), prod(features)], whatever the number of axes on either side.
+    It may be int8, with `kernel_scale` beside it (see models.int8).
 
     Attributes:
       features: sizes of the output axes.
@@ -85,7 +87,11 @@ class DenseGeneral(nn.Module):
         )
         # As one product of matrices, whose gradients XLA forms without transposing the inputs.
         rows = jnp.asarray(inputs, self.dtype).reshape(-1, math.prod(contracted))
-        outputs = matmul(rows, kernel, self.operands or self.dtype)
+        if kernel.dtype == jnp.int8:
+            scale: Any = self.get_variable("params", int8.scale_name("kernel"))
+            outputs = int8.matmul(rows, kernel, scale, self.operands or self.dtype)
+        else:
+            outputs = matmul(rows, kernel, self.operands or self.dtype)
         return outputs.reshape(inputs.shape[: inputs.ndim - len(axes)] + features)
 
 
@@ -111,7 +117,7 @@ class RMSNorm(nn.Module):
 
 
 class Embed(nn.Module):
-    """Token embeddings, [vocab, embed].
+    """Token embeddings, [vocab, embed]; they may be int8 (see models.int8).
 
     Attributes:
       one_hot: look tokens up by a one-hot product instead of a gather. Costs vocab x embed
@@ -124,7 +130,7 @@ class Embed(nn.Module):
     one_hot: bool = False
 
     def setup(self) -> None:
-        self.embedding = self.param(
+        self.embedding: Any = self.param(
             "embedding",
             nn.with_logical_partitioning(nn.initializers.normal(stddev=1.0), ("vocab", "embed")),
             (self.num_embeddings, self.features),
@@ -133,15 +139,31 @@ class Embed(nn.Module):
 
     def __call__(self, tokens: Int[Array, "batch length"]) -> Float[Array, "batch length embed"]:
         """Token ids -> embeddings in `dtype`. By gather, an id beyond the table gives NaN."""
-        table = jnp.asarray(self.embedding, self.dtype)
+        if self.embedding.dtype == jnp.int8:
+            # An id beyond the table is a NaN by its scale.
+            scale = jnp.take(self._scale(), tokens, axis=0, mode="fill")
+            return jnp.asarray(self._rows(self.embedding, tokens) * scale, self.dtype)
+        return self._rows(jnp.asarray(self.embedding, self.dtype), tokens)
+
+    def _rows(self, table: Array, tokens: Array) -> Array:
         if self.one_hot:
-            return jnp.dot(jax.nn.one_hot(tokens, self.num_embeddings, dtype=self.dtype), table)
+            dtype = self.dtype  # which holds every int8 exactly
+            one_hot = jax.nn.one_hot(tokens, self.num_embeddings, dtype=dtype)
+            return jnp.dot(one_hot, table.astype(dtype))
         # 'fill' makes an id beyond the table a NaN: clipping would train on a wrong token silently.
         return jnp.take(table, tokens, axis=0, mode="fill")
 
+    def _scale(self) -> Any:
+        return self.get_variable("params", int8.scale_name("embedding"))
+
     def attend(self, x: Float[Array, "batch length embed"]) -> Float[Array, "batch length vocab"]:
         """Products with every embedding, in float32: logits of a tied output layer."""
-        return jnp.dot(x.astype(jnp.float32), jnp.asarray(self.embedding, jnp.float32).T)
+        x = x.astype(jnp.float32)
+        if self.embedding.dtype == jnp.int8:
+            rows = x.reshape(-1, x.shape[-1])
+            logits = int8.matmul(rows, self.embedding.T, self._scale().T, jnp.float32)
+            return logits.reshape(*x.shape[:-1], -1)
+        return jnp.dot(x, jnp.asarray(self.embedding, jnp.float32).T)
 
 
 def relative_position_buckets(

@@ -13,6 +13,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from flix_jax.adapters import tree
+from flix_jax.models import int8
 from flix_jax.training import partitioning
 from flix_jax.training.step import TrainState
 
@@ -71,12 +72,26 @@ class Parameters:
         trained, frozen = self.templates
         return frozen if self.adapters else tree.join(trained, frozen)
 
+    def frozen_template(self, dtype: str | None = None) -> Any:
+        """The frozen part as ``frozen_of`` keeps it."""
+        frozen = self.templates[1]
+        if dtype == int8.INT8:
+            return int8.template(frozen)
+        if dtype is None:
+            return frozen
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding), frozen
+        )
+
     def random(self, seed: int, dtype: str | None = None) -> tuple[Any, Any]:
-        """(trained, frozen), both freshly initialised; the frozen part cast as in ``from_base``."""
-        shardings = jax.tree.map(lambda x: x.sharding, self.templates)
-        init = jax.jit(lambda key: self.split(nn.unbox(self._init(key))), out_shardings=shardings)
-        trained, frozen = init(jax.random.key(seed))
-        return trained, _cast(frozen, dtype)
+        """(trained, frozen), both freshly initialised; the frozen part kept as in ``from_base``."""
+        kept = self.templates[0], self.frozen_template(dtype)
+
+        def init(key: jax.Array) -> tuple[Any, Any]:
+            trained, frozen = self.split(nn.unbox(self._init(key)))
+            return trained, _kept(frozen, dtype)
+
+        return jax.jit(init, out_shardings=_shardings(kept))(jax.random.key(seed))
 
     def from_base(self, base: Any, seed: int, dtype: str | None = None) -> tuple[Any, Any]:
         """(trained, frozen) around the parameters of a base; adapters are freshly initialised.
@@ -84,7 +99,8 @@ class Parameters:
         Args:
           base: a tree as ``base_template`` describes it.
           seed: of the adapters.
-          dtype: to which the frozen part is cast; None leaves it.
+          dtype: in which the frozen part is kept; None leaves it, and 'int8' quantises its
+            matrices (see ``models.int8``).
         """
         trained = self.fresh_adapters(seed) if self.adapters else self.split(base)[0]
         return trained, self.frozen_of(base, dtype)
@@ -95,14 +111,20 @@ class Parameters:
 
     @functools.cached_property
     def _adapters_program(self) -> Callable[[jax.Array], Any]:
-        shardings = jax.tree.map(lambda x: x.sharding, self.templates[0])
         return jax.jit(
-            lambda key: self.split(nn.unbox(self._init(key)))[0], out_shardings=shardings
+            lambda key: self.split(nn.unbox(self._init(key)))[0],
+            out_shardings=_shardings(self.templates[0]),
         )
 
     def frozen_of(self, base: Any, dtype: str | None = None) -> Any:
-        """What of a base stays as it is; the second half of ``from_base``."""
-        return _cast(base if self.adapters else self.split(base)[1], dtype)
+        """What of a base is not trained; the second half of ``from_base``."""
+        frozen = base if self.adapters else self.split(base)[1]
+        if dtype != int8.INT8:
+            return _kept(frozen, dtype)
+        if int8.is_quantised(frozen):
+            return frozen
+        shardings = _shardings(self.frozen_template(dtype))
+        return jax.jit(int8.quantise, out_shardings=shardings)(frozen)
 
     def state_template(self, optimizer: optax.GradientTransformation) -> TrainState:
         """The train state as ``jax.ShapeDtypeStruct`` with shardings.
@@ -131,7 +153,7 @@ class Parameters:
 
     def create_state(self, trained: Any, optimizer: optax.GradientTransformation) -> TrainState:
         """The state before the first step, sharded as its template."""
-        shardings = jax.tree.map(lambda x: x.sharding, self.state_template(optimizer))
+        shardings = _shardings(self.state_template(optimizer))
         create = jax.jit(lambda x: TrainState.create(x, optimizer), out_shardings=shardings)
         return create(trained)
 
@@ -139,8 +161,14 @@ class Parameters:
         return self.model.init(key, self.batch_shapes)
 
 
-def _cast(params: Any, dtype: str | None) -> Any:
+def _kept(params: Any, dtype: str | None) -> Any:
+    if dtype == int8.INT8:
+        return int8.quantise(params)
     return params if dtype is None else jax.tree.map(lambda x: x.astype(dtype), params)
+
+
+def _shardings(template: Any) -> Any:
+    return jax.tree.map(lambda x: x.sharding, template)
 
 
 def _with_sharding(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
