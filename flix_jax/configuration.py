@@ -50,6 +50,7 @@ NAMES: dict[str, str] = {
     "Sizes": "flix_jax.tasks.babel:Sizes",
     "Schedule": "flix_jax.training.optimizers:Schedule",
     "Optimizer": "flix_jax.training.optimizers:Optimizer",
+    "AxisRules": "flix_jax.training.axis_rules:AxisRules",
     "MeshSpec": "flix_jax.training.partitioning:MeshSpec",
     "Run": "flix_jax.experiments.run:Run",
     "Evaluation": "flix_jax.experiments.run:Evaluation",

@@ -1,16 +1,20 @@
 """One run on one device and on meshes of eight: the same losses, parameters and checkpoints."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
+import optax
 import pytest
 from tiny_runs import make_base_run, write_words
 
+from flix_jax.adapters import tree
 from flix_jax.adapters.features import FeatureSpace, FeatureType
 from flix_jax.adapters.injection import AdapterSpec
 from flix_jax.experiments import training
 from flix_jax.experiments.job import Job
+from flix_jax.training.axis_rules import AxisRules
 from flix_jax.training.optimizers import Optimizer, Schedule
 from flix_jax.training.partitioning import MeshSpec
 from flix_jax.training.reporting import read_metrics
@@ -21,12 +25,29 @@ MESHES = [
     MeshSpec(data=4, model=2),
     MeshSpec(data=1, fsdp=4, model=2),
 ]
+# Two tasks are split over fsdp; three languages are not, and their banks are split by width.
+BANKS = MeshSpec(
+    data=2,
+    fsdp=2,
+    model=2,
+    slices=2,
+    rules=AxisRules(
+        adapters=(
+            ("features", "fsdp"),
+            ("mlp", ("fsdp", "model")),
+            ("joined_kv", ("data", "fsdp")),
+        )
+    ),
+)
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     base = make_base_run(write_words(tmp_path_factory.mktemp("data")))
-    types = (FeatureType("task", rank=2, dropout=0.3), FeatureType("language", rank=4))
+    types = (
+        FeatureType("task", rank=2, dropout=0.3),
+        FeatureType("language", ("x", "y", "w"), rank=4),
+    )
     return dataclasses.replace(
         base,
         adapters=AdapterSpec(FeatureSpace(types), dropout=0.1),
@@ -38,6 +59,28 @@ def run(tmp_path_factory):
 def with_optimizer(run, name):
     rate = {"sgd": 0.3, "adamw": 1e-2}[name]
     return dataclasses.replace(run, optimizer=Optimizer(name, Schedule(learning_rate=rate)))
+
+
+def test_adapters_and_moments_are_split_by_their_rules(run, tmp_path):
+    run = dataclasses.replace(with_optimizer(run, "adamw"), mesh=BANKS)
+    job = Job(run, tmp_path)
+    job.note_folder()
+    state = job.parameters.state_template(job.optimizer())
+    moments = optax.tree.get(state.opt_state, "mu")
+    for path, bank in tree.named_leaves(state.trained):
+        inner, (kind, side) = path[-5], path[-2:]
+        spec = bank.sharding.spec  # [features, layers, in, rank] or [features, layers, rank, out]
+        assert spec[0] == ("fsdp" if kind == "task" else None), path
+        if (inner, side) in (("wi_0", "b"), ("wo", "a")):  # feed-forward width
+            wide = spec[3 if side == "b" else 2]
+            assert wide == ("model" if kind == "task" else ("fsdp", "model")), path
+        moment = functools.reduce(lambda node, name: node[name], path, moments)
+        assert moment.sharding == bank.sharding
+    text = (tmp_path / "parameters.txt").read_text()
+    banks = len(jax.tree.leaves(state.trained)) // 2
+    assert text.splitlines()[-1] == (
+        f"3 features are not split, for 2 parts do not divide them: {banks} banks"
+    )
 
 
 def steps(run, folder, devices):
@@ -63,7 +106,7 @@ def test_a_mesh_changes_neither_losses_nor_parameters(run, name, tmp_path):
     alone = dataclasses.replace(run, mesh=MeshSpec(data=1))
     expected, parameters = steps(alone, tmp_path, jax.devices()[:1])
     assert expected[-1] < expected[0]
-    for mesh in MESHES if name == "sgd" else MESHES[-1:]:
+    for mesh in (*MESHES, BANKS) if name == "sgd" else (MESHES[-1], BANKS):
         losses, found = steps(dataclasses.replace(run, mesh=mesh), tmp_path, jax.devices())
         np.testing.assert_allclose(losses, expected, rtol=1e-5, err_msg=str(mesh))
         if name == "sgd":
@@ -75,7 +118,7 @@ def test_a_mesh_changes_neither_losses_nor_parameters(run, name, tmp_path):
 def test_a_run_goes_on_on_another_mesh(run, tmp_path):
     run = dataclasses.replace(with_optimizer(run, "adamw"), log_every=1)
     training.train(dataclasses.replace(run, mesh=MESHES[0]), tmp_path / "whole")
-    for mesh, until in ((MESHES[0], 7), (MESHES[2], 14), (MESHES[1], STEPS)):
+    for mesh, until in ((MESHES[0], 7), (BANKS, 14), (MESHES[1], STEPS)):
         part = dataclasses.replace(run, mesh=mesh, total_steps=until)
         training.train(part, tmp_path / "parts")
     expected, found = (

@@ -279,8 +279,49 @@ def test_the_command(tmp_path):
     assert done.stderr.count("\n") == 1
 
 
+needs_the_tpu_compiler = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
+)
+ARRANGED = """
+from flix_jax.experiments import topology
+topology.use("v5e:4x4*2")
+import numpy as np
+from jax.experimental import mesh_utils
+from flix_jax.training.partitioning import MeshSpec
+devices = topology.find("v5e:4x4*2").devices
+for data, fsdp, model in ((8, 4, 1), (4, 2, 4), (2, 1, 16), (32, 1, 1)):
+    found = MeshSpec(data, fsdp, model).make(devices).devices
+    inner, outer = (data // 2, fsdp, model), (2, 1, 1)
+    expected = mesh_utils.create_hybrid_device_mesh(
+        inner, outer, devices, allow_split_physical_axes=True
+    )
+    assert (found == expected).all()
+"""
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+@needs_the_tpu_compiler
+def test_slices_are_arranged_as_jax_arranges_them():
+    subprocess.run([sys.executable, "-c", ARRANGED], check=True)
+
+
+@pytest.mark.slow
+@needs_the_tpu_compiler
+def test_a_plan_for_two_slices(tmp_path):
+    write_gin(tmp_path)
+    flags = ["--gin.DATA_DIR='data'", "--gin.Run.batch_size=32", "--gin.Evaluation.batch_size=32"]
+    flags += ["--topology=v5e:4x4*2", "--gin.MeshSpec.fsdp=4"]
+    done = flix_plan(tmp_path, *flags, "--gin.AxisRules.adapters=(('features','data'),)")
+    assert done.returncode == 0, done.stderr
+    assert "32 devices in 2 slices, mesh data 8 × fsdp 4 × model 1" in done.stdout
+    assert "Fits." in done.stdout and "2 features are not split, for 8 parts" in done.stdout
+    done = flix_plan(tmp_path, *flags, "--gin.MeshSpec.fsdp=32")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "MeshSpec.data = 1 is not a multiple of the 2 slices" in done.stderr
+
+
+@pytest.mark.slow
+@needs_the_tpu_compiler
 def test_mt5_base_for_a_pod_of_256_chips(tmp_path):
     write_gin(tmp_path)
     flags = ["--gin_file=configs/models/mt5_base.gin", "--gin.DATA_DIR='data'"]

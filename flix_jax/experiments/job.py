@@ -135,10 +135,18 @@ class Job:
             z_loss=run.z_loss,
             eos_id=run.vocabulary.eos_id,
             loss_chunks=run.loss_chunks,
-            layout=Layout(self.mesh.abstract_mesh, partitioning.ACTIVATION_AXIS_RULES),
+            layout=Layout(
+                self.mesh.abstract_mesh,
+                tuple((n, axes or None) for n, axes in run.mesh.rules.table("activations").items()),
+            ),
         )
         self.parameters = Parameters(
-            self.model, self.batch_shapes(1), self.mesh, adapters is not None, run.trainable
+            self.model,
+            self.batch_shapes(1),
+            self.mesh,
+            adapters is not None,
+            run.trainable,
+            run.mesh.rules,
         )
         _ = self.parameters.templates  # shapes, target patterns and shardings are checked by it
 
@@ -182,7 +190,8 @@ class Job:
             path = os.path.relpath(self._bases_dir, self.run_dir)
             files.write_text(self.run_dir / BASES_FILE, path + "\n")
         kinds = {"frozen": self.frozen_template, "trained": self.parameters.templates[0]}
-        files.write_text(self.run_dir / "parameters.txt", parameter_table.table(kinds) + "\n")
+        table = parameter_table.table(kinds, self.parameters.unsplit)
+        files.write_text(self.run_dir / "parameters.txt", table + "\n")
         if self.space is not None:
             files.write_text(self.run_dir / "features.json", self.space.to_json() + "\n")
             files.write_text(self.run_dir / "matched_modules.txt", self.match_table() + "\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,25 +20,40 @@ def bytes_per_device(shapes: Any) -> int:
     )
 
 
-def table(kinds: Mapping[str, Any]) -> str:
-    """A line for every parameter, and sums.
+def table(kinds: Mapping[str, Any], unsplit: Mapping[str, tuple[int, int]]) -> str:
+    """A line for every parameter, sums, and which banks are not split as the rules say.
 
     Args:
       kinds: 'frozen', 'trained' -> tree of `jax.ShapeDtypeStruct` with shardings.
+      unsplit: as `Parameters.unsplit`.
     """
     rows = [["parameter", "kind", "dtype", "shape", "split over", "bytes of a device"]]
     for kind, shapes in kinds.items():
         for path, leaf in tree.named_leaves(shapes):
-            split = [axis if axis is not None else "-" for axis in leaf.sharding.spec]
+            split = [_axes(axes) for axes in leaf.sharding.spec]
             rows.append(
                 [
                     "/".join(path),
                     kind,
                     leaf.dtype.name,
                     " × ".join(map(str, leaf.shape)),
-                    " ".join(map(str, split)) or "-",
+                    " ".join(split) or "-",
                     f"{bytes_per_device(leaf):,}",
                 ]
             )
     sums = (f"{kind} {bytes_per_device(shapes):,}" for kind, shapes in kinds.items())
-    return f"{text_tables.plain(rows)}\n\nbytes of a device: {', '.join(sums)}"
+    lines = [f"bytes of a device: {', '.join(sums)}", *unsplit_lines(unsplit)]
+    return f"{text_tables.plain(rows)}\n\n" + "\n".join(lines)
+
+
+def unsplit_lines(unsplit: Mapping[str, tuple[int, int]]) -> list[str]:
+    """A line for each number of features that the mesh does not divide; `Parameters.unsplit`."""
+    banks = Counter(unsplit.values())
+    return [
+        f"{values} features are not split, for {parts} parts do not divide them: {count} banks"
+        for (values, parts), count in banks.items()
+    ]
+
+
+def _axes(axes: str | tuple[str, ...] | None) -> str:
+    return axes if isinstance(axes, str) else "+".join(axes or ("-",))

@@ -22,7 +22,6 @@ from flix_jax.experiments.run import RANDOM, Run
 from flix_jax.experiments.topology import Topology
 from flix_jax.experiments.training import step_program
 from flix_jax.training import partitioning
-from flix_jax.training.partitioning import MeshSpec
 
 _FOLDER = "plan-of-no-run"  # in which nothing is written
 _SHARE_FOR_COMPILER = 0.25 / 16  # of the memory, which the compiler keeps: 0.25 of a v5e's 16 GiB
@@ -71,7 +70,8 @@ class Plan:
       state: what a device holds while training, bytes: 'base', 'trained', 'optimizer', 'batch'.
       logits: bytes of the logits of one microbatch on a device, float32.
       flops: of the model in a step, on all devices (see `model_flops`).
-      train, decode: the programs; None where there is no compiler.
+      unsplit: banks whose features the mesh does not divide (`Parameters.unsplit`).
+      train, decode: the programs; None where there is no compiler, or one was not asked for.
     """
 
     topology: Topology
@@ -81,6 +81,7 @@ class Plan:
     state: Mapping[str, int]
     logits: int
     flops: float
+    unsplit: Mapping[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
     train: Program | None = None
     decode: Program | None = None
 
@@ -93,9 +94,9 @@ class Plan:
     @property
     def fits(self) -> bool:
         """Whether the programs fit, or without a compiler, whether what they are given does."""
-        if self.train is None or self.decode is None:
+        programs = [p for p in (self.train, self.decode) if p is not None]
+        if not programs:
             return sum(self.state.values()) <= self.room
-        programs = (self.train, self.decode)
         return all(not p.refused and p.memory <= self.room for p in programs)
 
     @property
@@ -109,12 +110,13 @@ class Plan:
         return least, least + moved / chip.link
 
 
-def make(run: Run, topology: Topology) -> Plan:
+def make(run: Run, topology: Topology, *, decode: bool = True) -> Plan:
     """Compiles a run's training step and greedy decoding for a topology; nothing is computed.
 
     Args:
       run: whose data must be there, for they say which features there are; its base need not be.
       topology: as `topology.find` gives it.
+      decode: whether decoding is compiled too.
 
     Raises:
       ValueError: what `Job` refuses; a mesh that does not fit the devices.
@@ -124,7 +126,7 @@ def make(run: Run, topology: Topology) -> Plan:
         return _without_compiler(run, topology)
     job = Job(run, _FOLDER, mesh=run.mesh.make(topology.devices))
     plan = _analytic(job, topology)
-    return dataclasses.replace(plan, train=_train(job), decode=_decode(job))
+    return dataclasses.replace(plan, train=_train(job), decode=_decode(job) if decode else None)
 
 
 def search(
@@ -155,7 +157,8 @@ def search(
 
 
 def _without_compiler(run: Run, topology: Topology) -> Plan:
-    return _analytic(Job(run, _FOLDER, mesh=run.mesh.abstract(topology.count)), topology)
+    job = Job(run, _FOLDER, mesh=run.mesh.abstract(topology.count, topology.slices))
+    return _analytic(job, topology)
 
 
 def _analytic(job: Job, topology: Topology) -> Plan:
@@ -172,7 +175,8 @@ def _analytic(job: Job, topology: Topology) -> Plan:
     counted = {"base": job.parameters.templates[1], "trained": state.trained}
     shards = partitioning.batch_shards(job.mesh) * run.microbatches
     rows = run.batch_size // shards
-    vocabulary = run.model.vocab_size // job.mesh.shape["model"]
+    over = run.mesh.rules.table("activations")["vocab"]
+    vocabulary = run.model.vocab_size // partitioning.shards(job.mesh, over)
     return Plan(
         topology=topology,
         run=run,
@@ -181,6 +185,7 @@ def _analytic(job: Job, topology: Topology) -> Plan:
         state=held,
         logits=rows * run.targets_length * vocabulary * _FLOATS,
         flops=model_flops(job),
+        unsplit=job.parameters.unsplit,
     )
 
 
@@ -244,7 +249,8 @@ def _meshes(run: Run, count: int) -> Iterator[Run]:
         for fsdp in (2**i for i in range(count.bit_length())):
             data, rest = divmod(count, model * fsdp)
             if data and not rest and not run.batch_size % (data * fsdp * run.microbatches):
-                yield dataclasses.replace(run, mesh=MeshSpec(data=data, fsdp=fsdp, model=model))
+                mesh = dataclasses.replace(run.mesh, data=data, fsdp=fsdp, model=model)
+                yield dataclasses.replace(run, mesh=mesh)
 
 
 def _savings(run: Run) -> Iterator[Run]:

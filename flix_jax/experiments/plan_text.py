@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from flix_jax.adapters import text_tables
+from flix_jax.experiments.parameter_table import unsplit_lines
 from flix_jax.experiments.plan import Plan
 from flix_jax.experiments.run import Run
 from flix_jax.models.config import T5Config
@@ -62,8 +63,9 @@ def _time(seconds: tuple[float, float]) -> str:
 
 def _sections(plan: Plan) -> Iterator[str]:
     run, topology = plan.run, plan.topology
+    slices = "" if topology.slices == 1 else f" in {topology.slices} slices"
     yield (
-        f"{topology.name}: {topology.count} devices, mesh "
+        f"{topology.name}: {topology.count} devices{slices}, mesh "
         + " × ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
         + f". {_network(run.model)}; {plan.parameters['base']:,} parameters frozen "
         f"({run.frozen_dtype or 'float32'}), {plan.parameters['trained']:,} trained. Batch "
@@ -77,7 +79,7 @@ def _sections(plan: Plan) -> Iterator[str]:
         for kind, found in plan.train.collectives.items():
             rows.append([kind, f"{found.count:,}", _size(found.nbytes)])
         yield text_tables.markdown(rows)
-    yield "\n".join(_figures(plan))
+    yield "\n".join([*_figures(plan), *(f"- {line}." for line in unsplit_lines(plan.unsplit))])
 
 
 def _network(config: T5Config) -> str:

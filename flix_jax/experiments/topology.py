@@ -80,6 +80,11 @@ class Topology:
     count: int
     missing: str = ""
 
+    @property
+    def slices(self) -> int:
+        """How many slices the devices are."""
+        return parse(self.name)[2]
+
 
 def parse(name: str) -> tuple[str, int, int]:
     """(kind, devices, slices) of the name of a topology.

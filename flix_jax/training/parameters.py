@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from flix_jax.adapters import tree
 from flix_jax.models import int8
 from flix_jax.training import partitioning
+from flix_jax.training.axis_rules import FEATURES, AxisRules
 from flix_jax.training.step import TrainState
 
 
@@ -37,6 +38,7 @@ class Parameters:
       mesh: where they live.
       adapters: whether the adapters alone are trained.
       trainable: without adapters, patterns over parameter paths; None trains everything.
+      rules: which mesh axes split which dimension.
     """
 
     model: Model
@@ -44,6 +46,7 @@ class Parameters:
     mesh: Mesh
     adapters: bool
     trainable: tuple[str, ...] | None = None
+    rules: AxisRules = AxisRules()
 
     def split(self, params: Any) -> tuple[Any, Any]:
         """(trained, frozen) of a whole tree."""
@@ -57,14 +60,45 @@ class Parameters:
     @functools.cached_property
     def templates(self) -> tuple[Any, Any]:
         """(trained, frozen) as ``jax.ShapeDtypeStruct`` with shardings."""
+        shapes, axes = self._shapes_and_axes
+        shardings = [
+            partitioning.param_shardings(self.mesh, part_axes, part, self.rules.table(kind))
+            for kind, part, part_axes in zip(
+                ("parameters", "adapters"),
+                tree.split_adapters(shapes),
+                tree.split_adapters(axes),
+                strict=True,
+            )
+        ]
+        return self.split(jax.tree.map(_with_sharding, shapes, tree.join(*shardings)))
+
+    @functools.cached_property
+    def unsplit(self) -> dict[str, tuple[int, int]]:
+        """Banks whose features are not split as the rules say: path -> (values, parts).
+
+        The number of values is none that the parts divide, so each device holds all of them.
+        """
+        over = self.rules.table("adapters")[FEATURES]
+        parts = partitioning.shards(self.mesh, over)
+        _, shapes = tree.split_adapters(self._shapes_and_axes[0])
+        _, axes = tree.split_adapters(self._shapes_and_axes[1])
+        names = dict(tree.named_leaves(axes))
+        sizes = (
+            (path, leaf.shape[names[path].index(FEATURES)])
+            for path, leaf in tree.named_leaves(shapes)
+        )
+        return {"/".join(path): (size, parts) for path, size in sizes if size % parts}
+
+    @functools.cached_property
+    def _shapes_and_axes(self) -> tuple[Any, Any]:
+        """The whole tree as shapes, and as tuples of logical names."""
         boxed = jax.eval_shape(self._init, jax.random.key(0))
         shapes, axes = nn.unbox(boxed), partitioning.logical_axes(boxed)
         if self.adapters:
             base_axes, _ = tree.split_adapters(axes)
             _, adapters = tree.split_adapters(shapes)
             axes = tree.join(base_axes, tree.adapter_logical_axes(adapters, base_axes))
-        shardings = partitioning.param_shardings(self.mesh, axes, shapes)
-        return self.split(jax.tree.map(_with_sharding, shapes, shardings))
+        return shapes, axes
 
     @property
     def base_template(self) -> Any:

@@ -1,7 +1,8 @@
-"""Mesh, logical axis rules and shardings: one program for one chip and for a pod.
+"""Meshes and shardings: one program for one chip, for a pod and for several.
 
-A parameter names its dimensions (``('embed', 'mlp')``); a rule maps each name to mesh axes. One
-device is a mesh of one, so nothing else in the project asks how many devices there are.
+A parameter names its dimensions (``('embed', 'mlp')``); a rule maps each name to mesh axes
+(`axis_rules`). One device is a mesh of one, so nothing else in the project asks how many devices
+there are.
 """
 
 from __future__ import annotations
@@ -14,38 +15,12 @@ from typing import Any
 import jax
 import numpy as np
 from flax import linen as nn
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-AXES = ("data", "fsdp", "model")
-BATCH_AXES = ("data", "fsdp")
+from flix_jax.training.axis_rules import AXES, BATCH_AXES, FEATURES, Axes, AxisRules
+
 _AXIS_TYPES = (jax.sharding.AxisType.Auto,) * len(AXES)
-
-#: Logical axis name -> mesh axes; the names are T5X's, and the adapters' own two at the end.
-LOGICAL_AXIS_RULES: tuple[tuple[str, str | None], ...] = (
-    ("vocab", "model"),
-    ("embed", "fsdp"),
-    ("mlp", "model"),
-    ("heads", "model"),
-    ("joined_kv", "model"),
-    ("kv", None),
-    ("relpos_buckets", None),
-    ("layers", None),
-    ("features", None),
-    ("rank", None),
-)
-
-
-#: The same for activations: split by their batch, and never by the width that layers share.
-ACTIVATION_AXIS_RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
-    ("batch", BATCH_AXES),
-    ("length", None),
-    ("embed", None),
-    ("heads", "model"),
-    ("kv", None),
-    ("mlp", "model"),
-    ("vocab", "model"),
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,13 +31,21 @@ class MeshSpec:
       data: devices over which the batch alone is split.
       fsdp: devices over which the batch and the parameters' ``embed`` dimension are split.
       model: devices over which heads, MLP width and vocabulary are split.
+      slices: how many slices the devices are, each with a fast network of its own: ``data`` goes
+        across them, ``fsdp`` and ``model`` stay within one. None is what the devices say; of
+        devices that say nothing (CPUs) consecutive ones are a slice.
+      rules: which of these axes split which dimension.
     """
 
     data: int = -1
     fsdp: int = 1
     model: int = 1
+    slices: int | None = None
+    rules: AxisRules = AxisRules()
 
     def __post_init__(self) -> None:
+        if self.slices is not None and self.slices < 1:
+            raise ValueError(f"MeshSpec.slices = {self.slices}: expected at least 1, or None")
         sizes = self.sizes
         if any(size == 0 or size < -1 for size in sizes) or sizes.count(-1) > 1:
             raise ValueError(
@@ -78,28 +61,63 @@ class MeshSpec:
         """The mesh over ``devices`` (all of them by default).
 
         Raises:
-          ValueError: the sizes do not multiply to the number of devices.
+          ValueError: the sizes do not multiply to the number of devices; ``data`` is no multiple
+            of the slices; the devices are of another number of slices than was said.
         """
         devices = list(jax.devices() if devices is None else devices)
-        return jax.make_mesh(
-            self._sizes_of(len(devices)), AXES, axis_types=_AXIS_TYPES, devices=devices
-        )
+        slices = self._slices_of(devices)
+        sizes = self._sizes_of(len(devices), len(slices))
+        if len(slices) == 1:
+            return jax.make_mesh(sizes, AXES, axis_types=_AXIS_TYPES, devices=devices)
+        inner = (sizes[0] // len(slices), *sizes[1:])
+        # Slice by slice along `data`, so that every step along another axis stays within one.
+        arranged = [
+            mesh_utils.create_device_mesh(inner, part, allow_split_physical_axes=True)
+            for part in slices
+        ]
+        return Mesh(np.concatenate(arranged), AXES, axis_types=_AXIS_TYPES)
 
-    def abstract(self, count: int) -> jax.sharding.AbstractMesh:
+    def abstract(self, count: int, slices: int = 1) -> jax.sharding.AbstractMesh:
         """The mesh over `count` devices that need not be there: shapes, and nothing compiled.
 
         Raises:
           ValueError: as `make`.
         """
-        return jax.sharding.AbstractMesh(self._sizes_of(count), AXES, axis_types=_AXIS_TYPES)
+        sizes = self._sizes_of(count, self._checked_slices(slices))
+        return jax.sharding.AbstractMesh(sizes, AXES, axis_types=_AXIS_TYPES)
 
-    def _sizes_of(self, count: int) -> tuple[int, ...]:
+    def _slices_of(self, devices: list[jax.Device]) -> list[list[jax.Device]]:
+        if not hasattr(devices[0], "slice_index"):
+            count = self.slices or 1
+            size, rest = divmod(len(devices), count)
+            if rest:
+                raise ValueError(
+                    f"MeshSpec.slices = {count} does not divide {len(devices)} device(s)"
+                )
+            return [devices[i * size : (i + 1) * size] for i in range(count)]
+        found: dict[int, list[jax.Device]] = {}
+        for device in devices:
+            found.setdefault(device.slice_index, []).append(device)
+        self._checked_slices(len(found))
+        return [found[index] for index in sorted(found)]
+
+    def _checked_slices(self, found: int) -> int:
+        if self.slices not in (None, found):
+            raise ValueError(f"MeshSpec.slices = {self.slices}, but the devices are of {found}")
+        return found
+
+    def _sizes_of(self, count: int, slices: int) -> tuple[int, ...]:
         known = math.prod(size for size in self.sizes if size != -1)
         sizes = tuple(count // known if size == -1 else size for size in self.sizes)
         if math.prod(sizes) != count:
             raise ValueError(
                 f"Mesh(data={self.data}, fsdp={self.fsdp}, model={self.model}) does not fit "
                 f"{count} device(s)"
+            )
+        if sizes[0] % slices:
+            raise ValueError(
+                f"MeshSpec.data = {sizes[0]} is not a multiple of the {slices} slices: fsdp and "
+                "model must stay within a slice"
             )
         return sizes
 
@@ -116,7 +134,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 def batch_shards(mesh: Mesh) -> int:
     """Over how many parts of the mesh a batch is spread: the smallest batch."""
-    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    return shards(mesh, BATCH_AXES)
 
 
 def check_batch_size(mesh: Mesh, batch_size: int, microbatches: int = 1) -> None:
@@ -190,39 +208,49 @@ def logical_axes(boxed_params: Any) -> Any:
 
 
 def param_shardings(
-    mesh: Mesh,
-    axes: Any,
-    shapes: Any,
-    rules: Sequence[tuple[str, str | None]] = LOGICAL_AXIS_RULES,
+    mesh: Mesh, axes: Any, shapes: Any, rules: Mapping[str, Axes] | None = None
 ) -> Any:
     """A ``NamedSharding`` per parameter from its logical axis names.
+
+    The features of a bank that the mesh axes do not divide are not split, and leave those axes to
+    the dimensions after them: how many features there are is a matter of the data.
 
     Args:
       mesh: the device mesh.
       axes: tree of tuples of logical names, one name (or None) per dimension.
       shapes: tree of the same structure whose leaves have ``.shape``.
-      rules: pairs (logical name, mesh axis or None for "not split").
+      rules: logical name -> mesh axes; None is the default for parameters.
 
     Raises:
-      ValueError: a name without a rule, or a dimension that its mesh axis does not divide.
+      ValueError: a name without a rule, or a dimension that its mesh axes do not divide.
     """
-    table = dict(rules)
+    table = AxisRules().table("parameters") if rules is None else rules
 
     def sharding(path: Any, leaf: Any, names: tuple[str | None, ...]) -> NamedSharding:
         where = "/".join(str(getattr(key, "key", key)) for key in path)
-        spec: list[str | None] = []
+        spec: list[str | Axes | None] = []
+        taken: set[str] = set()
         for size, name in zip(leaf.shape, names, strict=True):
             if name is not None and name not in table:
                 raise ValueError(f"{where}: no rule for logical axis {name!r}, only {list(table)}")
-            axis = table[name] if name is not None else None
             # A mesh axis splits at most one dimension of an array; the first one keeps it.
-            axis = None if axis in spec else axis
-            if axis is not None and size % mesh.shape[axis]:
-                raise ValueError(
-                    f"{where}: dimension {name!r} of size {size} is not divisible by mesh axis "
-                    f"{axis!r} of size {mesh.shape[axis]}"
-                )
-            spec.append(axis)
+            wanted = tuple(a for a in table[name] if a not in taken) if name is not None else ()
+            parts = shards(mesh, wanted)
+            if size % parts:
+                if name != FEATURES:
+                    over = wanted[0] if len(wanted) == 1 else wanted
+                    raise ValueError(
+                        f"{where}: dimension {name!r} of size {size} is not divisible by mesh axis "
+                        f"{over!r} of size {parts}"
+                    )
+                wanted = ()
+            taken.update(wanted)
+            spec.append(wanted[0] if len(wanted) == 1 else wanted or None)
         return NamedSharding(mesh, PartitionSpec(*spec))
 
     return jax.tree_util.tree_map_with_path(sharding, shapes, axes)
+
+
+def shards(mesh: Mesh, axes: Axes) -> int:
+    """Into how many parts the mesh axes together split a dimension."""
+    return math.prod(mesh.shape[axis] for axis in axes)
