@@ -116,6 +116,12 @@ def test_slices_that_do_not_suit_are_refused(spec, says):
             make()
 
 
+def test_devices_of_several_slices_may_be_taken_as_one():
+    devices = [Described(i, slice_index=i // 4) for i in range(8)]
+    mesh = MeshSpec(data=1, fsdp=8, slices=1).make(devices)
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 8, "model": 1}
+
+
 def test_slices_that_cannot_be_are_refused():
     with pytest.raises(ValueError, match="MeshSpec.slices = 0: expected at least 1"):
         MeshSpec(slices=0)

@@ -32,8 +32,9 @@ class MeshSpec:
       fsdp: devices over which the batch and the parameters' ``embed`` dimension are split.
       model: devices over which heads, MLP width and vocabulary are split.
       slices: how many slices the devices are, each with a fast network of its own: ``data`` goes
-        across them, ``fsdp`` and ``model`` stay within one. None is what the devices say; of
-        devices that say nothing (CPUs) consecutive ones are a slice.
+        across them, ``fsdp`` and ``model`` stay within one. None is what the devices say (GPUs: a
+        slice for every host); of devices that say nothing (CPUs) consecutive ones are a slice. 1
+        takes all of them as one, whatever they say.
       rules: which of these axes split which dimension.
     """
 
@@ -67,6 +68,9 @@ class MeshSpec:
         devices = list(jax.devices() if devices is None else devices)
         slices = self._slices_of(devices)
         sizes = self._sizes_of(len(devices), len(slices))
+        if len({getattr(device, "slice_index", 0) for device in slices[0]}) > 1:
+            # Which is near which across slices nobody says: they stay in their order.
+            return Mesh(np.array(devices).reshape(sizes), AXES, axis_types=_AXIS_TYPES)
         if len(slices) == 1:
             return jax.make_mesh(sizes, AXES, axis_types=_AXIS_TYPES, devices=devices)
         inner = (sizes[0] // len(slices), *sizes[1:])
@@ -87,7 +91,7 @@ class MeshSpec:
         return jax.sharding.AbstractMesh(sizes, AXES, axis_types=_AXIS_TYPES)
 
     def _slices_of(self, devices: list[jax.Device]) -> list[list[jax.Device]]:
-        if not hasattr(devices[0], "slice_index"):
+        if self.slices == 1 or not hasattr(devices[0], "slice_index"):
             count = self.slices or 1
             size, rest = divmod(len(devices), count)
             if rest:
@@ -102,6 +106,8 @@ class MeshSpec:
         return [found[index] for index in sorted(found)]
 
     def _checked_slices(self, found: int) -> int:
+        if self.slices == 1:
+            return 1
         if self.slices not in (None, found):
             raise ValueError(f"MeshSpec.slices = {self.slices}, but the devices are of {found}")
         return found
