@@ -10,6 +10,7 @@ and the cycles that the TPU compiler estimates, each against one chunk. Nothing 
 
 import argparse
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +46,7 @@ def measure(args: argparse.Namespace, devices: list[jax.Device], chunks: int) ->
         return losses.chunked_sums(head, params, states, targets, weights, chunks=chunks)
 
     program = jax.jit(jax.value_and_grad(loss, has_aux=True))
-    done = program.lower(states, {"kernel": kernel}, tokens).compile()
+    done: Any = program.lower(states, {"kernel": kernel}, tokens).compile()
     return done.memory_analysis().temp_size_in_bytes, compiled.read(done.as_text()).cycles
 
 
