@@ -76,6 +76,9 @@ def test_adapters_and_moments_are_split_by_their_rules(run, tmp_path):
             assert wide == ("model" if kind == "task" else ("fsdp", "model")), path
         moment = functools.reduce(lambda node, name: node[name], path, moments)
         assert moment.sharding == bank.sharding
+    plain = dataclasses.replace(run, mesh=dataclasses.replace(BANKS, rules=AxisRules()))
+    beside_kernels = Job(plain, tmp_path / "plain").parameters.templates[0]
+    assert job.parameters.trained_in_use == beside_kernels
     text = (tmp_path / "parameters.txt").read_text()
     banks = len(jax.tree.leaves(state.trained)) // 2
     assert text.splitlines()[-1] == (
@@ -127,3 +130,22 @@ def test_a_run_goes_on_on_another_mesh(run, tmp_path):
     )
     assert len(found) == STEPS
     np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_predictions_are_those_of_one_device(run, tmp_path):
+    rows = np.random.default_rng(0).integers(3, 300, (8, run.inputs_length), dtype=np.int32)
+    ids = np.asarray([[0, 1], [1, 0], [-1, 2], [0, -1]] * 2, np.int32)
+    batch = {"encoder_input_tokens": rows, "feature_ids": ids}
+    found = []
+    for mesh, devices in ((MeshSpec(data=1), jax.devices()[:1]), (BANKS, jax.devices())):
+        made = dataclasses.replace(run, mesh=mesh)
+        job = Job(made, tmp_path, mesh=mesh.make(devices))
+        trained, frozen = job.initial_parameters(None)
+        trained = jax.tree.map(
+            lambda x: jax.device_put(np.cos(np.arange(x.size)).reshape(x.shape), x.sharding),
+            trained,
+        )
+        found.append(job.predictors(trained, frozen)["generate"](batch))
+    np.testing.assert_array_equal(*found)
+    assert len(np.unique(found[0])) > 2

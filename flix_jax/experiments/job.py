@@ -468,6 +468,8 @@ class Job:
         [batch, 3, targets_length] by beam search, 'retrieve' embeddings float32 [batch, embed].
         """
 
+        trained = self.parameters.in_use(trained)
+
         def predictor(program: Callable[[Any, Any, Any, Any], jax.Array]) -> Predictor:
             def predict(batch: dict[str, np.ndarray]) -> np.ndarray:
                 wanted = {k: v for k, v in batch.items() if k in _PREDICT_FROM}

@@ -207,7 +207,7 @@ def _train(job: Job) -> Program:
 
 
 def _decode(job: Job) -> Program:
-    run, trained = job.run, job.parameters.templates[0]
+    run, trained = job.run, job.parameters.trained_in_use
     wanted = ("encoder_input_tokens", "feature_ids")
     batch = _batch(job, run.evaluation.batch_size)
     batch = {name: shape for name, shape in batch.items() if name in wanted}

@@ -106,6 +106,8 @@ class Predictor:
                 adapters = dataclasses.replace(adapters, space=self._space)
             job = job.with_model(dataclasses.replace(job.model, adapters=adapters))
         self._mesh = job.mesh
+        if trained:
+            trained = job.parameters.in_use(trained)
         self._params, self._key = tree.join(frozen, trained), jax.random.key(how.seed)
         self._program = _program(
             job.model, how, job.run.targets_length, partitioning.replicated(job.mesh)

@@ -132,7 +132,13 @@ def train(
 def step_program(job: Job, optimizer: optax.GradientTransformation, template: TrainState) -> Any:
     """A run's training step, jitted; `template` is its state with shardings."""
     return jax.jit(
-        train_step(job.model.loss, optimizer, microbatches=job.run.microbatches),
+        train_step(
+            job.model.loss,
+            optimizer,
+            microbatches=job.run.microbatches,
+            in_use=job.parameters.in_use,
+            kept=job.parameters.kept,
+        ),
         donate_argnums=0,
         out_shardings=(
             jax.tree.map(lambda x: x.sharding, template),

@@ -61,7 +61,8 @@ class AxisRules:
       adapters: of the adapters' banks, `a` [features, in, rank] and `b` [features, rank, out],
         whose ``in`` and ``out`` have the kernel's names; what is not said here is as in
         `parameters`. Features that the mesh axes do not divide are not split, and the axes
-        are left to the bank's other dimensions.
+        are left to the bank's other dimensions. These rules are of banks, gradients and moments
+        as they are kept; the network sees banks as without them (`in_use`).
       activations: of activations.
 
     Raises:
@@ -81,6 +82,15 @@ class AxisRules:
                 if names.count(name) > 1:
                     raise ValueError(f"AxisRules.{kind}: {name!r} has {names.count(name)} rules")
             object.__setattr__(self, kind, rules)
+
+    @property
+    def in_use(self) -> AxisRules:
+        """The rules while the network runs: adapters beside their kernels.
+
+        Examples of any features meet on every device. Banks that are spread over the batch's axes
+        are brought together once a step, and not layer by layer.
+        """
+        return dataclasses.replace(self, adapters=())
 
     def table(self, kind: str) -> Mapping[str, Axes]:
         """Logical name -> mesh axes of 'parameters', 'adapters' or 'activations'."""

@@ -60,9 +60,17 @@ class Parameters:
     @functools.cached_property
     def templates(self) -> tuple[Any, Any]:
         """(trained, frozen) as ``jax.ShapeDtypeStruct`` with shardings."""
+        return self._templates(self.rules)
+
+    @functools.cached_property
+    def trained_in_use(self) -> Any:
+        """The trained part of the templates as it lies while the network runs."""
+        return self._templates(self.rules.in_use)[0]
+
+    def _templates(self, rules: AxisRules) -> tuple[Any, Any]:
         shapes, axes = self._shapes_and_axes
         shardings = [
-            partitioning.param_shardings(self.mesh, part_axes, part, self.rules.table(kind))
+            partitioning.param_shardings(self.mesh, part_axes, part, rules.table(kind))
             for kind, part, part_axes in zip(
                 ("parameters", "adapters"),
                 tree.split_adapters(shapes),
@@ -184,6 +192,20 @@ class Parameters:
         return state.replace(
             step=_with_sharding(state.step, whole), trained=trained, opt_state=opt_state
         )
+
+    def in_use(self, trained: Any) -> Any:
+        """What is trained, brought to where the network uses it."""
+        return self._placed(trained, self.trained_in_use)
+
+    def kept(self, trained: Any) -> Any:
+        """Gradients of what is trained, brought to where it is kept."""
+        return self._placed(trained, self.templates[0])
+
+    def _placed(self, trained: Any, template: Any) -> Any:
+        if not self.rules.adapters:  # it lies there already
+            return trained
+        shardings = jax.tree.map(lambda x: x.sharding, template)
+        return jax.lax.with_sharding_constraint(trained, shardings)
 
     def create_state(self, trained: Any, optimizer: optax.GradientTransformation) -> TrainState:
         """The state before the first step, sharded as its template."""

@@ -42,12 +42,17 @@ def train_step(
     optimizer: optax.GradientTransformation,
     *,
     microbatches: int = 1,
+    in_use: Callable[[Any], Any] = lambda trained: trained,
+    kept: Callable[[Any], Any] = lambda trained: trained,
 ) -> Callable[[TrainState, Any, Batch, jax.typing.ArrayLike], tuple[TrainState, Metrics]]:
     """The function ``(state, frozen, batch, seed) -> (state, metrics)``, to be jitted.
 
     The loss is the mean over the target tokens of the global batch, whatever the number of
     microbatches. Randomness is a function of (seed, step, microbatch) alone; the seed is an
     argument, so that runs which differ in it are one program.
+
+    `in_use` brings what is trained to where the network uses it, and `kept` its gradients to where
+    the optimizer does (`Parameters`).
 
     Metrics are float32 scalars: ``loss`` and ``z_loss`` per target token, ``accuracy`` (of tokens,
     teacher forced), ``tokens`` (target tokens in the batch) and ``grad_norm`` (before clipping).
@@ -80,7 +85,8 @@ def train_step(
     ) -> tuple[TrainState, Metrics]:
         rng = jax.random.fold_in(jax.random.key(seed), state.step)
         compute = gradients if microbatches == 1 else accumulated
-        grads, sums = compute(state.trained, frozen, batch, rng)
+        grads, sums = compute(in_use(state.trained), frozen, batch, rng)
+        grads = kept(grads)
         tokens = jnp.maximum(sums["weight"], 1.0)
         grads = jax.tree.map(lambda g: g / tokens, grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trained)
