@@ -30,6 +30,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from flix_jax.adapters import text_tables
 from flix_jax.adapters.activation import ActiveFeatures
@@ -38,6 +39,8 @@ from flix_jax.adapters.modules import LowRankDelta
 from flix_jax.adapters.suggest import did_you_mean
 
 CHILD = "flix"
+#: What an adapted layer's output is called, for rematerialisation that goes by names.
+DENSE_OUTPUT = "dense_output"
 
 _ATTENTION = r"(?:.*/)?[^/]*[aA]ttention[^/]*/(?:query|key|value|out)"
 _MLP = r"(?:.*/)?[^/]*(?:mlp|MLP|Mlp)[^/]*/[^/]+"
@@ -176,7 +179,10 @@ def inject(
         initialising = initialising or context.module.is_initializing()
         if not spec.matching(call.path):
             return y
-        return y + _update(spec, active, call, context.module, x, y, deterministic)
+        update = _update(spec, active, call, context.module, x, y, deterministic)
+        # Added as the product made it: split into heads, XLA would read and write both once more.
+        adapted = y.reshape(update.shape) + update
+        return checkpoint_name(adapted.reshape(y.shape), DENSE_OUTPUT)
 
     with nn.intercept_methods(interceptor):
         yield
@@ -202,10 +208,9 @@ def _update(spec, active, call: _DenseCall, module, x, y, deterministic: bool):
             f"{call.path}: has a child {CHILD!r} already, expected inject() to be entered once"
         ) from error
     try:
-        update = child(rows, call.d_out, active, deterministic=deterministic)
+        return child(rows, call.d_out, active, deterministic=deterministic)
     except ValueError as error:
         raise ValueError(f"{call.path}: {error}") from error
-    return update.reshape(y.shape)
 
 
 def _check_targets(spec: AdapterSpec, paths: Sequence[str]) -> None:

@@ -21,12 +21,16 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from flix_jax.adapters.activation import ActiveFeatures, check_shape
 from flix_jax.adapters.features import ABSENT, FeatureSpace, FeatureType
 
 Bank = tuple[Array, Array]
+
+#: What the narrow activations x A are called, for rematerialisation that goes by names.
+LOW_RANK = "low_rank"
 
 _WRITTEN_OUT = 16  # the largest rank of which `_batched_product` is a sum of outer products
 
@@ -133,6 +137,7 @@ def _shared_product(x: Array, a: Array, b: Array, c: Array) -> Array:
 def _shared_forward(x, a, b, c):
     wide = _accumulator(x)
     h = jnp.einsum("nld,dr->nlr", x, a.astype(x.dtype), preferred_element_type=wide)
+    h = checkpoint_name(h, LOW_RANK)
     z = (h * c.astype(wide)[:, None, :]).astype(x.dtype)
     return jnp.einsum("nlr,ro->nlo", z, b.astype(x.dtype)), (x, a, b, c, h)
 
@@ -224,6 +229,7 @@ def _gathered_forward(layouts, x, a_banks, b_banks, ids, c):
     a = _side_by_side(layouts, a_banks, ids, 2, x.dtype)  # [batch, d_in, R]
     b = _side_by_side(layouts, b_banks, ids, 1, x.dtype)  # [batch, R, d_out]
     h = jnp.einsum("nld,ndr->nlr", x, a, preferred_element_type=wide)
+    h = checkpoint_name(h, LOW_RANK)
     z = (h * c.astype(wide)[:, None, :]).astype(x.dtype)
     y = jnp.einsum("nlr,nro->nlo", z, b)
     return y, (x, a, b, h, ids, c)

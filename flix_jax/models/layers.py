@@ -22,6 +22,9 @@ from flix_jax.models import int8
 from flix_jax.models.products import matmul
 
 MASKED_LOGIT = -1e10
+# Names by which rematerialisation knows what else it keeps: a dense layer's output with what was
+# added to it, and activations that are narrow beside it.
+DENSE_OUTPUT, LOW_RANK = "dense_output", "low_rank"
 
 Initializer = Callable[..., Any]
 dense_init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")

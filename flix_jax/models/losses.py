@@ -103,7 +103,9 @@ def weighted_sums(
     logits = logits.astype(jnp.float32)
     token_loss, token_z = cross_entropy(logits, targets, label_smoothing, z_loss)
     total = jnp.sum(token_loss * weights)
-    correct = jnp.argmax(logits, axis=-1) == targets
+    # Like the loss, by sums over the vocabulary: an argmax would read the logits once more.
+    at_target = jnp.sum(jnp.where(_is_target(logits, targets), logits, 0.0), axis=-1)
+    correct = at_target >= jnp.max(logits, axis=-1)
     metrics = {
         "loss": total,
         "z_loss": jnp.sum(token_z * weights),

@@ -147,12 +147,15 @@ def _run_layers(
     """
     if config.remat != "none":
         policies = jax.checkpoint_policies
+        # What is added to a product, example by example, would else be made again.
+        outputs = policies.save_only_these_names(layers.LOW_RANK, layers.DENSE_OUTPUT)
+        minimal = policies.save_from_both_policies(
+            policies.dots_with_no_batch_dims_saveable, outputs
+        )
         layer_class = nn.remat(
             layer_class,
             prevent_cse=not config.scan_layers,
-            policy=policies.dots_with_no_batch_dims_saveable
-            if config.remat == "minimal"
-            else policies.nothing_saveable,
+            policy=minimal if config.remat == "minimal" else policies.nothing_saveable,
         )
     if config.scan_layers:
         stack = nn.scan(
