@@ -128,11 +128,16 @@ def test_attention_that_may_go_nowhere_is_finite_in_bfloat16():
 
 
 def test_attention_dropout_is_shared_by_the_queries():
-    x = jnp.ones((1, 4, 1, 8))
-    value = jnp.eye(8)[None, :, None]  # the output is the attention weights themselves
-    weights = layers.dot_product_attention(
-        x, jnp.ones((1, 8, 1, 8)), value, dropout_rng=jax.random.key(0), dropout_rate=0.5
-    )[0, :, 0]
+    value = jnp.eye(8)[None]  # the output is the attention weights themselves
+    attention = layers.MultiHeadAttention(1, 8, dropout_rate=0.5)
+    kernels = {name: {"kernel": jnp.eye(8)} for name in ("query", "key", "value", "out")}
+    weights = attention.apply(
+        {"params": kernels},
+        jnp.zeros((1, 4, 8)),
+        value,
+        deterministic=False,
+        rngs={"dropout": jax.random.key(0)},
+    )[0]
     assert set(np.unique(weights)) == {0.0, 0.25}
     np.testing.assert_array_equal(weights, np.broadcast_to(weights[0], weights.shape))
 

@@ -93,6 +93,28 @@ def test_fsdp_and_model_stay_within_a_slice(sizes):
     assert along == sorted(along)
 
 
+@dataclasses.dataclass(frozen=True)
+class OfTorus:
+    """As much of a TPU as arranging a mesh asks for."""
+
+    id: int
+    coords: tuple[int, int, int]
+    core_on_chip: int = 0
+    slice_index: int = 0
+    process_index: int = 0
+    platform: str = "tpu"
+    device_kind: str = "TPU v4"
+
+
+@pytest.mark.parametrize("sizes", [(64, 1, 1), (8, 8, 1), (4, 16, 1), (2, 8, 4)])
+def test_a_mesh_may_split_an_axis_of_the_torus(sizes):
+    places = np.ndindex(4, 4, 4)
+    devices = [OfTorus(i, (x, y, z)) for i, (z, y, x) in enumerate(places)]
+    mesh = MeshSpec(*sizes).make(devices)
+    assert mesh.devices.shape == sizes
+    assert sorted(d.id for d in mesh.devices.flat) == list(range(64))
+
+
 def test_slices_of_devices_that_tell_none_are_said():
     mesh = MeshSpec(data=4, fsdp=2, slices=2).make(DEVICES)
     places = {device: i // 4 for i, device in enumerate(DEVICES)}

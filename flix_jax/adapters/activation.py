@@ -92,6 +92,7 @@ def activate(
     feature_weights: Array | np.ndarray | None = None,
     *,
     dropout_rng: Array | None = None,
+    numbers: Array | None = None,
     settings: FeatureSettings | None = None,
 ) -> ActiveFeatures:
     """Computes the active features of a batch, with feature dropout when given a key.
@@ -106,6 +107,8 @@ def activate(
         silently another feature.
       feature_weights: float [batch, slots]; 1 by default.
       dropout_rng: key for feature dropout; None switches it off (evaluation).
+      numbers: int32 [batch], those of the examples: what is dropped of an example is a function of
+        the key and its number. By default its place in the batch.
       settings: dropout rates and scales in place of the space's own.
 
     Returns:
@@ -130,7 +133,8 @@ def activate(
     drops = settings is not None or any(max(t.value_dropouts) > 0 for t in space.types)
     if dropout_rng is not None and drops:
         rates = _rates(space, ids, settings)
-        kept = _kept(space, present, rates, dropout_rng)
+        places = jnp.arange(ids.shape[0]) if numbers is None else numbers
+        kept = _kept(space, present, rates, dropout_rng, places)
         weights = jnp.where(kept, weights, 0.0)
         if space.rescale:
             weights = weights / (1.0 - rates)
@@ -166,10 +170,11 @@ def _rates(
     return jnp.concatenate(columns, axis=1)
 
 
-def _kept(space: FeatureSpace, present: Array, rates: Array, rng: Array) -> Array:
+def _kept(space: FeatureSpace, present: Array, rates: Array, rng: Array, numbers: Array) -> Array:
     """[batch, slots] booleans: False where the feature is dropped."""
     repeats = np.asarray([t.slots for t in space.types])
-    per_type = jax.random.uniform(rng, (present.shape[0], len(space.types)))
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(rng, numbers)
+    per_type = jax.vmap(lambda key: jax.random.uniform(key, (len(space.types),)))(keys)
     uniform = jnp.repeat(per_type, repeats, axis=1, total_repeat_length=space.num_slots)
     kept = uniform >= rates
     if space.keep_one:

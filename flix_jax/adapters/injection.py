@@ -180,9 +180,7 @@ def inject(
         if not spec.matching(call.path):
             return y
         update = _update(spec, active, call, context.module, x, y, deterministic)
-        # Added as the product made it: split into heads, XLA would read and write both once more.
-        adapted = y.reshape(update.shape) + update
-        return checkpoint_name(adapted.reshape(y.shape), DENSE_OUTPUT)
+        return checkpoint_name(y + update, DENSE_OUTPUT)
 
     with nn.intercept_methods(interceptor):
         yield
@@ -208,9 +206,10 @@ def _update(spec, active, call: _DenseCall, module, x, y, deterministic: bool):
             f"{call.path}: has a child {CHILD!r} already, expected inject() to be entered once"
         ) from error
     try:
-        return child(rows, call.d_out, active, deterministic=deterministic)
+        update = child(rows, call.d_out, active, deterministic=deterministic)
     except ValueError as error:
         raise ValueError(f"{call.path}: {error}") from error
+    return update.reshape(y.shape)
 
 
 def _check_targets(spec: AdapterSpec, paths: Sequence[str]) -> None:

@@ -20,6 +20,7 @@ from flix_jax.adapters.activation import ActiveFeatures, FeatureSettings, activa
 from flix_jax.adapters.features import ABSENT
 from flix_jax.adapters.injection import AdapterSpec, inject
 from flix_jax.models import decoding, losses
+from flix_jax.models.dropout import EXAMPLE_NUMBERS, by_example
 
 Batch = Mapping[str, Array]
 Params = Any
@@ -54,7 +55,8 @@ class EncoderDecoder:
     A batch has `encoder_input_tokens` [batch, input_length], `decoder_input_tokens`,
     `decoder_target_tokens` [batch, length] (int32, 0 is padding), optionally
     `decoder_loss_weights` [batch, length] (default: 1 on every target token) and T5X's
-    `*_segment_ids` and `*_positions`; with adapters also `feature_ids` int32 [batch, slots] and
+    `*_segment_ids` and `*_positions`, and `example_numbers` int32 [batch], by which each row's
+    dropout is drawn (default: its place); with adapters also `feature_ids` int32 [batch, slots] and
     optionally `feature_weights` of the same shape.
 
     Attributes:
@@ -135,7 +137,11 @@ class EncoderDecoder:
 
     def _call(self, params: Params, batch: Batch, rng: Array | None, **options: Any) -> Array:
         feature_rng, dropout_rng = (None, None) if rng is None else jax.random.split(rng)
-        with self._injected(self._active(batch, feature_rng), deterministic=rng is None):
+        numbers = batch.get(EXAMPLE_NUMBERS)
+        if numbers is None:
+            numbers = jnp.arange(batch["encoder_input_tokens"].shape[0])
+        active = self._active(batch, feature_rng, numbers)
+        with by_example(numbers), self._injected(active, deterministic=rng is None):
             return self._apply(
                 {"params": params},
                 **_inputs(batch),
@@ -385,7 +391,9 @@ class EncoderDecoder:
 
         return tokens_to_logits
 
-    def _active(self, batch: Batch, feature_rng: Array | None) -> ActiveFeatures | None:
+    def _active(
+        self, batch: Batch, feature_rng: Array | None, numbers: Array | None = None
+    ) -> ActiveFeatures | None:
         if self.adapters is None:
             return None
         if "feature_ids" not in batch:
@@ -411,6 +419,7 @@ class EncoderDecoder:
             ids,
             batch.get("feature_weights"),
             dropout_rng=feature_rng,
+            numbers=numbers,
             settings=self.settings,
         )
 

@@ -264,15 +264,14 @@ def dot_product_attention(
     mask: Bool[Array, " batch #heads query key"] | None = None,
     bias: Float[Array, "#batch heads query key"] | None = None,
     *,
-    dropout_rng: Array | None = None,
-    dropout_rate: float = 0.0,
+    dropout: Callable[[Array], Array] | None = None,
 ) -> Float[Array, "batch query heads depth"]:
     """softmax(query key^T + bias) value, with unscaled logits and the softmax in float32.
 
-    Dropout (with `dropout_rng`) is drawn once per key and shared by the queries, as in T5.
+    `dropout` is of the weights [batch, heads, query, key].
     """
     logits = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
-    return _attend(logits, value, "bkhd", mask, bias, dropout_rng, dropout_rate)
+    return _attend(logits, value, "bkhd", mask, bias, dropout)
 
 
 def _attend(
@@ -281,18 +280,15 @@ def _attend(
     layout: str,
     mask: Array | None,
     bias: Array | None,
-    dropout_rng: Array | None = None,
-    dropout_rate: float = 0.0,
+    dropout: Callable[[Array], Array] | None = None,
 ) -> Array:
     if bias is not None:
         logits = logits + bias.astype(jnp.float32)
     if mask is not None:
         logits = jnp.where(mask, logits, MASKED_LOGIT)
     weights = jax.nn.softmax(logits).astype(value.dtype)
-    if dropout_rng is not None and dropout_rate > 0.0:
-        shape = (*weights.shape[:-2], 1, weights.shape[-1])
-        keep = jax.random.bernoulli(dropout_rng, 1.0 - dropout_rate, shape)
-        weights = weights * keep.astype(weights.dtype) / (1.0 - dropout_rate)
+    if dropout is not None:
+        weights = dropout(weights)
     return jnp.einsum(f"bhqk,{layout}->bqhd", weights, value)
 
 
@@ -365,16 +361,9 @@ class MultiHeadAttention(nn.Module):
             logits = jnp.einsum("bqhd,bhkd->bhqk", query, key, preferred_element_type=jnp.float32)
             x = _attend(logits, value, "bhkd", mask, bias)
         else:
-            use_dropout = not deterministic and self.dropout_rate > 0.0
-            x = dot_product_attention(
-                query,
-                key,
-                value,
-                mask,
-                bias,
-                dropout_rng=self.make_rng("dropout") if use_dropout else None,
-                dropout_rate=self.dropout_rate,
-            )
+            # Drawn once per key and shared by the queries, as in T5.
+            dropout = nn.Dropout(self.dropout_rate, (-2,), deterministic)
+            x = dot_product_attention(query, key, value, mask, bias, dropout=dropout)
         return DenseGeneral(
             features=inputs_q.shape[-1],
             axis=(-2, -1),

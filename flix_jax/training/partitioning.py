@@ -71,8 +71,6 @@ class MeshSpec:
         if len({getattr(device, "slice_index", 0) for device in slices[0]}) > 1:
             # Which is near which across slices nobody says: they stay in their order.
             return Mesh(np.array(devices).reshape(sizes), AXES, axis_types=_AXIS_TYPES)
-        if len(slices) == 1:
-            return jax.make_mesh(sizes, AXES, axis_types=_AXIS_TYPES, devices=devices)
         inner = (sizes[0] // len(slices), *sizes[1:])
         # Slice by slice along `data`, so that every step along another axis stays within one.
         arranged = [

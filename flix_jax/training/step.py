@@ -11,6 +11,7 @@ import optax
 from flax import struct
 
 from flix_jax.adapters import tree
+from flix_jax.models.dropout import EXAMPLE_NUMBERS
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -47,9 +48,11 @@ def train_step(
 ) -> Callable[[TrainState, Any, Batch, jax.typing.ArrayLike], tuple[TrainState, Metrics]]:
     """The function ``(state, frozen, batch, seed) -> (state, metrics)``, to be jitted.
 
-    The loss is the mean over the target tokens of the global batch, whatever the number of
-    microbatches. Randomness is a function of (seed, step, microbatch) alone; the seed is an
-    argument, so that runs which differ in it are one program.
+    The loss is the mean over the target tokens of the global batch, and gradients are summed in
+    float32. Randomness is a function of (seed, step) and, in a model that draws by the batch's
+    `example_numbers` (models.dropout), of each example's place in the global batch: then the number
+    of microbatches changes nothing but the order of sums. The seed is an argument, so that runs
+    which differ in it are one program.
 
     `in_use` brings what is trained to where the network uses it, and `kept` its gradients to where
     the optimizer does (`Parameters`).
@@ -66,19 +69,19 @@ def train_step(
 
     def accumulated(trained: Any, frozen: Any, batch: Batch, rng: jax.Array) -> tuple[Any, Metrics]:
         # Every microbatch takes rows from all shards of the batch: [B] -> [B / M, M] -> [M, B / M].
+        size = jax.tree.leaves(batch)[0].shape[0]
         parts = jax.tree.map(
-            lambda x: jnp.moveaxis(x.reshape(-1, microbatches, *x.shape[1:]), 1, 0), batch
+            lambda x: jnp.moveaxis(x.reshape(-1, microbatches, *x.shape[1:]), 1, 0),
+            batch | {EXAMPLE_NUMBERS: jnp.arange(size)},
         )
-        rngs = jax.random.split(rng, microbatches)
-        shapes = jax.eval_shape(
-            gradients, trained, frozen, jax.tree.map(lambda x: x[0], parts), rngs[0]
-        )
+        first = jax.tree.map(lambda x: x[0], parts)
+        shapes = jax.eval_shape(gradients, trained, frozen, first, rng)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
 
-        def add(sums: Any, part: tuple[Batch, jax.Array]) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, sums, gradients(trained, frozen, *part)), None
+        def add(sums: Any, part: Batch) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, sums, gradients(trained, frozen, part, rng)), None
 
-        return jax.lax.scan(add, zeros, (parts, rngs))[0]
+        return jax.lax.scan(add, zeros, parts)[0]
 
     def step(
         state: TrainState, frozen: Any, batch: Batch, seed: jax.typing.ArrayLike
