@@ -67,6 +67,8 @@ def start(coordinator: str | None, count: int | None = None, index: int | None =
         raise ValueError(f"--coordinator={coordinator!r}: expected HOST:PORT, or auto")
     # Of CPU devices in several processes; others have their own.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    # It would take SIGTERM, which then ended nothing.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         if coordinator == AUTO:
             jax.distributed.initialize()

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 
 import jax
+import jax.extend as jex
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -357,3 +358,29 @@ def test_shapes_that_disagree_are_refused_when_traced(change, message):
 def test_settings_out_of_range_are_refused(field):
     with pytest.raises(ValueError, match=f"EncoderDecoder.{field} = -0.1"):
         EncoderDecoder(Transformer(CONFIG), **{field: -0.1})
+
+
+def _products_over_the_rank(jaxpr):
+    """How many products contract the columns of an example's features, inner jaxprs too."""
+    found = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            shape = equation.invars[0].aval.shape
+            found += [shape[axis] for axis in contracted] == [5]
+        found += sum(map(_products_over_the_rank, jex.core.jaxprs_in_params(equation.params)))
+    return found
+
+
+def test_minimal_remat_makes_no_update_again():
+    counts = {}
+    for remat in ("none", "minimal", "full"):
+        config = dataclasses.replace(CONFIG, remat=remat)
+        model = EncoderDecoder(Transformer(config), AdapterSpec(SPACE))
+        params = jax.eval_shape(lambda model=model: nn.unbox(model.init(jax.random.key(0), SHAPES)))
+
+        def loss(params, model=model):
+            return model.loss(params, _batch(), rng=jax.random.key(1))[0]
+
+        counts[remat] = _products_over_the_rank(jax.make_jaxpr(jax.grad(loss))(params).jaxpr)
+    assert counts["minimal"] == counts["none"] < counts["full"]
