@@ -186,7 +186,8 @@ def _told() -> Failure | None:
     except jax.errors.JaxRuntimeError as error:
         if "NOT_FOUND" in str(error):
             return None
-        return Failure(0, f"the first process, which coordinates, is gone: {error}", 1)
+        reason = str(error).splitlines()[0]
+        return Failure(0, f"the first process, which coordinates, is gone: {reason}", 1)
 
 
 def _state() -> Any:
