@@ -176,10 +176,10 @@ def put_batch(
     if jax.process_count() == 1:
         return jax.device_put(dict(batch), sharding)
 
-    def put(local: np.ndarray) -> jax.Array:
-        size = len(local) if batch_size is None else batch_size
-        rows = np.arange(size) if batch_size is None else local_rows(mesh, size)
+    size = len(next(iter(batch.values()))) if batch_size is None else batch_size
+    rows = np.arange(size) if batch_size is None else local_rows(mesh, size)
 
+    def put(local: np.ndarray) -> jax.Array:
         def shard(index: Any) -> np.ndarray:
             first, last, _ = index[0].indices(size)
             place = int(np.searchsorted(rows, first))
