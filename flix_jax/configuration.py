@@ -48,6 +48,8 @@ NAMES: dict[str, str] = {
     "babel_held_out": "flix_jax.tasks.babel:held_out",
     "babel_vocabulary": "flix_jax.tasks.babel:vocabulary",
     "Sizes": "flix_jax.tasks.babel:Sizes",
+    "Translations": "flix_jax.tasks.babel_translations:Translations",
+    "SourceText": "flix_jax.tasks.source_text:SourceText",
     "Schedule": "flix_jax.training.optimizers:Schedule",
     "Optimizer": "flix_jax.training.optimizers:Optimizer",
     "AxisRules": "flix_jax.training.axis_rules:AxisRules",

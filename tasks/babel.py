@@ -32,6 +32,8 @@ from flix_jax.tasks.babel_languages import (
     make_languages,
 )
 from flix_jax.tasks.babel_tasks import TASKS, Record, dictionary, make_record, make_tag
+from flix_jax.tasks.babel_translations import FIELD, Translations, Translator
+from flix_jax.tasks.source_text import SourceText
 from flix_jax.tasks.xtreme_up import TaskFormat, XtremeUp, ner, plain
 
 if TYPE_CHECKING:
@@ -44,10 +46,11 @@ HELD_OUT_PER_TASK = 3
 SETTINGS_FILE = "babel.json"
 VOCABULARY_FILE = "characters.model"
 CHARACTERS = " _=?:[]$" + string.ascii_letters + SCRIPTS["cyrillic"] + SCRIPTS["greek"]
+# Of translation and transliteration a translation says what is asked for: they have no source.
 FORMATS = {
-    "ner": TaskFormat(ner, ("exact_match", "span_f1")),
-    "semantic_parsing": TaskFormat(plain, ("exact_match",)),
-    "qa": TaskFormat(plain, ("exact_match", "token_f1")),
+    "ner": TaskFormat(ner, ("exact_match", "span_f1"), source=f"{{{FIELD}}}"),
+    "semantic_parsing": TaskFormat(plain, ("exact_match",), source=f"{{{FIELD}}}"),
+    "qa": TaskFormat(plain, ("exact_match", "token_f1"), source=f"{{{FIELD}}}"),
     "translation": TaskFormat(plain, ("exact_match", "chrf")),
     "transliteration": TaskFormat(plain, ("exact_match", "cer")),
 }
@@ -123,8 +126,12 @@ def records(
     seed: int,
     sizes: Sizes,
     tags: str,
+    translations: Translations | None = None,
 ) -> dict[str, list[Record]]:
-    """The records of a cell by split. `languages` are all of them, the pivot first."""
+    """The records of a cell by split. `languages` are all of them, the pivot first.
+
+    With `translations`, task records of the others have their translation into the pivot besides.
+    """
     pivot = languages[0]
     tag = make_tag(task, language, tags)
     counts = {"train": sizes.train, "validation": sizes.validation, "test": sizes.test}
@@ -134,19 +141,34 @@ def records(
         counts = {"train": sizes.text}
     # Tags take no part in the choices, so that data with and without them are the same data.
     draw = Draw("babel", seed, task, language.code)
-    distinct: dict[str, Record] = {}
+    translated = translations is not None and task in TASKS and language is not pivot
+    distinct: dict[str, tuple[Record, Draw]] = {}
     while len(distinct) < sum(counts.values()):
+        before = draw.copy() if translated else draw
         record = make_record(task, language, draw, languages=languages, tag=tag)
-        distinct.setdefault(str(record.get("text", record.get("input"))), record)
+        distinct.setdefault(str(record.get("text", record.get("input"))), (record, before))
     remaining = iter(distinct.values())
-    splits = {split: [next(remaining) for _ in range(n)] for split, n in counts.items()}
+    drawn = {split: [next(remaining) for _ in range(n)] for split, n in counts.items()}
+    splits = {split: [record for record, _ in of] for split, of in drawn.items()}
+    if translated:
+        assert translations is not None
+        translator = Translator(pivot, translations, make_tag(task, pivot, tags))
+        for split, of in drawn.items():
+            for number, (record, before) in enumerate(of):
+                key = "babel", seed, "translation", task, language.code, split, number
+                record |= translator(task, before, Draw(*key), split)
     if task == "glossary":
         splits["train"] += dictionary(language, pivot, tag)
     return splits
 
 
 def write(
-    out_dir: str | os.PathLike[str], seed: int, *, sizes: Sizes | None = None, tags: str = "task"
+    out_dir: str | os.PathLike[str],
+    seed: int,
+    *,
+    sizes: Sizes | None = None,
+    tags: str = "task",
+    translations: Translations | None = None,
 ) -> Path:
     """Writes the data of a seed as `<out_dir>/<task>/<split>/<language>.jsonl`.
 
@@ -156,6 +178,7 @@ def write(
       out_dir: a local folder that does not exist yet or is empty.
       seed: languages, records and held-out cells follow from it, the same on every machine.
       tags: what inputs open with: 'none', 'task' (`ner: `) or 'task_language' (`ner qal: `).
+      translations: of the tasks' records into the pivot, beside what they have without them.
 
     Raises:
       ValueError: for other `tags`, and if `out_dir` holds something already.
@@ -168,7 +191,7 @@ def write(
     partial = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", dir=out_dir.parent))
     try:
         partial.chmod(0o755)
-        _write_files(partial, seed, sizes, tags)
+        _write_files(partial, seed, sizes, tags, translations)
         os.replace(partial, out_dir)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -176,18 +199,28 @@ def write(
     return out_dir
 
 
-def _write_files(folder: Path, seed: int, sizes: Sizes, tags: str) -> None:
+def _write_files(
+    folder: Path, seed: int, sizes: Sizes, tags: str, translations: Translations | None
+) -> None:
     languages = list(make_languages(seed).values())
     for task in (*TASKS, "denoising", "glossary"):
         for language in languages[1:] if task == "glossary" else languages:
-            splits = records(task, language, languages, seed=seed, sizes=sizes, tags=tags)
+            splits = records(
+                task,
+                language,
+                languages,
+                seed=seed,
+                sizes=sizes,
+                tags=tags,
+                translations=translations,
+            )
             for split, lines in splits.items():
                 path = folder / task / split / f"{language.code}.jsonl"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
                 path.write_text(text, encoding="utf-8", newline="\n")
     (folder / VOCABULARY_FILE).write_bytes(_character_model())
-    settings = json.dumps(_settings(seed, sizes, tags), indent=2) + "\n"
+    settings = json.dumps(_settings(seed, sizes, tags, translations), indent=2) + "\n"
     (folder / SETTINGS_FILE).write_text(settings, encoding="utf-8", newline="\n")
 
 
@@ -251,14 +284,19 @@ def _character_map() -> bytes:
     return bytes(trained.normalizer_spec.precompiled_charsmap)
 
 
-def _settings(seed: int, sizes: Sizes, tags: str) -> dict[str, Any]:
-    return {
+def _settings(
+    seed: int, sizes: Sizes, tags: str, translations: Translations | None
+) -> dict[str, Any]:
+    settings = {
         "version": VERSION,
         "seed": seed,
         "tags": tags,
         "sizes": asdict(sizes),
         "held_out": list(held_out(seed)),
     }
+    if translations is not None:  # data without them stay where they are
+        settings["translations"] = asdict(translations)
+    return settings
 
 
 @dataclass(frozen=True)
@@ -272,12 +310,15 @@ class Babel:
         base that has met a language's tag in pretraining, where only text bears it, binds the two
         and carries tasks over to that language less well; the words reveal their language anyway.
       sizes: records per cell.
+      translations: of the tasks' records into the pivot, which plays English: what adapters fuse
+        with (Run.source_text). Records are the same with and without them; None writes none.
     """
 
     cache_dir: str
     seed: int = 0
     tags: str = "task"
     sizes: Sizes = field(default_factory=Sizes)
+    translations: Translations | None = None
 
     def __post_init__(self) -> None:
         _check_tags(self.tags)
@@ -289,7 +330,8 @@ class Babel:
     @property
     def data_dir(self) -> Path:
         """Where the generated files are, or will be."""
-        settings = json.dumps(_settings(self.seed, self.sizes, self.tags), sort_keys=True)
+        made = _settings(self.seed, self.sizes, self.tags, self.translations)
+        settings = json.dumps(made, sort_keys=True)
         digest = hashlib.sha256(settings.encode()).hexdigest()[:8]
         return Path(self.cache_dir) / f"babel_seed{self.seed}_{digest}"
 
@@ -315,18 +357,43 @@ class Babel:
         """Inputs and targets of a split of `cell`, in the order of the file."""
         return self._reader.pairs(cell, split)
 
+    def sources(self, cell: Cell, split: str, source_text: SourceText) -> list[str]:
+        """The translation into the pivot of each example of `pairs`; '' where it has none."""
+        return self._reader.sources(cell, split, source_text)
+
+    def check_sources(self, cells: Iterable[Cell], source_text: SourceText) -> None:
+        """ValueError where no example of `cells` can have a source."""
+        if self.translations is None and source_text.files is None:
+            raise ValueError(
+                "SourceText: the records of Babel have no source without Babel.translations = "
+                "@Translations()"
+            )
+        self._reader.check_sources(cells, source_text)
+
     def register(
-        self, cells: Iterable[Cell], *, vocabulary: "Vocabulary", space: "FeatureSpace | None"
+        self,
+        cells: Iterable[Cell],
+        *,
+        vocabulary: "Vocabulary",
+        space: "FeatureSpace | None",
+        source_text: SourceText | None = None,
     ) -> dict[Cell, str]:
         """Registers a seqio task per cell, replacing earlier ones; returns the task names."""
-        return self._reader.register(cells, vocabulary=vocabulary, space=space)
+        return self._reader.register(
+            cells, vocabulary=vocabulary, space=space, source_text=source_text
+        )
 
     def inference(self, cell: Cell) -> Inference:
         """How predictions for a cell are made: as text, all of them."""
         return self._reader.inference(cell)
 
     def register_indexes(
-        self, cells: Iterable[Cell], *, vocabulary: "Vocabulary", space: "FeatureSpace | None"
+        self,
+        cells: Iterable[Cell],
+        *,
+        vocabulary: "Vocabulary",
+        space: "FeatureSpace | None",
+        source_text: SourceText | None = None,
     ) -> dict[Cell, str]:
         """None: no task here is retrieval."""
         return {}
@@ -341,7 +408,13 @@ class Babel:
         if done.exists():
             return
         try:
-            write(self.data_dir, self.seed, sizes=self.sizes, tags=self.tags)
+            write(
+                self.data_dir,
+                self.seed,
+                sizes=self.sizes,
+                tags=self.tags,
+                translations=self.translations,
+            )
         except (OSError, ValueError):  # another process may have been first
             if not done.exists():
                 raise

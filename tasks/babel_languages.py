@@ -35,6 +35,12 @@ class Draw:
     def __init__(self, *key: object):
         self._random = random.Random("/".join(str(part) for part in key))
 
+    def copy(self) -> "Draw":
+        """The same choices from here on, apart from this one's."""
+        other = Draw()
+        other._random.setstate(self._random.getstate())
+        return other
+
     def below(self, bound: int) -> int:
         """A whole number in [0, bound)."""
         return int(self._random.random() * bound)

@@ -10,13 +10,13 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import get_args
 
 from flix_jax.adapters.suggest import did_you_mean
 from flix_jax.data.cells import COMPLETE, GENERATE, RETRIEVE, Cell, Inference
 from flix_jax.evaluation.metrics import find_metric, metric_fn
-from flix_jax.tasks.records import Record, Template, integer, shorten, text
+from flix_jax.tasks.records import Record, Template, integer, shorten, template_fields, text
 
 Pair = tuple[str, str]
 
@@ -125,6 +125,8 @@ class TaskFormat:
       input, target: templates.
       inference: 'generate' (one text), 'complete' (three guesses, the best first) or 'retrieve'
         (passages of an index, by the similarity of their encodings to the input's).
+      source: a template for the English source of an example, where a run reads one
+        (flix_jax.tasks.source_text); None for a task whose records have none.
 
     Raises:
       ValueError: naming the parameter, for what is not as described above.
@@ -136,6 +138,7 @@ class TaskFormat:
     input: str = "{input}"
     target: str = "{target}"
     inference: Inference = GENERATE
+    source: str | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.metrics, str):
@@ -165,6 +168,10 @@ class TaskFormat:
             if self.pair is not None and template != Template.parse(f"{{{name}}}", name):
                 given = getattr(self, name)
                 raise ValueError(f"TaskFormat.{name}={given!r} has no effect with TaskFormat.pair")
+        if self.source is not None and not Template.parse(self.source, "TaskFormat.source").fields:
+            raise ValueError(
+                f"TaskFormat.source={self.source!r}: expected fields of the record in it"
+            )
         try:
             pattern = None if self.file is None else re.compile(self.file)
         except (re.error, TypeError) as error:
@@ -216,20 +223,17 @@ class TaskFormat:
         }
 
 
-def template_fields(cell: Cell) -> dict[str, str]:
-    """What a template may name beside a record's fields: task, language, columns of the table."""
-    return {k: v for k, v in cell.annotations().items() if k not in ("cell", "shared")}
-
-
 _QA = TaskFormat(question_answering, ("token_f1", "exact_match"))
+# The contexts are in English as they are: the form of the input, with the question translated.
+_QA_SOURCE = "question: {question_translated} title: {title} context: {context}"
 _RETRIEVAL = TaskFormat(retrieval, ("mrr_at_10",), inference=RETRIEVE)
 #: By task. Codes that differ from task to task by a locale only are one language: the speech file
 #: `af_za` is `af`, the parsing file `pt_br` is `pt`, as in the published scorer.
 FORMATS: Mapping[str, TaskFormat] = {
     "ner": TaskFormat(ner, ("span_f1",)),
-    "semantic_parsing": TaskFormat(plain, ("exact_match",), _BRAZILIAN),
+    "semantic_parsing": TaskFormat(plain, ("exact_match",), _BRAZILIAN, source="{input_en}"),
     "qa_in_lang": _QA,
-    "qa_cross_lang": _QA,
+    "qa_cross_lang": replace(_QA, source=_QA_SOURCE),
     "retrieval_in_lang": _RETRIEVAL,
     "retrieval_cross_lang": _RETRIEVAL,
     "translation": TaskFormat(plain, ("chrf", "bleu"), _TRANSLATION),
@@ -238,6 +242,6 @@ FORMATS: Mapping[str, TaskFormat] = {
     # The published normalisation is the metric's; the texts stay as they are.
     "asr": TaskFormat(plain, ("asr_cer", "cer"), _LOCALE),
     # Not the benchmark's, but common beside it.
-    "topic": TaskFormat(plain, ("exact_match",)),
+    "topic": TaskFormat(plain, ("exact_match",), source="{input_en}"),
     "sentiment": TaskFormat(plain, ("exact_match",)),
 }

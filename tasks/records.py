@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import string
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from flix_jax.data.cells import Cell
+
 Record = Mapping[str, Any]
 LINES_SHOWN = 5
+_PEEKED = 20  # records whose fields a template is checked against before anything is read
 
 
 def read_records(
@@ -44,6 +48,12 @@ def read_records(
         yield number, record
     if empty:
         raise ValueError(f"{path}: the file holds no records")
+
+
+def first_fields(path: Any) -> list[str]:
+    """The fields that the first records of a file have; none where no line is a record."""
+    records = itertools.islice(read_records(path, lambda line, error: None), _PEEKED)
+    return list(dict.fromkeys(name for _, record in records for name in record))
 
 
 def _parse(line: bytes) -> Record:
@@ -135,6 +145,11 @@ class Template:
         return "".join(
             literal if name is None else literal + value(name) for literal, name in self.pieces
         )
+
+
+def template_fields(cell: Cell) -> dict[str, str]:
+    """What a template may name beside a record's fields: task, language, columns of the table."""
+    return {k: v for k, v in cell.annotations().items() if k not in ("cell", "shared")}
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,10 @@ baseline/jsonl_to_seqio_tsv.py.
 from __future__ import annotations
 
 import functools
-import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, get_args
 
 from flix_jax.adapters.suggest import did_you_mean
 from flix_jax.data.cells import RETRIEVE, Cell, Inference
@@ -28,17 +27,19 @@ from flix_jax.tasks.formats import (
     passage,
     passage_id,
     plain,
-    template_fields,
 )
 from flix_jax.tasks.records import (
     LINES_SHOWN,
     Record,
     Skipped,
     Template,
+    first_fields,
     read_records,
     shorten,
+    template_fields,
     text,
 )
+from flix_jax.tasks.source_text import FromFile, SourceText, check_sources, from_record
 from flix_jax.tasks.xtreme_up_languages import CODE_SWITCHED, FILES, under_represented
 
 if TYPE_CHECKING:
@@ -61,9 +62,18 @@ __all__ = [
 SPLITS = ("train", "validation", "test")
 OnBadRecord = Literal["error", "skip"]
 Converted = TypeVar("Converted")
-_PEEKED = 20  # records whose fields a template is checked against before anything is read
 
 _logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Row(Generic[Converted]):
+    """A record that was read: its line from 1, its place among the records of the file from 0."""
+
+    line: int
+    place: int
+    record: Record
+    converted: Converted
 
 
 @dataclass(frozen=True)
@@ -200,17 +210,63 @@ class XtremeUp:
           ValueError: for a split that the cell lacks, with file and line for a record that cannot
             be read, and for a file of which `on_bad_record` would skip all.
         """
-        examples = [pair for _, pair in self._examples(cell, split)]
+        examples = [row.converted for row in self._examples(cell, split)]
         return [source for source, _ in examples], [target for _, target in examples]
 
     def texts(self, cell: Cell, split: str) -> list[str]:
         """The inputs of `pairs` without their prompts: what a format makes of each record."""
-        return [source for _, (source, _) in self._examples(cell, split, prompted=False)]
+        return [row.converted[0] for row in self._examples(cell, split, prompted=False)]
+
+    def sources(self, cell: Cell, split: str, source_text: SourceText) -> list[str]:
+        """The English source of each example, in the order of `pairs`; '' where it has none.
+
+        Raises:
+          ValueError: with file and line, for a field that is no text, and for a file of
+            translations with lines that cannot be read or name no record.
+        """
+        path, known = self._files[cell][split], template_fields(cell)
+        template = source_text.template(cell.task, self.format(cell.task).source)
+        given = None
+        if source_text.files is not None:
+            given = FromFile(source_text.path(cell, split), source_text.id)
+        found = []
+        for row in self._examples(cell, split):
+            try:
+                if given is not None:
+                    found.append(given(row.record, row.place))
+                elif template is not None:
+                    found.append(from_record(row.record, template, known))
+                else:
+                    found.append("")
+            except ValueError as error:  # never passed over: as many sources as examples are needed
+                raise ValueError(f"{path}:{row.line}: {error}") from None
+        if given is not None:
+            unknown = given.check_all_asked(path, str(path) in self._skipped)
+            if unknown:
+                _logger.warning("%s: %d translations are of records left out", given.path, unknown)
+        return found
+
+    def check_sources(self, cells: Iterable[Cell], source_text: SourceText) -> None:
+        """Holds a run's choice of sources against what there is, before anything is read for it.
+
+        Raises:
+          ValueError: no example can have a source, a task that there is not, a field that the
+            records lack, or splits whose translations would be of one file.
+        """
+        tasks = sorted({cell.task for cell in self._files})
+        for task in source_text.templates:
+            if task not in tasks:
+                raise ValueError(
+                    f"SourceText.templates: no task {task!r} in {self.data_dir}; "
+                    f"{did_you_mean(task, tasks)}"
+                )
+        paths = {cell: self._files[cell] for cell in cells}
+        check_sources(source_text, paths, lambda task: self.format(task).source)
 
     def passage_ids(self, cell: Cell, split: str) -> list[str]:
         """Of a retrieval cell: the id of each query's passage, in the order of `pairs`."""
         self._check_retrieval(cell)
-        return [passage_id(record) for record, _ in self._examples(cell, split)]
+        return [passage_id(row.record) for row in self._examples(cell, split)]
 
     def index_path(self, cell: Cell) -> str:
         """The file of passages that the queries of a retrieval cell are looked up in.
@@ -236,7 +292,8 @@ class XtremeUp:
         passages = list(
             self._read(self.index_path(cell), lambda record: (passage_id(record), passage(record)))
         )
-        return [name for _, (name, _) in passages], [content for _, (_, content) in passages]
+        ids, contents = zip(*(row.converted for row in passages), strict=True)
+        return list(ids), list(contents)
 
     @property
     def skipped(self) -> Mapping[str, Skipped]:
@@ -248,14 +305,20 @@ class XtremeUp:
         return "\n".join(f"{path}: {entry}" for path, entry in self._skipped.items())
 
     def register(
-        self, cells: Iterable[Cell], *, vocabulary: Vocabulary, space: FeatureSpace | None
+        self,
+        cells: Iterable[Cell],
+        *,
+        vocabulary: Vocabulary,
+        space: FeatureSpace | None,
+        source_text: SourceText | None = None,
     ) -> dict[Cell, str]:
         """Registers a seqio task per cell, in place of earlier ones of the same names.
 
         Args:
           cells: of this source.
-          vocabulary: of inputs and targets.
+          vocabulary: of inputs, targets and sources.
           space: gives every example its `feature_ids`; None for tasks without features.
+          source_text: gives examples their English source; None for tasks without.
 
         Returns:
           The name of each cell's task: `xtreme_up.ner.sw`.
@@ -274,12 +337,21 @@ class XtremeUp:
                 answers=functools.partial(self.passage_ids, cell)
                 if self.inference(cell) == RETRIEVE
                 else None,
+                sources=None
+                if source_text is None
+                else functools.partial(self.sources, cell, source_text=source_text),
+                join=None if source_text is None else source_text.joiner,
             )
             for cell in cells
         }
 
     def register_indexes(
-        self, cells: Iterable[Cell], *, vocabulary: Vocabulary, space: FeatureSpace | None
+        self,
+        cells: Iterable[Cell],
+        *,
+        vocabulary: Vocabulary,
+        space: FeatureSpace | None,
+        source_text: SourceText | None = None,
     ) -> dict[Cell, str]:
         """Registers the passages that retrieval cells are looked up in, in the split `index`.
 
@@ -288,7 +360,7 @@ class XtremeUp:
 
         Args:
           cells: of this source; those of tasks without retrieval are passed over.
-          vocabulary, space: as of `register`.
+          vocabulary, space, source_text: as of `register`. Passages have no source.
 
         Returns:
           The name of each retrieval cell's index: `xtreme_up.retrieval_in_lang.index`, with the
@@ -316,6 +388,10 @@ class XtremeUp:
                     ("index",),
                     vocabulary=vocabulary,
                     feature_ids=ids,
+                    sources=None
+                    if source_text is None
+                    else lambda split, cell=cell: [""] * len(self.index(cell)[0]),
+                    join=None if source_text is None else source_text.joiner,
                 )
             names[cell] = registered[key]
         return names
@@ -324,9 +400,7 @@ class XtremeUp:
         """How predictions for a cell are made (see `TaskFormat.inference`)."""
         return self.format(cell.task).inference
 
-    def _examples(
-        self, cell: Cell, split: str, *, prompted: bool = True
-    ) -> Iterator[tuple[Record, Pair]]:
+    def _examples(self, cell: Cell, split: str, *, prompted: bool = True) -> Iterator[_Row[Pair]]:
         if split not in self._files[cell]:
             held = ", ".join(self._files[cell])
             raise ValueError(f"cell {cell.name} has no split {split!r} in {self.data_dir}: {held}")
@@ -347,9 +421,7 @@ class XtremeUp:
 
         return self._read(self._files[cell][split], convert)
 
-    def _read(
-        self, path: Any, convert: Callable[[Record], Converted]
-    ) -> Iterator[tuple[Record, Converted]]:
+    def _read(self, path: Any, convert: Callable[[Record], Converted]) -> Iterator[_Row[Converted]]:
         """The records of a file, each with what `convert` makes of it, under `on_bad_record`."""
         bad: list[tuple[int, str]] = []
         good = 0
@@ -365,8 +437,8 @@ class XtremeUp:
             except ValueError as error:
                 skip(line, error)
                 continue
+            yield _Row(line, good + len(bad), record, converted)
             good += 1
-            yield record, converted
         if not bad:
             return
         lines = tuple(line for line, _ in bad[:LINES_SHOWN])
@@ -459,8 +531,7 @@ class XtremeUp:
             named.append((place, self._prompts[cell.task].fields, ["input", *known]))
         if all(name in given for _, fields, given in named for name in fields):
             return
-        records = itertools.islice(read_records(path, lambda line, error: None), _PEEKED)
-        held = list(dict.fromkeys(name for _, record in records for name in record))
+        held = first_fields(path)
         if not held:
             return  # not a record among them: reading will say what is wrong
         for place, fields, given in named:

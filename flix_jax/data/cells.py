@@ -104,6 +104,10 @@ class Source(Protocol):
         """
         ...
 
+    # A source whose examples may have an English source besides, for Run.source_text, has methods
+    # `sources(cell, split, source_text)`, as many texts as `pairs` gives, '' for none, and
+    # `check_sources(cells, source_text)`; its `register` takes `source_text=`.
+
     def register(
         self, cells: Iterable[Cell], *, vocabulary: Any, space: FeatureSpace | None
     ) -> dict[Cell, str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -72,6 +72,10 @@ class Part:
       empty_targets: examples whose target is the empty text.
       in_other_splits: examples whose input is also one of another split of the cell.
       in_other_cells: examples whose input is also one of another cell, in any split.
+      without_source: examples without an English source; None where no sources are asked for.
+      source_tokens: lengths of the sources that there are, as of the inputs; None without a
+        vocabulary.
+      cut_sources: as `cut_inputs`, where a length is configured for them.
     """
 
     cell: str
@@ -87,6 +91,9 @@ class Part:
     empty_targets: int
     in_other_splits: int
     in_other_cells: int
+    without_source: int | None = None
+    source_tokens: Lengths | None = None
+    cut_sources: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +104,7 @@ class Description:
       cells: those described, sorted by name.
       parts: every split of every cell.
       totals: every split of all cells together.
-      lengths: the configured lengths in tokens, of `inputs` and `targets`, if any.
+      lengths: the configured lengths in tokens, of `inputs`, `targets` and `sources`, if any.
     """
 
     cells: tuple[Cell, ...]
@@ -146,6 +153,11 @@ class Description:
         header += ["input tokens", "target tokens"] * tokens
         header += ["inputs cut", "targets cut"] * (self.lengths is not None)
         header += ["duplicates", "empty targets", "in other splits", "in other cells"]
+        sources = self.totals[0].without_source is not None
+        source_tokens = self.totals[0].source_tokens is not None
+        cut_sources = self.totals[0].cut_sources is not None
+        header += ["without source"] * sources + ["source tokens"] * source_tokens
+        header += ["sources cut"] * cut_sources
         rows = [header]
         for part in (*self.parts, *(self.totals if len(self.cells) > 1 else ())):
 
@@ -158,7 +170,10 @@ class Description:
             if self.lengths is not None:
                 row += [share(part.cut_inputs), share(part.cut_targets)]
             row += [share(part.duplicates), share(part.empty_targets)]
-            rows.append([*row, share(part.in_other_splits), share(part.in_other_cells)])
+            row += [share(part.in_other_splits), share(part.in_other_cells)]
+            row += [share(part.without_source)] * sources
+            row += [str(part.source_tokens)] * source_tokens
+            rows.append(row + [share(part.cut_sources)] * cut_sources)
         return rows
 
     def _legend(self) -> str:
@@ -170,6 +185,8 @@ class Description:
                 f"Cut: longer than {self.lengths['inputs']} tokens (inputs) or "
                 f"{self.lengths['targets']} (targets)."
             )
+            if "sources" in self.lengths:
+                lines[-1] = lines[-1].removesuffix(".") + f", {self.lengths['sources']} (sources)."
         lines.append("Duplicates: input and target both occurred before in the split.")
         lines.append("In other splits or cells: the same input stands there too.")
         lines.append("The same: after Unicode's NFC, and with white space collapsed.")
@@ -182,6 +199,8 @@ def describe(
     *,
     vocabulary: Vocabulary | None = None,
     lengths: Mapping[str, int] | None = None,
+    sources: Callable[[Cell, str], Sequence[str]] | None = None,
+    join: Callable[[str, str], str] | None = None,
 ) -> Description:
     """Reads all splits of cells and counts them.
 
@@ -190,7 +209,10 @@ def describe(
       cells: of the source; None takes all.
       vocabulary: counts tokens besides bytes. seqio and TensorFlow are imported for a SentencePiece
         model only.
-      lengths: in tokens, of `inputs` and `targets`; counts what they would cut. Needs a vocabulary.
+      lengths: in tokens, of `inputs`, `targets` and perhaps `sources`; counts what they would cut.
+        Needs a vocabulary.
+      sources: gives the English source of every example of a split, '' where it has none.
+      join: (source, input) -> what is read of both; the lengths of inputs are then those of it.
 
     Raises:
       ValueError: for no cells, lengths without a vocabulary, and with file and line for a record
@@ -201,9 +223,11 @@ def describe(
         raise ValueError("no cells to describe")
     if lengths is not None and vocabulary is None:
         raise ValueError(f"lengths {dict(lengths)} are in tokens: a vocabulary is needed")
-    measure = _Measure(vocabulary)
+    measure = _Measure(vocabulary, join)
     counted = {
-        (cell, split): measure(*source.pairs(cell, split))
+        (cell, split): measure(
+            *source.pairs(cell, split), None if sources is None else sources(cell, split)
+        )
         for cell in cells
         for split in source.splits(cell)
     }
@@ -213,6 +237,10 @@ def describe(
     def make(name: str, split: str, keys: Sequence[tuple[Cell, str]]) -> Part:
         data = _Counted.join([counted[key] for key in keys])
         in_tokens, out_tokens = data.input_tokens, data.target_tokens
+        given = data.source_bytes
+        source_tokens = None
+        if given is not None and data.source_tokens is not None:
+            source_tokens = data.source_tokens[given > 0]
         limit = lengths or {}
         return Part(
             cell=name,
@@ -228,6 +256,9 @@ def describe(
             empty_targets=int((data.target_bytes == 0).sum()),
             in_other_splits=sum(elsewhere[key][0] for key in keys),
             in_other_cells=sum(elsewhere[key][1] for key in keys),
+            without_source=None if given is None else int((given == 0).sum()),
+            source_tokens=None if source_tokens is None else Lengths.of(source_tokens),
+            cut_sources=_above(source_tokens, limit.get("sources")),
         )
 
     splits = dict.fromkeys(split for _, split in counted)
@@ -254,6 +285,8 @@ class _Counted:
     target_bytes: Int[np.ndarray, " examples"]
     input_tokens: Int[np.ndarray, " examples"] | None
     target_tokens: Int[np.ndarray, " examples"] | None
+    source_bytes: Int[np.ndarray, " examples"] | None = None
+    source_tokens: Int[np.ndarray, " examples"] | None = None
 
     @classmethod
     def join(cls, parts: Sequence[_Counted]) -> _Counted:
@@ -272,15 +305,24 @@ class _Counted:
 class _Measure:
     """Turns the texts of a split into `_Counted`."""
 
-    def __init__(self, vocabulary: Vocabulary | None) -> None:
+    def __init__(
+        self, vocabulary: Vocabulary | None, join: Callable[[str, str], str] | None
+    ) -> None:
+        self._join = join
         self._bytes = isinstance(vocabulary, ByteVocabulary)
         self._encode: Any = None
         if vocabulary is not None and not self._bytes:
             self._encode = vocabulary.build().encode
 
-    def __call__(self, inputs: Sequence[str], targets: Sequence[str]) -> _Counted:
-        input_bytes, input_tokens = self._lengths(inputs)
+    def __call__(
+        self, inputs: Sequence[str], targets: Sequence[str], sources: Sequence[str] | None
+    ) -> _Counted:
+        read = inputs
+        if self._join is not None and sources is not None:
+            read = [self._join(*both) for both in zip(sources, inputs, strict=True)]
+        input_bytes, input_tokens = self._lengths(read)
         target_bytes, target_tokens = self._lengths(targets)
+        of_sources = (None, None) if sources is None else self._lengths(sources)
         return _Counted(
             text_keys(inputs),
             text_keys(targets),
@@ -288,6 +330,7 @@ class _Measure:
             target_bytes,
             input_tokens,
             target_tokens,
+            *of_sources,
         )
 
     def _lengths(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray | None]:

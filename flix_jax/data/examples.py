@@ -55,6 +55,10 @@ class CellData:
       cut_inputs, cut_targets: how many rows were longer than the configured length and lost
         their end; None where the source does not tell.
       dropped: how many examples were left out of the data before.
+      sources: the English source of each example, an empty row where it has none; None for data
+        without sources.
+      cut_sources: as of the inputs.
+      without_source: how many examples have none; None for data without sources.
     """
 
     inputs: Ragged
@@ -63,12 +67,17 @@ class CellData:
     cut_inputs: int | None = 0
     cut_targets: int | None = 0
     dropped: int = 0
+    sources: Ragged | None = None
+    cut_sources: int | None = None
+    without_source: int | None = None
 
     def __post_init__(self) -> None:
         if len(self.inputs) != len(self.targets):
             raise ValueError(f"{len(self.inputs)} inputs but {len(self.targets)} targets")
         if self.feature_ids is not None and len(self.feature_ids) != len(self.inputs):
             raise ValueError(f"{len(self.inputs)} inputs but {len(self.feature_ids)} feature_ids")
+        if self.sources is not None and len(self.sources) != len(self.inputs):
+            raise ValueError(f"{len(self.inputs)} inputs but {len(self.sources)} sources")
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -77,6 +86,8 @@ class CellData:
         example = {"inputs": self.inputs[index], "targets": self.targets[index]}
         if self.feature_ids is not None:
             example["feature_ids"] = self.feature_ids[index]
+        if self.sources is not None:
+            example["sources"] = self.sources[index]
         return example
 
     def digest(self) -> str:
@@ -86,6 +97,8 @@ class CellData:
         arrays += [self.targets.offsets]
         if self.feature_ids is not None:
             arrays.append(self.feature_ids)
+        if self.sources is not None:
+            arrays += [self.sources.values, self.sources.offsets]
         for array in arrays:
             hasher.update(f"{array.dtype.str}{array.shape}".encode())
             hasher.update(np.ascontiguousarray(array).data)
@@ -96,7 +109,8 @@ class CellData:
 class CellReport:
     """What training sees of one cell; lengths are means in tokens, EOS included.
 
-    `dropped` examples are not among the others.
+    `dropped` examples are not among the others. `cut_sources` and `without_source` are None where
+    the examples have no sources.
     """
 
     examples: int
@@ -106,6 +120,8 @@ class CellReport:
     mean_input_length: float
     mean_target_length: float
     dropped: int = 0
+    cut_sources: int | None = None
+    without_source: int | None = None
 
 
 @dataclass(frozen=True)
@@ -116,8 +132,15 @@ class DataReport:
 
     @property
     def cut(self) -> bool:
-        """Whether any input or target lost its end."""
-        return any(row.cut_inputs or row.cut_targets for row in self.cells.values())
+        """Whether any input, target or source lost its end."""
+        return any(
+            row.cut_inputs or row.cut_targets or row.cut_sources for row in self.cells.values()
+        )
+
+    @property
+    def without_source(self) -> dict[Cell, int]:
+        """How many examples have no source, of the cells that have such; {} without sources."""
+        return {c: row.without_source for c, row in self.cells.items() if row.without_source}
 
     @property
     def dropped(self) -> dict[Cell, int]:
@@ -136,6 +159,11 @@ class DataReport:
             rows[0].append("dropped")
             for line, row in zip(rows[1:], reports.values(), strict=True):
                 line.append(f"{row.dropped:,}")
+        for title, name in (("sources cut", "cut_sources"), ("without source", "without_source")):
+            if any(getattr(row, name) is not None for row in self.cells.values()):
+                rows[0].append(title)
+                for line, row in zip(rows[1:], reports.values(), strict=True):
+                    line.append(_share(getattr(row, name), row.examples))
         return text_tables.plain(rows)
 
 
@@ -151,6 +179,8 @@ def report_on(data: Mapping[Cell, CellData], rates: Mapping[Cell, float]) -> Dat
                 mean_input_length=len(examples.inputs.values) / len(examples),
                 mean_target_length=len(examples.targets.values) / len(examples),
                 dropped=examples.dropped,
+                cut_sources=examples.cut_sources,
+                without_source=examples.without_source,
             )
             for cell, examples in data.items()
         }
@@ -160,6 +190,11 @@ def report_on(data: Mapping[Cell, CellData], rates: Mapping[Cell, float]) -> Dat
 def _total(rows: Sequence[CellReport]) -> CellReport:
     examples = sum(row.examples for row in rows)
     unknown = any(row.cut_inputs is None or row.cut_targets is None for row in rows)
+
+    def total(name: str) -> int | None:
+        counts = [getattr(row, name) for row in rows if getattr(row, name) is not None]
+        return sum(counts) if counts else None
+
     return CellReport(
         examples=examples,
         rate=sum(row.rate for row in rows),
@@ -168,19 +203,22 @@ def _total(rows: Sequence[CellReport]) -> CellReport:
         mean_input_length=sum(r.mean_input_length * r.examples for r in rows) / examples,
         mean_target_length=sum(r.mean_target_length * r.examples for r in rows) / examples,
         dropped=sum(row.dropped for row in rows),
+        cut_sources=total("cut_sources"),
+        without_source=total("without_source"),
     )
 
 
-def _line(name: str, row: CellReport) -> list[str]:
-    def cut(count: int | None) -> str:
-        return "?" if count is None else f"{count:,} ({count / row.examples:.1%})"
+def _share(count: int | None, of: int) -> str:
+    return "?" if count is None else f"{count:,} ({count / of:.1%})"
 
+
+def _line(name: str, row: CellReport) -> list[str]:
     return [
         name,
         f"{row.examples:,}",
         f"{row.rate:.4f}",
-        cut(row.cut_inputs),
-        cut(row.cut_targets),
+        _share(row.cut_inputs, row.examples),
+        _share(row.cut_targets, row.examples),
         f"{row.mean_input_length:.1f}",
         f"{row.mean_target_length:.1f}",
     ]

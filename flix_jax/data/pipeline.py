@@ -22,6 +22,8 @@ from flix_jax.data.order import VERSION, ExampleOrder, philox
 Batch = dict[str, np.ndarray]
 Transform = Callable[[Example, np.random.Generator], Example]
 TOKENS = ("inputs", "targets")
+SOURCES = "sources"  # of an example, and of the seqio task that it comes from
+SOURCE_TOKENS = "source_input_tokens"  # of a batch
 
 
 class TrainPipeline:
@@ -30,7 +32,8 @@ class TrainPipeline:
     Args:
       data: the training examples of each cell.
       rates: the share of each cell; they sum to 1 (`Mixture.rates_for`).
-      lengths: {'inputs': L, 'targets': T}; every batch is padded to them with zeros.
+      lengths: {'inputs': L, 'targets': T}, and 'sources' where the cells have them; every batch is
+        padded to them with zeros.
       global_batch_size: rows over all processes.
       seed: of the order, and of the transforms.
       transforms: by pattern over cell names, a function (example, generator) -> example that is
@@ -43,7 +46,7 @@ class TrainPipeline:
 
     Raises:
       ValueError: for no cells, lengths below 1, rows that are not of the batch, cells of which only
-        some have feature ids, transforms for no cell.
+        some have feature ids or sources, transforms for no cell.
     """
 
     def __init__(
@@ -57,13 +60,15 @@ class TrainPipeline:
         transforms: Mapping[str, Transform] | None = None,
         rows: Sequence[int] | np.ndarray | None = None,
     ):
-        check_lengths(lengths)
         if global_batch_size < 1:
             raise ValueError(f"global_batch_size={global_batch_size}: expected at least 1")
         self.rows = np.arange(global_batch_size) if rows is None else np.asarray(rows, np.int64)
         if not np.isin(self.rows, np.arange(global_batch_size)).all() or not self.rows.size:
             raise ValueError(f"rows={rows}: expected some of a batch of {global_batch_size}")
-        self.lengths = {name: int(lengths[name]) for name in TOKENS}
+        self.has_sources = _have_sources({cell.name: of for cell, of in data.items()})
+        names = (*TOKENS, *([SOURCES] if self.has_sources else []))
+        check_lengths(lengths, names)
+        self.lengths = {name: int(lengths[name]) for name in names}
         self.global_batch_size = int(global_batch_size)
         self._data = {cell.name: examples for cell, examples in data.items()}
         self._order = ExampleOrder(
@@ -92,7 +97,7 @@ class TrainPipeline:
         Returns:
           int32 `encoder_input_tokens` [rows, L], `decoder_input_tokens`, `decoder_target_tokens`,
           `decoder_loss_weights` [rows, T], and, where the cells have them, `feature_ids` [rows,
-          slots].
+          slots] and `source_input_tokens` [rows, S], zeros for an example without a source.
         """
         rows = len(self.rows)
         start = int(step) * self.global_batch_size
@@ -100,6 +105,7 @@ class TrainPipeline:
         inputs = np.zeros((rows, self.lengths["inputs"]), np.int32)
         targets = np.zeros((rows, self.lengths["targets"]), np.int32)
         feature_ids = np.zeros((rows, self.num_slots or 0), np.int32)
+        sources = np.zeros((rows, self.lengths.get(SOURCES, 0)), np.int32)
         for row, place in enumerate(self.rows):
             example = self._example(int(cells[place]), int(draws[place]), start + int(place))
             tokens = example["inputs"][: inputs.shape[1]]
@@ -108,9 +114,14 @@ class TrainPipeline:
             targets[row, : len(tokens)] = tokens
             if self.num_slots is not None:
                 feature_ids[row] = example["feature_ids"]
+            if self.has_sources:
+                tokens = example[SOURCES][: sources.shape[1]]
+                sources[row, : len(tokens)] = tokens
         batch = as_batch(inputs, targets)
         if self.num_slots is not None:
             batch["feature_ids"] = feature_ids
+        if self.has_sources:
+            batch[SOURCE_TOKENS] = sources
         return batch
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -125,6 +136,8 @@ class TrainPipeline:
         }
         if self.num_slots is not None:
             shapes["feature_ids"] = (rows, self.num_slots)
+        if self.has_sources:
+            shapes[SOURCE_TOKENS] = (rows, self.lengths[SOURCES])
         return shapes
 
     def report(self) -> DataReport:
@@ -290,9 +303,9 @@ def as_batch(inputs: np.ndarray, targets: np.ndarray) -> Batch:
     }
 
 
-def check_lengths(lengths: Mapping[str, int]) -> None:
-    """ValueError unless `lengths` gives inputs and targets lengths of at least 1."""
-    for name in TOKENS:
+def check_lengths(lengths: Mapping[str, int], names: Sequence[str] = TOKENS) -> None:
+    """ValueError unless `lengths` gives each of `names` a length of at least 1."""
+    for name in names:
         if name not in lengths:
             raise ValueError(f"lengths {dict(lengths)}: {name!r} is missing")
         if lengths[name] < 1:
@@ -337,6 +350,14 @@ def _assign(transforms: Mapping[str, Transform], cells: tuple[Cell, ...]) -> dic
         for cell in match([pattern], cells, "transforms"):
             assigned.setdefault(cell.name, transform)
     return assigned
+
+
+def _have_sources(data: Mapping[str, CellData]) -> bool:
+    having = [name for name, examples in data.items() if examples.sources is not None]
+    if having and len(having) < len(data):
+        without = next(name for name in data if name not in having)
+        raise ValueError(f"cells with and without sources: {having[0]} has them, {without} has not")
+    return bool(having)
 
 
 def _num_slots(data: Mapping[str, CellData]) -> int | None:

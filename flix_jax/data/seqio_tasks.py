@@ -12,9 +12,10 @@ from jaxtyping import Int
 from flix_jax.data.cells import Cell
 from flix_jax.data.converter import FEATURE_IDS
 from flix_jax.data.examples import CellData, Ragged
-from flix_jax.data.pipeline import TOKENS, check_lengths
+from flix_jax.data.pipeline import SOURCES, TOKENS, check_lengths
 
 ANSWER = "answer"
+HAS_SOURCE = "has_source"
 Pairs = tuple[Sequence[str], Sequence[str]]
 
 
@@ -34,6 +35,8 @@ def register_task(
     feature_ids: Int[np.ndarray, " slots"] | None = None,
     metric_fn: Callable[..., Mapping[str, float]] | None = None,
     answers: Callable[[str], Sequence[str]] | None = None,
+    sources: Callable[[str], Sequence[str]] | None = None,
+    join: Callable[[str, str], str] | None = None,
 ) -> str:
     """Registers a text-to-text task with seqio, in place of an earlier one of its name.
 
@@ -47,12 +50,18 @@ def register_task(
         not evaluated.
       answers: split -> a string per example, what rankings are scored against in place of the
         target; None for tasks whose targets are the answers. Stands in the examples as `answer`.
+      sources: split -> the English source of every example, '' where it has none; they are a
+        feature of their own, `sources`, empty for ''. None for a task without.
+      join: (source, input) -> the inputs, in place of that feature.
 
     Returns:
       `name`.
     """
     tokens = seqio.Feature(vocabulary.build(), add_eos=True)
     features: dict[str, seqio.Feature] = {"inputs": tokens, "targets": tokens}
+    apart = sources is not None and join is None
+    if apart:  # `finish` ends them, for an example without a source has not even an end
+        features[SOURCES] = seqio.Feature(tokens.vocabulary, add_eos=False, required=False)
     if feature_ids is not None:
         features[FEATURE_IDS] = seqio.Feature(
             seqio.PassThroughVocabulary(0), add_eos=False, dtype=tf.int32
@@ -63,9 +72,17 @@ def register_task(
         texts = dict(zip(TOKENS, read(split), strict=True))
         if answers is not None:
             texts[ANSWER] = list(answers(split))
-        return tf.data.Dataset.from_tensor_slices(
-            {name: np.array([x.encode() for x in column], object) for name, column in texts.items()}
-        )
+        columns = {}
+        if sources is not None:
+            given = sources(split)
+            columns[HAS_SOURCE] = np.array([bool(source) for source in given], np.int32)
+            if join is None:
+                texts[SOURCES] = given
+            else:
+                texts["inputs"] = [join(*both) for both in zip(given, texts["inputs"], strict=True)]
+        for name, column in texts.items():
+            columns[name] = np.array([x.encode() for x in column], object)
+        return tf.data.Dataset.from_tensor_slices(columns)
 
     seqio.TaskRegistry.remove(name)
     seqio.TaskRegistry.add(
@@ -94,7 +111,8 @@ def finish(
     """The last preprocessor of a task, over tokenised examples; one map, which is what costs time.
 
     It adds `inputs_length` and `targets_length`, the tokens before any cut, EOS included; cuts to
-    the lengths and appends EOS (seqio's append_eos_after_trim); adds `feature_ids`.
+    the lengths and appends EOS (seqio's append_eos_after_trim); adds `feature_ids`. The same with
+    `sources`, where there are some, but for those that are empty: they stay so.
     """
     constant = None if feature_ids is None else np.asarray(feature_ids, np.int32)
 
@@ -109,11 +127,30 @@ def finish(
                 dict(example), output_features, sequence_length
             )
             features = {} if constant is None else {FEATURE_IDS: tf.constant(constant)}
+            if SOURCES in output_features:
+                limit = None if sequence_length is None else sequence_length.get(SOURCES)
+                tokens, length = _ended(example[SOURCES], output_features[SOURCES], limit)
+                features |= {SOURCES: tokens, f"{SOURCES}_length": length}
             return {**ended, **lengths, **features}
 
         return dataset.map(finish_example, num_parallel_calls=tf.data.AUTOTUNE)
 
     return finish_examples
+
+
+def _ended(tokens: Any, feature: seqio.Feature, limit: int | None) -> tuple[Any, Any]:
+    """Tokens cut to `limit` with EOS as the last of them, and their length uncut; both 0 for none.
+
+    Args:
+      tokens: int32 [length].
+      feature: whose vocabulary has the EOS.
+      limit: None does not cut.
+    """
+    length = tf.size(tokens) + 1
+    kept = tokens if limit is None else tokens[: limit - 1]
+    eos = tf.constant([feature.vocabulary.eos_id], tokens.dtype)
+    some = tf.size(tokens) > 0
+    return tf.concat([kept, eos[: tf.cast(some, tf.int32)]], 0), tf.where(some, length, 0)
 
 
 def load_cell(
@@ -125,8 +162,9 @@ def load_cell(
     """All examples of a registered task in order, tokenised, ended by EOS and cut to `lengths`.
 
     Any seqio task with `inputs` and `targets` will do; inputs and targets that were cut are counted
-    where it tells `inputs_length` and `targets_length` (see `finish`). Examples at the places of
-    `drop` are left out, and of all counts but their own.
+    where it tells `inputs_length` and `targets_length` (see `finish`). A task with `sources` needs
+    a length of them too, and tells which examples have one. Examples at the places of `drop` are
+    left out, and of all counts but their own.
 
     Raises:
       ValueError: the split has no examples, or none at a place to drop.
@@ -134,7 +172,11 @@ def load_cell(
     check_lengths(lengths)
     provider = seqio.TaskRegistry.get(task)
     has_features = FEATURE_IDS in provider.output_features
-    sequence_length = {name: int(lengths[name]) for name in TOKENS}
+    has_sources = SOURCES in provider.output_features
+    if has_sources and SOURCES not in lengths:
+        raise ValueError(f"lengths {dict(lengths)}: {SOURCES!r} is missing, which {task} has")
+    texts = (*TOKENS, *([SOURCES] if has_sources else []))
+    sequence_length = {name: int(lengths[name]) for name in texts}
     dataset = provider.get_dataset(
         sequence_length,
         split,
@@ -143,13 +185,13 @@ def load_cell(
         trim_output_features=False,  # cut below, at a third less time than by a map
         try_in_mem_cache=False,
     )
-    measured = [name for name in TOKENS if f"{name}_length" in dataset.element_spec]
+    measured = [name for name in texts if f"{name}_length" in dataset.element_spec]
     batches = list(dataset.ragged_batch(1024))
     if not batches:
         raise ValueError(f"seqio task {task}: the split {split!r} has no examples")
 
-    inputs, targets = (
-        _ragged([batch[name] for batch in batches], sequence_length[name]) for name in TOKENS
+    inputs, targets, *sources = (
+        _ragged([batch[name] for batch in batches], sequence_length[name]) for name in texts
     )
     dropped = np.zeros(0, np.int64) if drop is None else drop
     if len(dropped) and dropped.max() >= len(inputs):
@@ -164,6 +206,10 @@ def load_cell(
         found = np.concatenate([batch[f"{name}_length"].numpy() for batch in batches])
         return int((np.delete(found, dropped) > sequence_length[name]).sum())
 
+    without_source = None
+    if HAS_SOURCE in dataset.element_spec:
+        found = np.concatenate([batch[HAS_SOURCE].numpy() for batch in batches])
+        without_source = int((np.delete(found, dropped) == 0).sum())
     feature_ids = None
     if has_features:
         feature_ids = np.concatenate([_dense(batch[FEATURE_IDS]) for batch in batches])
@@ -175,6 +221,9 @@ def load_cell(
         cut_inputs=cut("inputs"),
         cut_targets=cut("targets"),
         dropped=len(dropped),
+        sources=sources[0].without(dropped) if sources else None,
+        cut_sources=cut(SOURCES) if sources else None,
+        without_source=without_source,
     )
 
 

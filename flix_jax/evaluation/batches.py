@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from flix_jax.data.cells import COMPLETE, GENERATE, RETRIEVE
+from flix_jax.data.pipeline import SOURCE_TOKENS
 
 Key = TypeVar("Key")
 Batch = dict[str, np.ndarray]
@@ -41,7 +42,8 @@ def predict_in_batches(
         filled = [row for _, row in keyed]
         filled += filled[:1] * (batch_size - len(filled))
         batch = {name: np.stack([row[name] for row in filled]) for name in filled[0]}
-        batch[INPUTS] = batch[INPUTS][:, :length]
+        for name in _alike(batch):
+            batch[name] = batch[name][:, :length]
         if kind not in predict:
             raise ValueError(f"no predict function for {kind!r}, only for {list(predict)}")
         predicted = _checked(kind, predict[kind](batch), batch_size)
@@ -53,12 +55,21 @@ def predict_in_batches(
                 yield flush(*group)
             continue
         key, kind, row = item
-        group = kind, _padded_length(row[INPUTS])
+        group = kind, max(_padded_length(row[name]) for name in _alike(row))
         waiting.setdefault(group, []).append((key, row))
         if len(waiting[group]) == batch_size:
             yield flush(*group)
     for group in list(waiting):
         yield flush(*group)
+
+
+def _alike(batch: Batch) -> list[str]:
+    """What is cut to one length: the inputs, and sources that are as long.
+
+    Adapters may fuse them position by position. Sources of a length of their own keep it.
+    """
+    length = batch[INPUTS].shape[-1]
+    return [n for n in (INPUTS, SOURCE_TOKENS) if n in batch and batch[n].shape[-1] == length]
 
 
 def _checked(kind: str, predicted: Any, batch_size: int) -> np.ndarray:

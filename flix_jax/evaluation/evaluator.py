@@ -22,6 +22,7 @@ from etils import epath
 from flix_jax import processes
 from flix_jax.adapters.suggest import did_you_mean
 from flix_jax.data.cells import GENERATE, RETRIEVE, Cell
+from flix_jax.data.pipeline import SOURCES
 from flix_jax.evaluation import files, retrieval
 from flix_jax.evaluation.batches import (
     SHAPES,
@@ -61,8 +62,9 @@ class CellEvaluator:
     Attributes:
       tasks: the registered seqio task of each cell.
       split: 'validation', 'test', or any other split of the tasks.
-      lengths: maximal tokens per task feature, at least of 'inputs' and 'targets'. Longer inputs
-        are cut; targets are scored whole, as text.
+      lengths: maximal tokens per task feature, at least of 'inputs' and 'targets', and of 'sources'
+        where the tasks have them. Longer inputs and sources are cut; targets are scored whole, as
+        text.
       converter: a seqio feature converter that does not pack.
       batch_size: rows of every batch given to `predict`; never fewer, never more.
       examples_per_cell: at most so many examples of each cell, always the same ones, drawn from
@@ -118,6 +120,11 @@ class CellEvaluator:
         """How a cell is inferred."""
         return self.kinds.get(cell, GENERATE)
 
+    def without_source(self) -> dict[str, int]:
+        """By cell, how many of its examples, once read, have no English source; only some do."""
+        counts = {name: loaded.without_source for name, loaded in self._loaded.items()}
+        return {name: count for name, count in counts.items() if count}
+
     @property
     def missing(self) -> tuple[str, ...]:
         """Names of the cells whose task does not have the split."""
@@ -151,9 +158,10 @@ class CellEvaluator:
           predict: by kind of inference, what maps a batch of model features, numpy arrays
             `[batch_size, ...]`, to token ids `[batch_size, length]` ('generate') or
             `[batch_size, guesses, length]`, the best first ('complete'), or to embeddings
-            `[batch_size, width]` whose inner products compare ('retrieve'). Rows whose inputs fit
-            into half or a quarter of the length (not below 64 tokens) come in batches of that
-            length. The last batch of each length is filled up with copies of its first row.
+            `[batch_size, width]` whose inner products compare ('retrieve'). Rows whose inputs, and
+            sources of the same length, fit into half or a quarter of the length (not below 64
+            tokens) come in batches of that length. The last batch of each length is filled up with
+            copies of its first row.
           run_dir: the run's folder, local or in a bucket.
           step: the training step of the parameters, for the folder's name.
           fingerprint: names what else the predictions depend on: the digest of the parameters.
@@ -222,6 +230,10 @@ class CellEvaluator:
         counts = ", ".join(f"{name} {count}" for name, count in cut.items() if count)
         if counts:
             _logger.warning("inputs cut at %d tokens: %s", self.lengths["inputs"], counts)
+        cut = {cell.name: self._load(cell).cut_sources for cell in evaluated}
+        counts = ", ".join(f"{name} {count}" for name, count in cut.items() if count)
+        if counts:
+            _logger.warning("sources cut at %d tokens: %s", self.lengths[SOURCES], counts)
         if missing:
             _logger.warning(
                 "not evaluated, for want of a %s split: %s", self.split, ", ".join(sorted(missing))

@@ -13,7 +13,8 @@ import numpy as np
 import seqio
 from jaxtyping import Int
 
-from flix_jax.data.seqio_tasks import ANSWER
+from flix_jax.data.pipeline import SOURCES
+from flix_jax.data.seqio_tasks import ANSWER, HAS_SOURCE
 from flix_jax.evaluation.batches import Batch
 
 INDEX_SPLIT = "index"
@@ -25,7 +26,8 @@ class CellExamples:
     Attributes:
       outputs: the predictions last scored, as the task postprocessed them.
       examples: how many there are.
-      cut_inputs: how many inputs are cut at the given length.
+      cut_inputs, cut_sources: how many inputs and sources are cut at the given lengths.
+      without_source: how many examples have no source; 0 of a task without sources.
 
     Raises:
       ValueError: the task has no metrics.
@@ -64,8 +66,10 @@ class CellExamples:
             self._widths = {name: array.shape[1:] for name, array in batch.items()}
             self._batches.append({name: _cut_padding(array) for name, array in batch.items()})
         self.examples = sum(len(next(iter(batch.values()))) for batch in self._batches)
-        examples = self._evaluator.cached_task_datasets[task.name].as_numpy_iterator()
-        self.cut_inputs = _count_cut(examples, lengths["inputs"])
+        examples = list(self._evaluator.cached_task_datasets[task.name].as_numpy_iterator())
+        self.cut_inputs = _count_cut(examples, "inputs", lengths["inputs"])
+        self.cut_sources = _count_cut(examples, SOURCES, lengths.get(SOURCES, 0))
+        self.without_source = sum(not example.get(HAS_SOURCE, True) for example in examples)
 
     @functools.cached_property
     def digest(self) -> str:
@@ -113,6 +117,8 @@ class CellExamples:
                 "targets": self._text(example, "targets"),
                 "predictions": prediction,
             }
+            if f"{SOURCES}_pretokenized" in example:
+                record["source"] = self._text(example, SOURCES)
             if ANSWER in example:
                 record["answer"] = example[ANSWER].decode()
             if feature_ids:
@@ -143,7 +149,7 @@ class Passages:
         dataset = task.get_dataset(dict(lengths), INDEX_SPLIT, shuffle=False).cache()
         examples = list(dataset.as_numpy_iterator())
         self.ids = [example["targets_pretokenized"].decode() for example in examples]
-        self.cut_inputs = _count_cut(examples, lengths["inputs"])
+        self.cut_inputs = _count_cut(examples, "inputs", lengths["inputs"])
         self.digest = _digest(examples)
         whole = {
             name: lengths.get(name) or max(len(example[name]) for example in examples)
@@ -178,9 +184,9 @@ def _digest(examples: Iterable[Mapping[str, Any]]) -> str:
     return found.hexdigest()
 
 
-def _count_cut(examples: Iterable[Mapping[str, Any]], length: int) -> int:
-    """How many inputs were longer, as the task counted; one of other making may not tell."""
-    return sum(int(example.get("inputs_length", 0)) > length for example in examples)
+def _count_cut(examples: Iterable[Mapping[str, Any]], name: str, length: int) -> int:
+    """How many texts were longer, as the task counted; one of other making may not tell."""
+    return sum(int(example.get(f"{name}_length", 0)) > length for example in examples)
 
 
 def _cut_padding(array: np.ndarray) -> np.ndarray:
