@@ -6,6 +6,7 @@ Nothing heavy is imported before a command runs, so that help and mistakes answe
 import argparse
 import contextlib
 import dataclasses
+import functools
 import logging
 import os
 import shlex
@@ -476,10 +477,15 @@ def data_describe(arguments: argparse.Namespace) -> None:
         )
     with config.placing_errors():
         mixture = run.split()
-        lengths = {"inputs": run.inputs_length, "targets": run.targets_length}
-        _describe_cells(
-            arguments, source, mixture.cells, vocabulary=run.vocabulary, lengths=lengths
-        )
+        options: dict[str, Any] = {"vocabulary": run.vocabulary}
+        options["lengths"] = {"inputs": run.inputs_length, "targets": run.targets_length}
+        if run.source_text is not None:
+            source.check_sources(mixture.cells, run.source_text)
+            options["sources"] = functools.partial(source.sources, source_text=run.source_text)
+            options["join"] = run.source_text.joiner
+            if run.sources_length is not None:
+                options["lengths"]["sources"] = run.sources_length
+        _describe_cells(arguments, source, mixture.cells, **options)
 
 
 def _describe_cells(

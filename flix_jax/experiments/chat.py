@@ -11,7 +11,7 @@ from etils import epath
 from flix_jax.adapters.suggest import did_you_mean
 from flix_jax.experiments import inference, requests
 from flix_jax.experiments.job import Job
-from flix_jax.experiments.prediction import Predictor
+from flix_jax.experiments.prediction import Asked, Predictor
 from flix_jax.experiments.run import Run
 from flix_jax.models.decoding import Decoding
 from flix_jax.training import partitioning
@@ -21,9 +21,10 @@ HELP = """\
 Any line is an input, but for
   :features task=ner,language=sw:0.7,language=rw:0.3   the features of the inputs that follow
   :beams 4                                             how many predictions to search for
+  :source The same in English.                         the English source of the next input
   :help
   :quit"""
-COMMANDS = (":features", ":beams", ":help", ":quit")
+COMMANDS = (":features", ":beams", ":source", ":help", ":quit")
 
 
 def chat(
@@ -76,6 +77,7 @@ class _Session:
     trained: Any = None
     frozen: Any = None
     answered: int = 0
+    source: str = ""
     _predictor: Predictor | None = None
 
     def standing(self) -> str:
@@ -94,6 +96,11 @@ class _Session:
         command, _, rest = line.partition(" ")
         if command == ":help":
             return HELP
+        if command == ":source":
+            if self.job.run.source_text is None:
+                raise ValueError(":source: this run reads no sources")
+            self.source = rest.strip()
+            return f"source of the next input: {self.source or 'none'}"
         if command == ":features":
             self.features = requests.parse_features(rest, self.job.space)
         elif command == ":beams":
@@ -119,10 +126,15 @@ class _Session:
                 [annotations],
                 rows=partitioning.batch_shards(self.job.mesh),
             )
-        tokens, cut = self._predictor.tokens(text)
-        (found,) = self._predictor([(tokens, annotations)], self.answered)
+        source, self.source = self.source, ""
+        source_text = self.job.run.source_text
+        joined = text if source_text is None else source_text.join(source, text)
+        tokens, cut = self._predictor.tokens(joined)
+        source_tokens, source_cut = self._predictor.source_tokens(source)
+        (found,) = self._predictor([Asked(tokens, annotations, source_tokens)], self.answered)
         self.answered += 1  # so that the same text is drawn for anew
         lines = [f"(cut at {len(tokens)} tokens)"] if cut else []
+        lines += [f"(source cut at {len(source_tokens)} tokens)"] if source_cut else []
         if not found.scores:
             return "\n".join([*lines, found.texts[0]])
         numbered = zip(found.texts, found.scores, strict=True)

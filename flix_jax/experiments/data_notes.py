@@ -49,6 +49,12 @@ def _note(job: Job, name: str, text: str) -> str:
 def _cells(job: Job, report: DataReport) -> list[str]:
     place = _note(job, "cells.txt", f"{job.cells_table(report)}\n\n{report.table()}")
     lines = [f"some examples are cut, {place}"] if report.cut else []
+    without = report.without_source
+    if without:
+        lines.append(
+            "training examples without a source, which train on their input alone: "
+            f"{sum(without.values()):,}, of {len(without)} of {len(report.cells)} cells, {place}"
+        )
     if job.run.mixture.overlap == "drop":
         dropped = report.dropped
         lines.append(

@@ -41,17 +41,20 @@ def evaluator(
     chosen = job.split.cells if cells is None else cells_lib.match(cells, job.split.cells)
     job.check_split(split, chosen)
     ensembles.check_kinds(job.run, chosen)
-    source, vocabulary = job.run.source, job.run.vocabulary
+    source = job.run.source
     having = [cell for cell in chosen if split in source.splits(cell)]
     return CellEvaluator(
-        tasks=source.register(chosen, vocabulary=vocabulary, space=job.space),
+        tasks=job.register(chosen),
         split=split,
         lengths=job.lengths,
-        converter=FlixFeatureConverter(None if job.space is None else job.space.num_slots),
+        converter=FlixFeatureConverter(
+            None if job.space is None else job.space.num_slots,
+            sources=job.run.sources_length is not None,
+        ),
         batch_size=job.run.evaluation.batch_size,
         examples_per_cell=examples_per_cell,
         kinds={cell: source.inference(cell) for cell in chosen},
-        indexes=source.register_indexes(having, vocabulary=vocabulary, space=job.space),
+        indexes=job.register_indexes(having),
     )
 
 
@@ -157,6 +160,13 @@ def score(
         say(
             f"evaluate: the adapters have no {name} for {len(without)} of {len(scores)} cells, "
             f"{examples:,} examples, which run without one: " + cells_lib.name_some(without)
+        )
+    without_source = evaluation.without_source()
+    if without_source:
+        cells = [cell for cell in evaluation.tasks if cell.name in without_source]
+        say(
+            f"evaluate: {sum(without_source.values()):,} examples of {len(cells)} of {len(scores)} "
+            "cells have no source and run on their input alone: " + cells_lib.name_some(cells)
         )
     board = scoring.scoreboard(job.run, job.split, scores)
     return board, evaluation.folder(job.run_dir, step)

@@ -21,7 +21,13 @@ from flix_jax.data import cells as cells_lib
 from flix_jax.data import overlap
 from flix_jax.data.cells import COMPLETE, GENERATE, RETRIEVE, Cell
 from flix_jax.data.examples import CellData, DataReport
-from flix_jax.data.pipeline import PrefetchIterator, TrainPipeline, check_state
+from flix_jax.data.pipeline import (
+    SOURCE_TOKENS,
+    SOURCES,
+    PrefetchIterator,
+    TrainPipeline,
+    check_state,
+)
 from flix_jax.evaluation import files
 from flix_jax.evaluation.batches import GUESSES
 from flix_jax.experiments import ensembles, parameter_table, starting_values
@@ -50,7 +56,7 @@ WHOLE = "every parameter"
 BASES_FILE = "bases.txt"  # in a run's folder: where its base was trained, relative to it
 
 Predictor = Callable[[dict[str, np.ndarray]], np.ndarray]
-_PREDICT_FROM = ("encoder_input_tokens", "feature_ids")
+_PREDICT_FROM = ("encoder_input_tokens", "feature_ids", SOURCE_TOKENS)
 
 
 def _bases_dir(run_dir: epath.Path, given: epath.PathLike | None) -> epath.Path:
@@ -105,6 +111,9 @@ class Job:
         run.vocabulary.check_fits(run.model.vocab_size)
         self.split = run.split()
         check_held_out(run, self.split)
+        if run.source_text is not None:
+            source: Any = run.source
+            source.check_sources(self.split.cells, run.source_text)
         run.mixture.rates_for(dict.fromkeys(self.split.train, 1))  # do its patterns match?
         cells_lib.match(tuple(run.transforms), self.split.train, "Run.transforms")
         if run.evaluation.every:
@@ -153,7 +162,10 @@ class Job:
     @property
     def lengths(self) -> dict[str, int]:
         """Of the tasks' features, in tokens."""
-        return {"inputs": self.run.inputs_length, "targets": self.run.targets_length}
+        lengths = {"inputs": self.run.inputs_length, "targets": self.run.targets_length}
+        if self.run.sources_length is not None:
+            lengths[SOURCES] = self.run.sources_length
+        return lengths
 
     @property
     def base_dir(self) -> epath.Path | None:
@@ -174,7 +186,26 @@ class Job:
         }
         if self.space is not None:
             shapes["feature_ids"] = (batch_size, self.space.num_slots)
+        if self.run.sources_length is not None:
+            shapes[SOURCE_TOKENS] = (batch_size, self.run.sources_length)
         return shapes
+
+    @property
+    def _texts(self) -> dict[str, Any]:
+        """What the registration of tasks takes besides cells."""
+        run = self.run
+        given: dict[str, Any] = {"vocabulary": run.vocabulary, "space": self.space}
+        if run.source_text is not None:
+            given["source_text"] = run.source_text
+        return given
+
+    def register(self, cells: Iterable[Cell]) -> dict[Cell, str]:
+        """Registers the seqio tasks of cells as the run reads them; their names."""
+        return self.run.source.register(cells, **self._texts)
+
+    def register_indexes(self, cells: Iterable[Cell]) -> dict[Cell, str]:
+        """Registers the passages that retrieval cells are looked up in; the names of the tasks."""
+        return self.run.source.register_indexes(cells, **self._texts)
 
     def check_split(self, split: str, cells: Iterable[Cell] | None = None) -> None:
         """Refuses a split that none of ``cells`` (all by default) has."""
@@ -290,12 +321,18 @@ class Job:
         """
         source: Any = self.run.source
         evaluation = self.run.evaluation
+        evaluated = evaluation.split if evaluation.every else None
         if self.comparison is None and hasattr(source, "pairs"):
             for cell in self.split.train:
                 source.pairs(cell, "train")
             for cell in self.split.cells if evaluation.every else ():
                 if evaluation.split in source.splits(cell):
                     source.pairs(cell, evaluation.split)
+        if self.run.source_text is not None:
+            for cell in self.split.cells:
+                for split in source.splits(cell):
+                    if split == "train" and cell in self.split.train or split == evaluated:
+                        source.sources(cell, split, self.run.source_text)
         if evaluation.every and hasattr(source, "index"):
             paths = {
                 source.index_path(cell): cell
@@ -314,10 +351,10 @@ class Job:
         from flix_jax.data.seqio_tasks import load_cells, register_mixture
 
         run = self.run
-        tasks = run.source.register(self.split.train, vocabulary=run.vocabulary, space=self.space)
+        tasks = self.register(self.split.train)
         read = self.lengths
         if run.read_lengths is not None:
-            read = dict(zip(read, run.read_lengths, strict=True))
+            read |= zip(("inputs", "targets"), run.read_lengths, strict=True)
         compared = self.comparison
         data = load_cells(tasks, read, None if compared is None else compared.dropped)
         self._check_features(data)

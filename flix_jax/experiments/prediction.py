@@ -10,7 +10,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from flix_jax import processes
 from flix_jax.adapters import tree
 from flix_jax.adapters.features import ABSENT
 from flix_jax.adapters.suggest import did_you_mean
+from flix_jax.data.pipeline import SOURCE_TOKENS
 from flix_jax.evaluation import files
 from flix_jax.experiments import inference, requests
 from flix_jax.experiments.job import Job
@@ -51,6 +52,14 @@ class Prediction:
 
     texts: tuple[str, ...]
     scores: tuple[float, ...] = ()
+
+
+class Asked(NamedTuple):
+    """What is predicted for: tokens of an input, its annotations, tokens of its English source."""
+
+    tokens: Sequence[int]
+    features: Mapping[str, Any]
+    source: Sequence[int] = ()
 
 
 class Predictor:
@@ -91,6 +100,7 @@ class Predictor:
         self._vocabulary = job.run.vocabulary.build()
         self._eos_id = job.run.vocabulary.eos_id
         self._longest = job.run.inputs_length
+        self._longest_source = job.run.sources_length
         self._rows, self._how = rows, how
         _check_fold(fold, adapted=job.space is not None)
         adapters = job.model.adapters
@@ -115,8 +125,17 @@ class Predictor:
 
     def tokens(self, text: str) -> tuple[list[int], bool]:
         """The tokens of a text with the end of sequence, and whether they were cut."""
+        return self._ended(text, self._longest)
+
+    def source_tokens(self, source: str) -> tuple[list[int], bool]:
+        """`tokens` of an English source; none for '', and in a run without sources."""
+        if self._longest_source is None or not source:
+            return [], False
+        return self._ended(source, self._longest_source)
+
+    def _ended(self, text: str, limit: int) -> tuple[list[int], bool]:
         ids = self._vocabulary.encode(text)
-        kept = ids[: self._longest - 1]
+        kept = ids[: limit - 1]
         return [*kept, self._eos_id], len(kept) < len(ids)
 
     def bucket(self, length: int) -> int:
@@ -125,16 +144,16 @@ class Predictor:
 
     def __call__(
         self,
-        asked: Sequence[tuple[Sequence[int], Mapping[str, Any]]],
+        asked: Sequence[Asked],
         number: int = 0,
         progress: Callable[[int], None] = lambda more: None,
     ) -> list[Prediction]:
-        """Predictions in the order of what is asked: tokens and annotations.
+        """Predictions in the order of what is asked.
 
         Texts of similar length are decoded together. What is drawn follows from the seed, `number`,
         which counts batches, and what else is asked. `progress` is told of every batch.
         """
-        order = sorted(range(len(asked)), key=lambda i: len(asked[i][0]))
+        order = sorted(range(len(asked)), key=lambda i: self._length(asked[i]))
         found: list[Prediction] = [Prediction(())] * len(asked)
         for at in range(0, len(order), self._rows):
             part = order[at : at + self._rows]
@@ -147,18 +166,27 @@ class Predictor:
             progress(len(part))
         return found
 
-    def _batch(
-        self, part: Sequence[tuple[Sequence[int], Mapping[str, Any]]]
-    ) -> dict[str, np.ndarray]:
-        length = self.bucket(max(len(tokens) for tokens, _ in part))
+    def _length(self, one: Asked) -> int:
+        """Of what is padded to one length: the input, and a source that may be as long."""
+        alike = self._longest_source == self._longest
+        return max(len(one.tokens), len(one.source)) if alike else len(one.tokens)
+
+    def _batch(self, part: Sequence[Asked]) -> dict[str, np.ndarray]:
+        length = self.bucket(max(self._length(one) for one in part))
         batch = {"encoder_input_tokens": np.zeros((self._rows, length), np.int32)}
+        if self._longest_source is not None:
+            if self._longest_source != self._longest:
+                length = self._longest_source
+            batch[SOURCE_TOKENS] = np.zeros((self._rows, length), np.int32)
         if self._space is not None:
             shape = (self._rows, self._space.num_slots)
             batch["feature_ids"] = np.full(shape, ABSENT, np.int32)
             if self._weighted:
                 batch["feature_weights"] = np.ones(shape, np.float32)
-        for row, (tokens, features) in enumerate(part):
+        for row, (tokens, features, source) in enumerate(part):
             batch["encoder_input_tokens"][row, : len(tokens)] = tokens
+            if self._longest_source is not None:
+                batch[SOURCE_TOKENS][row, : len(source)] = source
             if self._space is not None:
                 ids, weights = self._space.encode_weighted(features)
                 batch["feature_ids"][row] = ids
@@ -271,6 +299,7 @@ def infer(
         form=form,
         override=override,
         cells=job.split.cells,
+        source_text=run.source_text,
         say=say,
     )
     trained, frozen, found = inference.restore(job, step)
@@ -296,12 +325,15 @@ def infer(
         fold=fold,
     )
     encoded = [predictor.tokens(request.text) for request in asked]
-    cut = [number for number, (_, is_cut) in enumerate(encoded, start=1) if is_cut]
-    if cut:
-        say(
-            f"{len(cut)} of {len(asked)} inputs are cut at Run.inputs_length={run.inputs_length} "
-            f"tokens: of {input_path}:{cut[0]}" + (f" to {cut[-1]}" if len(cut) > 1 else "")
-        )
+    sources = [predictor.source_tokens(request.source) for request in asked]
+    limits = f"Run.inputs_length={run.inputs_length}", f"{run.sources_length}"
+    for what, limit, of in zip(("inputs", "sources"), limits, (encoded, sources), strict=True):
+        cut = [number for number, (_, is_cut) in enumerate(of, start=1) if is_cut]
+        if cut:
+            say(
+                f"{len(cut)} of {len(asked)} {what} are cut at {limit} tokens: of "
+                f"{input_path}:{cut[0]}" + (f" to {cut[-1]}" if len(cut) > 1 else "")
+            )
     size = _BATCHES * run.evaluation.batch_size
     starts = range(0, len(asked), size)
     done = sum(len(asked[start : start + size]) for start in starts if parts.has(start))
@@ -310,11 +342,13 @@ def infer(
         if parts.has(start):
             continue
         part = slice(start, start + size)
-        pairs = [
-            (tokens, request.annotations)
-            for (tokens, _), request in zip(encoded[part], asked[part], strict=True)
+        rows = [
+            Asked(tokens, request.annotations, source)
+            for (tokens, _), request, (source, _) in zip(
+                encoded[part], asked[part], sources[part], strict=True
+            )
         ]
-        predictions = predictor(pairs, start // run.evaluation.batch_size, watch)
+        predictions = predictor(rows, start // run.evaluation.batch_size, watch)
         parts.write(start, [_line(*of) for of in zip(asked[part], predictions, strict=True)])
     parts.join(starts)
     return len(asked)

@@ -13,7 +13,8 @@ from etils import epath
 from flix_jax.adapters.features import ABSENT, FeatureSpace, check_weight
 from flix_jax.adapters.suggest import did_you_mean
 from flix_jax.data.cells import Cell
-from flix_jax.tasks.xtreme_up import read_records
+from flix_jax.tasks.source_text import SourceText
+from flix_jax.tasks.xtreme_up import read_records, shorten
 
 JSONL, TEXT = FORMS = ("jsonl", "text")
 
@@ -28,11 +29,13 @@ class Request:
       text: the input.
       record: what the prediction is added to.
       annotations: its features, as `FeatureSpace.encode_weighted` takes them.
+      source: its English source, for adapters that fuse with it; '' for none.
     """
 
     text: str
     record: Mapping[str, Any]
     annotations: Mapping[str, Any]
+    source: str = ""
 
 
 def parse_features(text: str, space: FeatureSpace | None) -> Features:
@@ -98,13 +101,16 @@ def read(
     form: str | None = None,
     override: bool = False,
     cells: Iterable[Cell] = (),
+    source_text: SourceText | None = None,
     say: Callable[[str], None] = print,
 ) -> list[Request]:
     """The requests of a file, one per line.
 
     A line of jsonl is an object with ``input``; those of its fields that are called as feature
     types (``task``, ``language``) are its features: a value, a list of them, or an object value ->
-    weight. A line of text is an input. A feature that is not known is absent, and counted.
+    weight. A line of text is an input. A feature that is not known is absent, and counted. The
+    field ``source`` is the English source for a run that reads sources; a line without one, or with
+    an empty one, is counted too.
 
     Args:
       path: the file, UTF-8.
@@ -113,7 +119,8 @@ def read(
       form: 'jsonl' or 'text'; None goes by the file's name.
       override: whether `features` go before what lines say.
       cells: of the run, whose annotations (family, script) lines of their languages have too.
-      say: takes the counts of features that are unknown or not given.
+      source_text: of the run; None for one without sources.
+      say: takes the counts of features that are unknown or not given, and of missing sources.
 
     Raises:
       ValueError: a line that cannot be used, with file and line number.
@@ -134,7 +141,7 @@ def read(
             _check_text(record)
             annotations = {**record, **given} if override else {**given, **record}
             annotations = as_of_a_cell(annotations, of_languages)
-            request = Request(record["input"], dict(record), annotations)
+            request = _request(record, annotations, source_text)
             if space is not None:
                 check(annotations, space)
                 unknown.update(space.unknown_types(annotations))
@@ -146,7 +153,23 @@ def read(
         say(f"{count} of {len(found)} lines have an unknown {name} and run without one")
     for name, count in sorted(without.items()):
         say(f"{count} of {len(found)} lines have no {name}")
+    sourceless = sum(not request.record.get("source") for request in found)
+    if source_text is not None and sourceless:
+        say(f"{sourceless} of {len(found)} lines have no source and run on their input alone")
     return found
+
+
+def _request(
+    record: Mapping[str, Any], annotations: Mapping[str, Any], source_text: SourceText | None
+) -> Request:
+    if source_text is None:
+        return Request(record["input"], dict(record), annotations)
+    source = record.get("source") or ""
+    if not isinstance(source, str):
+        raise ValueError(f"expected a text in the field 'source', got {shorten(source)}")
+    if source_text.joined is not None:
+        return Request(source_text.join(source, record["input"]), dict(record), annotations)
+    return Request(record["input"], dict(record), annotations, source)
 
 
 def check(annotations: Mapping[str, Any], space: FeatureSpace) -> None:

@@ -15,6 +15,7 @@ from flix_jax.adapters.suggest import did_you_mean
 from flix_jax.data.cells import CellSplit, Mixture, Source
 from flix_jax.data.vocabularies import Vocabulary
 from flix_jax.models.config import T5Config
+from flix_jax.tasks.source_text import SourceText
 from flix_jax.training.optimizers import Optimizer
 from flix_jax.training.partitioning import MeshSpec
 
@@ -113,6 +114,9 @@ class Run:
     Attributes:
       model: the network.
       source: where the cells come from.
+      source_text: which English source each example has, for adapters that fuse with it, or for
+        the encoder to read before the input; None for a run without. (`source` is where the
+        examples come from.)
       vocabulary: how text becomes tokens.
       mixture: the cells that are trained on and those that are held out.
       inputs_length, targets_length: tokens, the end of the sequence included; longer examples are
@@ -167,6 +171,7 @@ class Run:
     adapters: AdapterSpec | None = None
     adapters_from: str | None = None
     train_values: tuple[str, ...] | None = None
+    source_text: SourceText | None = None
     trainable: tuple[str, ...] | None = None
     optimizer: Optimizer = Optimizer()
     transforms: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -217,6 +222,7 @@ class Run:
                     f"Run.train_values = {self.train_values!r}: expected patterns, such as "
                     "('language=sw',), or None for all"
                 )
+        self._check_source_text()
         if isinstance(self.base, Run):
             for name in ("model", "vocabulary"):
                 if getattr(self.base, name) != getattr(self, name):
@@ -224,6 +230,29 @@ class Run:
             if not self.base.trains_everything:
                 raise ValueError("Run.base must train every parameter, without adapters")
         self.optimizer.schedule.build(self.total_steps)
+
+    def _check_source_text(self) -> None:
+        if self.source_text is None:
+            return
+        if not hasattr(self.source, "check_sources"):
+            raise ValueError(
+                f"Run.source_text: Run.source={type(self.source).__name__} has no English sources: "
+                "expected methods sources(cell, split, source_text) and check_sources, as XtremeUp "
+                "has"
+            )
+        if self.adapters is None and self.sources_length is not None:
+            raise ValueError(
+                "Run.source_text has no effect without adapters that fuse with it (in gin, a base "
+                "that is a run needs base/Run.source_text = None); SourceText.joined = "
+                "'{source} {input}' puts sources into the encoder's input"
+            )
+
+    @property
+    def sources_length(self) -> int | None:
+        """Of the sources that adapters fuse with, in tokens; None where there are none."""
+        if self.source_text is None or self.source_text.joined is not None:
+            return None
+        return self.source_text.length or self.inputs_length
 
     def split(self) -> CellSplit:
         """The cells that are trained on and those that are held out.

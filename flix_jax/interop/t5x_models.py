@@ -176,9 +176,12 @@ def adapters_only(optimizer: optimizers.OptimizerDef) -> optimizers.MultiOptimiz
 
 
 def converter_for(
-    num_slots: int, pack: bool = False, use_custom_packing_ops: bool = False
+    num_slots: int,
+    sources: bool = False,
+    pack: bool = False,
+    use_custom_packing_ops: bool = False,
 ) -> FlixFeatureConverter:
-    """The feature converter, as T5X asks for it.
+    """The feature converter, as T5X asks for it; `sources` for adapters that fuse with them.
 
     Raises:
       ValueError: packing is asked for; packed rows would mix features.
@@ -187,25 +190,33 @@ def converter_for(
         raise ValueError(
             "utils.DatasetConfig.pack = True: rows with feature ids are not packed; set it to False"
         )
-    return FlixFeatureConverter(num_slots)
+    return FlixFeatureConverter(num_slots, sources)
 
 
 def mixture(
-    source: Source, vocabulary: Vocabulary, adapters: AdapterSpec, mixture: Mixture, name: str
+    source: Source,
+    vocabulary: Vocabulary,
+    adapters: AdapterSpec,
+    mixture: Mixture,
+    name: str,
+    source_text: Any = None,
 ) -> str:
     """Registers the cells that a mixture trains on as a seqio mixture, and returns its name.
 
     For `utils.DatasetConfig.mixture_or_task_name`. `task_feature_lengths` name `feature_ids` too:
-    the number of slots.
+    the number of slots; and with a `source_text`, English sources for adapters that fuse with them,
+    `sources`.
     """
     from flix_jax.data.seqio_tasks import load_cells, register_mixture
 
-    wanted = (source, vocabulary, adapters.space, mixture)
+    wanted = (source, vocabulary, adapters.space, mixture, source_text)
     if _registered.get(name) == wanted:  # each of T5X's data sets asks for it
         return name
     split = mixture.select(source.cells())
-    tasks = source.register(split.train, vocabulary=vocabulary, space=adapters.space)
-    counts = {cell: len(d) for cell, d in load_cells(tasks, {"inputs": 1, "targets": 1}).items()}
+    given = {} if source_text is None else {"source_text": source_text}
+    tasks = source.register(split.train, vocabulary=vocabulary, space=adapters.space, **given)
+    lengths = {"inputs": 1, "targets": 1, "sources": 1}
+    counts = {cell: len(data) for cell, data in load_cells(tasks, lengths).items()}
     rates = mixture.rates_for(counts)
     register_mixture(name, {tasks[cell]: rate for cell, rate in rates.items()})
     _registered[name] = wanted
