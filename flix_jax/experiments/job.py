@@ -134,6 +134,8 @@ class Job:
                     )
                 except ValueError as error:
                     raise ValueError(f"Run.train_values: {error}") from None
+        if isinstance(run.base, Run):
+            self._check_folds(run.base)
         ensembles.check(run, self.space)
         if run.evaluation.every:
             ensembles.check_kinds(run, self.split.cells)
@@ -259,8 +261,9 @@ class Job:
     def load_base(self) -> Any | None:
         """The parameters of the base, whole; None for random ones.
 
-        Of a run's folder they are its newest checkpoint; a folder of Hugging Face's or a checkpoint
-        of T5X's is read into this run's network, in the dtype that frozen parameters have.
+        Of a run's folder they are its newest checkpoint; a run that trains adapters has them folded
+        into its own base; a folder of Hugging Face's or a checkpoint of T5X's is read into this
+        run's network, in the dtype that frozen parameters have.
 
         Raises:
           ValueError: the base's folder holds no network like this one.
@@ -278,11 +281,39 @@ class Job:
                 "and no checkpoint of T5X's"
             )
         check_base_folder(self.run, self.base_dir)
+        if isinstance(self.run.base, Run) and not self.run.base.trains_everything:
+            return self._folded_base(self.run.base, template)
         whole = {"trained": WHOLE, "vocabulary": self.run.vocabulary.digest}
         step = self.run.base.total_steps if isinstance(self.run.base, Run) else None
         with Checkpoints(self.base_dir / "checkpoints", whole, create=False) as checkpoints:
             base, _ = checkpoints.restore_trained(template, step)
         return base
+
+    def _check_folds(self, base: Run) -> None:
+        """Refuses a base whose adapters change the network from example to example."""
+        if base.adapters is None:
+            return
+        cells = base.split().train
+        space = base.adapters.space.complete(cells_lib.columns(cells))
+        sets = {space.encode(cell.annotations()).tobytes() for cell in cells}
+        if len(sets) > 1:
+            raise ValueError(
+                f"Run.base has adapters that its {len(cells)} cells use in {len(sets)} ways, of "
+                "which one alone can be folded: expected one LoRA for all "
+                "(configs/adapters/lora.gin), or Run.adapters = None"
+            )
+
+    def _folded_base(self, base: Run, template: Any) -> Any:
+        """The parameters of a base that trained one LoRA: that is folded into its own base."""
+        assert self.base_dir is not None
+        job = Job(base, self.base_dir, bases_dir=self._bases_dir, mesh=self.mesh)
+        below = job.load_base()
+        shapes, _ = job.parameters.templates
+        with job.checkpoints(below, create=False) as checkpoints:
+            trained, _ = checkpoints.restore_trained(shapes, base.total_steps)
+        frozen = job.frozen_parameters(below)
+        folded = job.folded(trained, frozen, job.split.train[0].annotations())
+        return jax.tree.map(lambda leaf, of: jax.device_put(leaf, of.sharding), folded, template)
 
     @functools.cached_property
     def comparison(self) -> overlap.Comparison | None:

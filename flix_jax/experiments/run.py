@@ -123,8 +123,9 @@ class Run:
         cut, and counted.
       total_steps, batch_size: updates, and examples of the global batch in each.
       base: the parameters to start from: ``'random'``, the folder of a run that trained every
-        parameter, or such a run, which is then trained first; or a folder of Hugging Face's or a
-        checkpoint of T5X's, local or in a bucket, of the network that `model` describes.
+        parameter, or such a run, which is then trained first, as is one of a LoRA, which is then
+        folded; or a folder of Hugging Face's or a checkpoint of T5X's, local or in a bucket, of the
+        network that `model` describes.
       seen_by_base: patterns of held-out cells that the base may be trained on, by denoising their
         texts, say. Without them a base that is trained on a held-out cell is refused.
       adapters: what is trained beside the frozen base; None trains the base itself.
@@ -227,9 +228,20 @@ class Run:
             for name in ("model", "vocabulary"):
                 if getattr(self.base, name) != getattr(self, name):
                     raise ValueError(f"Run.base has another {name} than the run itself")
-            if not self.base.trains_everything:
-                raise ValueError("Run.base must train every parameter, without adapters")
+            self.base.check_is_base()
         self.optimizer.schedule.build(self.total_steps)
+
+    def check_is_base(self) -> None:
+        """ValueError where what this run trains is no network that another run can stand on."""
+        if self.trains_everything:
+            return
+        if self.adapters is None:
+            raise ValueError("Run.base must train every parameter, or adapters that can be folded")
+        if self.frozen_dtype not in (None, "float32"):
+            raise ValueError(
+                f"Run.base has Run.frozen_dtype = {self.frozen_dtype!r}: its adapters cannot be "
+                "folded without rounding; expected None"
+            )
 
     def _check_source_text(self) -> None:
         if self.source_text is None:
