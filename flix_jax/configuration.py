@@ -37,6 +37,7 @@ NAMES: dict[str, str] = {
     "first_values": "flix_jax.adapters.features:first_values",
     "FeatureSpace": "flix_jax.adapters.features:FeatureSpace",
     "AdapterSpec": "flix_jax.adapters.injection:AdapterSpec",
+    "Fusion": "flix_jax.adapters.fusion:Fusion",
     "Mixture": "flix_jax.data.cells:Mixture",
     "ByteVocabulary": "flix_jax.data.vocabularies:ByteVocabulary",
     "SentencePieceVocabulary": "flix_jax.data.vocabularies:SentencePieceVocabulary",

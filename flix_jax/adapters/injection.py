@@ -31,27 +31,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array
 
+from flix_jax.adapters import targets as targets_lib
 from flix_jax.adapters import text_tables
 from flix_jax.adapters.activation import ActiveFeatures
 from flix_jax.adapters.features import FeatureSpace
+from flix_jax.adapters.fusion import MATRICES, Fusion, Source
 from flix_jax.adapters.modules import LowRankDelta
 from flix_jax.adapters.suggest import did_you_mean
+from flix_jax.adapters.targets import NAMED_TARGETS
 
 CHILD = "flix"
 #: What an adapted layer's output is called, for rematerialisation that goes by names.
 DENSE_OUTPUT = "dense_output"
 
-_ATTENTION = r"(?:.*/)?[^/]*[aA]ttention[^/]*/(?:query|key|value|out)"
-_MLP = r"(?:.*/)?[^/]*(?:mlp|MLP|Mlp)[^/]*/[^/]+"
-# What the named targets mean, for the module names of T5X (and of flax's own attention).
-NAMED_TARGETS: Mapping[str, str] = {
-    "all": f"{_ATTENTION}|{_MLP}",
-    "attention": _ATTENTION,
-    "mlp": _MLP,
-    "encoder": f"encoder/(?:{_ATTENTION}|{_MLP})",
-    "decoder": f"decoder/(?:{_ATTENTION}|{_MLP})",
-}
+#: The collection of variables that holds what a layer is given, or recorded, from outside.
+LAYER_STATES = "layer_states"
+#: In a fused layer's part of it: its input when the network read the source.
+SOURCE_INPUT = "source_input"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +63,7 @@ class AdapterSpec:
         'encoder/layers_\\d+/attention/(query|value)'. Several are united.
       alpha: scale alpha / rank of each feature's update; None means 1.
       dropout: rate of dropout on the adapters' input (LoRA's own), apart from feature dropout.
+      fusion: how some of the adapters read a source text beside the target; None, none does.
 
     Raises:
       ValueError: when a field is not as described above.
@@ -74,41 +73,33 @@ class AdapterSpec:
     targets: str | tuple[str, ...] = "all"
     alpha: float | None = None
     dropout: float = 0.0
+    fusion: Fusion | None = None
 
     def __post_init__(self) -> None:
-        targets = (self.targets,) if isinstance(self.targets, str) else tuple(self.targets)
+        targets = targets_lib.as_tuple(self.targets, "adapter")
         object.__setattr__(self, "targets", targets)
         if not isinstance(self.space, FeatureSpace):
             raise ValueError(f"adapter: space is {self.space!r}, expected a FeatureSpace")
-        if not targets:
-            raise ValueError("adapter: targets is empty, expected at least one; 'all' is usual")
-        for target in targets:
-            _compile(target)
         if self.alpha is not None and not (
             isinstance(self.alpha, numbers.Real) and math.isfinite(self.alpha) and self.alpha > 0
         ):
             raise ValueError(f"adapter: alpha is {self.alpha!r}, expected None or a number > 0")
         if not isinstance(self.dropout, numbers.Real) or not 0 <= self.dropout < 1:
             raise ValueError(f"adapter: dropout is {self.dropout!r}, expected a number in [0, 1)")
+        if self.fusion is not None and not isinstance(self.fusion, Fusion):
+            raise ValueError(f"adapter: fusion is {self.fusion!r}, expected a Fusion or None")
 
     def matching(self, path: str) -> tuple[str, ...]:
         """The targets that match a module path such as 'encoder/layers_0/mlp/wi_0'."""
-        return tuple(t for t in self.targets if _compile(t).fullmatch(path))
+        return targets_lib.matching(tuple(self.targets), path)
 
-
-def _compile(target: Any) -> re.Pattern[str]:
-    if not isinstance(target, str) or not target:
-        raise ValueError(f"adapter: target {target!r}, expected a name or a regular expression")
-    try:
-        return re.compile(NAMED_TARGETS.get(target, target))  # re keeps its own cache
-    except re.error as error:
-        raise ValueError(
-            f"adapter: target {target!r} is not a regular expression: {error}"
-        ) from error
+    def fuses(self, path: str) -> bool:
+        """Whether the layer at a path is adapted, and its adapter reads the source."""
+        return self.fusion is not None and self.fusion.matches(path) and bool(self.matching(path))
 
 
 @dataclasses.dataclass(frozen=True)
-class _DenseCall:
+class DenseCall:
     """One call of a dense layer, its dimensions flattened."""
 
     path: str
@@ -117,7 +108,7 @@ class _DenseCall:
     d_out: int
 
 
-def _dense_call(context: nn.module.InterceptorContext, x: Any) -> _DenseCall | None:
+def dense_call(context: nn.module.InterceptorContext, x: Any) -> DenseCall | None:
     """Describes the call when it is that of a dense layer that has made its kernel, else None.
 
     A dense layer is told by what it has, not by its class: `features`, perhaps `axis`, and a
@@ -141,16 +132,20 @@ def _dense_call(context: nn.module.InterceptorContext, x: Any) -> _DenseCall | N
     d_in, d_out = math.prod(x.shape[a] for a in axes), math.prod(features)
     if kernel.size != d_in * d_out:
         return None
-    return _DenseCall("/".join(module.path), axes, d_in, d_out)
+    return DenseCall("/".join(module.path), axes, d_in, d_out)
 
 
-def _input(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+def layer_input(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     return args[0] if args else next(iter(kwargs.values()), None)
 
 
 @contextlib.contextmanager
 def inject(
-    spec: AdapterSpec, active: ActiveFeatures, *, deterministic: bool = True
+    spec: AdapterSpec,
+    active: ActiveFeatures,
+    *,
+    deterministic: bool = True,
+    source: Source | None = None,
 ) -> Iterator[None]:
     """A context in which the targeted dense layers of any linen model add their update.
 
@@ -160,26 +155,33 @@ def inject(
       spec: what is adapted.
       active: the features of the batch (`activate`).
       deterministic: False switches on the dropout of the adapters' input, where `spec` has one.
+      source: what fused layers read; where they are scanned, its `variables` must be among those
+        that the model is applied to. An initialisation needs none.
 
     Raises:
-      ValueError: when a batch is not of `active`'s size, when a targeted layer has a child named
-        `flix` already, and on leaving an initialisation in which a target matched nothing.
+      ValueError: when a fused layer has no source, when a batch is not of `active`'s size, when a
+        targeted layer has a child named `flix` already, and on leaving an initialisation in which a
+        target matched nothing.
     """
-    seen: dict[str, _DenseCall] = {}
+    seen: dict[str, DenseCall] = {}
+    states: dict[str, Any] = {}
     initialising = False
 
     def interceptor(next_fun, args, kwargs, context):
         nonlocal initialising
         y = next_fun(*args, **kwargs)
-        x = _input(args, kwargs)
-        call = _dense_call(context, x)
+        x = layer_input(args, kwargs)
+        call = dense_call(context, x)
         if call is None:
             return y
         seen[call.path] = call
         initialising = initialising or context.module.is_initializing()
         if not spec.matching(call.path):
             return y
-        update = _update(spec, active, call, context.module, x, y, deterministic)
+        fused: tuple[Any, Source] | None = None
+        if spec.fuses(call.path) and not context.module.is_initializing():
+            fused = _source_of(call.path, context.module, source, states), source
+        update = _update(spec, active, call, context.module, x, y, deterministic, fused)
         return checkpoint_name(y + update, DENSE_OUTPUT)
 
     with nn.intercept_methods(interceptor):
@@ -188,37 +190,103 @@ def inject(
         _check_targets(spec, tuple(seen))
 
 
-def _update(spec, active, call: _DenseCall, module, x, y, deterministic: bool):
+def _source_of(path: str, module: nn.Module, source: Source | None, states: dict[str, Any]) -> Any:
+    """The source's states for the layer at a path; `states` holds those of layers before it."""
+    if source is None:
+        raise ValueError(f"{path}: is fused, and the injection was given no source")
+    if source.states is not None:
+        return source.states
+    recorded = source.same.get(path)
+    if recorded is None:
+        raise ValueError(
+            f"Fusion.targets: {path} is none of the layers that read the source "
+            f"({len(source.same)} of the encoder); {did_you_mean(path, source.same)}"
+        )
+    if recorded == path:
+        found: Any = module.get_variable(LAYER_STATES, SOURCE_INPUT)
+        if (
+            found is None
+        ):  # whoever applies the model has not given it; layers of a loop have theirs
+            found = source.variables[LAYER_STATES]
+            for name in (*path.split("/"), SOURCE_INPUT):
+                found = found[name]
+        states[path] = found
+    return states[recorded]
+
+
+def as_rows(call: DenseCall, x: Any) -> Array:
+    """A layer's input [batch, …] as [batch, …, d_in], its contracted axes flattened."""
     if 0 in call.axes:
         raise ValueError(f"{call.path}: contracts the batch axis of {x.shape}, cannot be adapted")
     others = tuple(a for a in range(x.ndim) if a not in call.axes)
     rows = jnp.asarray(x).transpose(*others, *call.axes)
-    rows = rows.reshape(*rows.shape[: len(others)], call.d_in).astype(y.dtype)
+    return rows.reshape(*rows.shape[: len(others)], call.d_in)
+
+
+def _update(
+    spec: AdapterSpec,
+    active: ActiveFeatures,
+    call: DenseCall,
+    module: nn.Module,
+    x: Any,
+    y: Array,
+    deterministic: bool,
+    fused: tuple[Any, Source] | None,
+) -> Array:
+    rows = as_rows(call, x).astype(y.dtype)
     if math.prod(rows.shape[:-1]) * call.d_out != y.size:
         raise ValueError(
             f"{call.path}: output {y.shape} for input {x.shape}, expected "
             f"{call.d_out} features for each position"
         )
+    function = spec.fusion.function if spec.fusion and spec.fuses(call.path) else None
     try:
-        child = LowRankDelta(spec.space, spec.alpha, spec.dropout, name=CHILD, parent=module)
+        child = LowRankDelta(
+            spec.space, spec.alpha, spec.dropout, function=function, name=CHILD, parent=module
+        )
     except flax.errors.NameInUseError as error:
         raise ValueError(
             f"{call.path}: has a child {CHILD!r} already, expected inject() to be entered once"
         ) from error
     try:
-        update = child(rows, call.d_out, active, deterministic=deterministic)
+        read: dict[str, Any] = {}
+        if fused is not None:
+            states, source = fused
+            read = {"source": as_rows(call, states), "alignment": source.alignment}
+            _check_source(rows, **read)
+        update = child(rows, call.d_out, active, deterministic=deterministic, **read)
     except ValueError as error:
         raise ValueError(f"{call.path}: {error}") from error
     return update.reshape(y.shape)
 
 
+def _check_source(rows: Array, source: Array, alignment: Any) -> None:
+    """ValueError unless a fused layer's input and the source's states are of the alignment."""
+    if rows.shape[:2] != alignment.fused.shape or rows.ndim != 3:
+        raise ValueError(
+            f"input {rows.shape}, expected {alignment.fused.shape} positions of the input tokens"
+        )
+    if source.ndim != 3 or source.shape[0] != rows.shape[0] or source.shape[2] != rows.shape[2]:
+        raise ValueError(
+            f"source states {source.shape}, expected [{rows.shape[0]}, source length, "
+            f"{rows.shape[2]}]"
+        )
+
+
 def _check_targets(spec: AdapterSpec, paths: Sequence[str]) -> None:
     """ValueError for the first target that matches none of the dense layers at `paths`."""
     for target in spec.targets:
-        if not any(_compile(target).fullmatch(p) for p in paths):
+        if not any(targets_lib.matching((target,), p) for p in paths):
             raise ValueError(
                 f"AdapterSpec.targets: {target!r} matches none of {len(paths)} dense layers; "
                 + did_you_mean(target, (*paths, *NAMED_TARGETS) if paths else ())
+            )
+    adapted = [p for p in paths if spec.matching(p)]
+    for target in () if spec.fusion is None else spec.fusion.targets:
+        if not any(targets_lib.matching((target,), p) for p in adapted):
+            raise ValueError(
+                f"Fusion.targets: {target!r} matches none of {len(adapted)} adapted layers; "
+                + did_you_mean(target, (*adapted, *NAMED_TARGETS))
             )
 
 
@@ -291,11 +359,11 @@ def matches(
     Raises:
       ValueError: when a target matches nothing, with the nearest paths.
     """
-    calls: dict[str, _DenseCall] = {}
+    calls: dict[str, DenseCall] = {}
 
     def record(next_fun, args, kwargs, context):
         y = next_fun(*args, **kwargs)
-        call = _dense_call(context, _input(args, kwargs))
+        call = dense_call(context, layer_input(args, kwargs))
         if call is not None:
             calls[call.path] = call
         return y
@@ -305,7 +373,8 @@ def matches(
         variables = jax.eval_shape(lambda *a: init_fn(*a, **kwargs), *args)
     params = variables.get("params", variables)
     _check_targets(spec, tuple(calls))
-    total_rank = sum(sum(t.value_ranks) for t in spec.space.types)
+    ranks = [rank for t in spec.space.types for rank in t.value_ranks]
+    attends = spec.fusion is not None and spec.fusion.attends
     matched = []
     for call in calls.values():
         if not spec.matching(call.path):
@@ -315,13 +384,16 @@ def matches(
             layer = layer[name]
         (kernel,) = jax.tree.leaves(layer["kernel"])
         times = kernel.size // (call.d_in * call.d_out)
+        own = 0  # of the attention of a fused layer
+        if attends and spec.fuses(call.path):
+            own = len(MATRICES) * sum(rank**2 for rank in ranks)
         matched.append(
             Match(
                 path=call.path,
                 times=times,
                 d_in=call.d_in,
                 d_out=call.d_out,
-                parameters=times * total_rank * (call.d_in + call.d_out),
+                parameters=times * (sum(ranks) * (call.d_in + call.d_out) + own),
             )
         )
     unmatched = tuple(p for p in calls if not spec.matching(p))

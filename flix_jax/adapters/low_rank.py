@@ -15,19 +15,24 @@ a plain low-rank product whose activation is weighted per example.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from flix_jax.adapters.activation import ActiveFeatures, check_shape
 from flix_jax.adapters.features import ABSENT, FeatureSpace, FeatureType
 
 Bank = tuple[Array, Array]
+#: rows [batch, length, d_in] -> rows A [batch, length, R].
+Down = Callable[[Array], Array]
+#: (types, x A of their features side by side, the same for other rows) -> what is put in its place.
+Meet = Callable[[tuple[FeatureType, ...], Array, Down], Array]
 
 #: What the narrow activations x A are called, for rematerialisation that goes by names.
 LOW_RANK = "low_rank"
@@ -42,6 +47,7 @@ def delta(
     space: FeatureSpace,
     *,
     alpha: float | None = None,
+    meet: Meet | None = None,
 ) -> Float[Array, "batch *positions d_out"]:
     """The summed low-rank update of every example's active features.
 
@@ -51,6 +57,8 @@ def delta(
       active: the features of each example, ids and weights [batch, slots].
       space: the feature space that the ids count in.
       alpha: scale alpha / rank of each value, where `active` has no scales; None means 1.
+      meet: what takes the place of the narrow activations x A before they are multiplied with c and
+        B, for some of the types at a time (fusion, see `fusion.meeting`); None leaves them.
 
     Returns:
       The update, in x's dtype; the products are computed in that dtype and accumulate in float32
@@ -68,28 +76,47 @@ def delta(
         )
     _check_banks(x.shape[-1], banks, space)
     rows = x.reshape(x.shape[0], -1, x.shape[-1])
-    shared = [t for t in space.types if t.num_values == 1]
-    gathered = [t for t in space.types if t.num_values > 1]
-
-    def coefficients(types: list[FeatureType]) -> Array:
-        return jnp.concatenate([_coefficients(t, space, active, alpha) for t in types], axis=1)
-
     updates = []
-    if gathered:
-        layouts = tuple(
-            _Layout(t.num_values, t.slots, t.max_rank, banks[t.name][0].dtype) for t in gathered
-        )
-        ids = jnp.concatenate([_columns(active.ids, space.slots(t)) for t in gathered], axis=1)
-        a_banks = tuple(banks[t.name][0] for t in gathered)
-        b_banks = tuple(banks[t.name][1] for t in gathered)
-        c = coefficients(gathered)
-        updates.append(_gathered_product(layouts, rows, a_banks, b_banks, ids, c))
-    if shared:
-        a = jnp.concatenate([banks[t.name][0][0] for t in shared], axis=1)
-        b = jnp.concatenate([banks[t.name][1][0] for t in shared], axis=0)
-        updates.append(_shared_product(rows, a, b, coefficients(shared)))
+    for types in (
+        tuple(t for t in space.types if t.num_values > 1),
+        tuple(t for t in space.types if t.num_values == 1),
+    ):
+        if not types:
+            continue
+        down, up = _halves(types, banks, active, space, alpha, x.dtype)
+        narrow = down(rows)
+        updates.append(up(narrow if meet is None else meet(types, narrow, down)))
     total = updates[0] if len(updates) == 1 else updates[0] + updates[1]
     return total.reshape(*x.shape[:-1], total.shape[-1])
+
+
+def _halves(
+    types: tuple[FeatureType, ...],
+    banks: Mapping[str, Bank],
+    active: ActiveFeatures,
+    space: FeatureSpace,
+    alpha: float | None,
+    dtype: DTypeLike,
+) -> tuple[Down, Callable[[Array], Array]]:
+    """(rows [batch, length, d_in] -> rows A, those [batch, length, R] -> (· c) B) of some types.
+
+    The types have all several values, or all one.
+    """
+    c = jnp.concatenate([_coefficients(t, space, active, alpha) for t in types], axis=1)
+    if types[0].num_values == 1:
+        a = jnp.concatenate([banks[t.name][0][0] for t in types], axis=1)
+        b = jnp.concatenate([banks[t.name][1][0] for t in types], axis=0)
+        return lambda rows: _shared_down(rows, a), lambda h: _shared_up(dtype, h, b, c)
+    layouts = tuple(
+        _Layout(t.num_values, t.slots, t.max_rank, banks[t.name][0].dtype) for t in types
+    )
+    ids = jnp.concatenate([_columns(active.ids, space.slots(t)) for t in types], axis=1)
+    a_banks = tuple(banks[t.name][0] for t in types)
+    b_banks = tuple(banks[t.name][1] for t in types)
+    return (
+        lambda rows: _gathered_down(layouts, rows, a_banks, ids),
+        lambda h: _gathered_up(layouts, dtype, h, b_banks, ids, c),
+    )
 
 
 def _check_banks(d_in: int, banks: Mapping[str, Bank], space: FeatureSpace) -> None:
@@ -129,35 +156,51 @@ def _accumulator(x: Array):
 
 
 @jax.custom_vjp
-def _shared_product(x: Array, a: Array, b: Array, c: Array) -> Array:
-    """(x a · c) b for one a [d_in, R] and b [R, d_out] of the whole batch; c [batch, R]."""
-    return _shared_forward(x, a, b, c)[0]
+def _shared_down(x: Array, a: Array) -> Array:
+    """x a for one a [d_in, R] of the whole batch, in the accumulator's dtype."""
+    return _shared_down_forward(x, a)[0]
 
 
-def _shared_forward(x, a, b, c):
-    wide = _accumulator(x)
-    h = jnp.einsum("nld,dr->nlr", x, a.astype(x.dtype), preferred_element_type=wide)
-    h = checkpoint_name(h, LOW_RANK)
-    z = (h * c.astype(wide)[:, None, :]).astype(x.dtype)
-    return jnp.einsum("nlr,ro->nlo", z, b.astype(x.dtype)), (x, a, b, c, h)
+def _shared_down_forward(x, a):
+    h = jnp.einsum("nld,dr->nlr", x, a.astype(x.dtype), preferred_element_type=_accumulator(x))
+    return checkpoint_name(h, LOW_RANK), (x, a)
 
 
-def _shared_backward(saved, g):
-    x, a, b, c, h = saved
-    wide = h.dtype
-    scale = c.astype(wide)[:, None, :]
-    z = (h * scale).astype(x.dtype)
-    dz = jnp.einsum("nlo,ro->nlr", g, b.astype(x.dtype), preferred_element_type=wide)
-    dh = (dz * scale).astype(x.dtype)
+def _shared_down_backward(saved, dh):
+    x, a = saved
+    wide, dh = dh.dtype, dh.astype(x.dtype)
     dx = jnp.einsum("nlr,dr->nld", dh, a.astype(x.dtype))
     # Example by example, then summed: in one product over both axes XLA transposes the wide factor.
     da = jnp.einsum("nlr,nld->nrd", dh, x, preferred_element_type=wide).sum(axis=0).T
+    return dx, da.astype(a.dtype)
+
+
+_shared_down.defvjp(_shared_down_forward, _shared_down_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _shared_up(dtype, h: Array, b: Array, c: Array) -> Array:
+    """(h · c) b, in `dtype`, for one b [R, d_out] of the whole batch; c [batch, R]."""
+    return _shared_up_forward(dtype, h, b, c)[0]
+
+
+def _shared_up_forward(dtype, h, b, c):
+    z = (h * c.astype(h.dtype)[:, None, :]).astype(dtype)
+    return jnp.einsum("nlr,ro->nlo", z, b.astype(dtype)), (h, b, c)
+
+
+def _shared_up_backward(dtype, saved, g):
+    h, b, c = saved
+    wide = h.dtype
+    scale = c.astype(wide)[:, None, :]
+    z = (h * scale).astype(dtype)
+    dz = jnp.einsum("nlo,ro->nlr", g, b.astype(dtype), preferred_element_type=wide)
     db = jnp.einsum("nlr,nlo->nro", z, g, preferred_element_type=wide).sum(axis=0)
     dc = jnp.sum(dz * h, axis=1)
-    return dx, da.astype(a.dtype), db.astype(b.dtype), dc.astype(c.dtype)
+    return dz * scale, db.astype(b.dtype), dc.astype(c.dtype)
 
 
-_shared_product.defvjp(_shared_forward, _shared_backward)
+_shared_up.defvjp(_shared_up_forward, _shared_up_backward)
 
 
 class _Layout(NamedTuple):
@@ -181,25 +224,74 @@ def _side_by_side(layouts: tuple[_Layout, ...], banks, ids: Array, axis: int, dt
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _gathered_product(layouts, x, a_banks, b_banks, ids, c):
-    """Σ over slots of (x A_id · c) B_id.
+def _gathered_down(layouts, x, a_banks, ids):
+    """x A_id, of all slots side by side [batch, length, R], in the accumulator's dtype.
 
     Args:
       layouts: of the banks, in order.
       x: [batch, length, d_in].
-      a_banks, b_banks: one [values, d_in, rank] and [values, rank, d_out] for each type.
+      a_banks: one [values, d_in, rank] for each type.
       ids: int32 [batch, slots].
-      c: [batch, R], R = Σ over slots of the rank of their type.
 
-    Where there is no gradient to be taken this is computed, else `_gathered_forward`. It is made
-    for decoding, whose steps have one position of a row: all that does not depend on x, which XLA
-    computes once for all steps, is laid out as the products read it.
+    Where there is no gradient to be taken this is computed, else `_gathered_down_forward`. It is
+    made for decoding, whose steps have one position of a row: all that does not depend on x, which
+    XLA computes once for all steps, is laid out as the products read it.
     """
-    wide = _accumulator(x)
     a = _side_by_side(layouts, a_banks, ids, 2, x.dtype).swapaxes(1, 2)  # [batch, R, d_in]
-    b = _side_by_side(layouts, b_banks, ids, 1, x.dtype)  # [batch, R, d_out]
-    h = jnp.einsum("nld,nrd->nlr", x, a, preferred_element_type=wide).astype(x.dtype)
-    return _batched_product(h, (b * c.astype(wide)[:, :, None]).astype(x.dtype))
+    return jnp.einsum("nld,nrd->nlr", x, a, preferred_element_type=_accumulator(x))
+
+
+def _gathered_down_forward(layouts, x, a_banks, ids):
+    a = _side_by_side(layouts, a_banks, ids, 2, x.dtype)  # [batch, d_in, R]
+    h = jnp.einsum("nld,ndr->nlr", x, a, preferred_element_type=_accumulator(x))
+    return checkpoint_name(h, LOW_RANK), (x, a, ids)
+
+
+def _gathered_down_backward(layouts, saved, dh):
+    x, a, ids = saved
+    wide, dh = dh.dtype, dh.astype(x.dtype)
+    dx = jnp.einsum("nlr,ndr->nld", dh, a)
+    # The rank before the width: CPUs are several times slower at the other order.
+    da = jnp.einsum("nlr,nld->nrd", dh, x, preferred_element_type=wide)
+    return dx, _add_up(layouts, da, ids, transpose=True), None
+
+
+_gathered_down.defvjp(_gathered_down_forward, _gathered_down_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _gathered_up(layouts, dtype, h, b_banks, ids, c):
+    """(h · c) B_id, summed over the slots, in `dtype`; without a gradient, as `_gathered_down`.
+
+    Args:
+      layouts, ids: as in `_gathered_down`.
+      dtype: of the products.
+      h: [batch, length, R], in the accumulator's dtype.
+      b_banks: one [values, rank, d_out] for each type.
+      c: [batch, R].
+    """
+    b = _side_by_side(layouts, b_banks, ids, 1, dtype)  # [batch, R, d_out]
+    return _batched_product(h.astype(dtype), (b * c.astype(h.dtype)[:, :, None]).astype(dtype))
+
+
+def _gathered_up_forward(layouts, dtype, h, b_banks, ids, c):
+    b = _side_by_side(layouts, b_banks, ids, 1, dtype)
+    z = (h * c.astype(h.dtype)[:, None, :]).astype(dtype)
+    return jnp.einsum("nlr,nro->nlo", z, b), (h, b, ids, c)
+
+
+def _gathered_up_backward(layouts, dtype, saved, g):
+    h, b, ids, c = saved
+    wide = h.dtype
+    scale = c.astype(wide)[:, None, :]
+    z = (h * scale).astype(dtype)
+    dz = jnp.einsum("nlo,nro->nlr", g, b, preferred_element_type=wide)
+    db = jnp.einsum("nlr,nlo->nro", z, g, preferred_element_type=wide)
+    dc = jnp.sum(dz * h, axis=1).astype(c.dtype)
+    return dz * scale, _add_up(layouts, db, ids, transpose=False), None, dc
+
+
+_gathered_up.defvjp(_gathered_up_forward, _gathered_up_backward)
 
 
 def _batched_product(h: Array, b: Array) -> Array:
@@ -224,34 +316,6 @@ def _batched_product(h: Array, b: Array) -> Array:
     return jax.lax.platform_dependent(h, b, cpu=outer, default=dot)
 
 
-def _gathered_forward(layouts, x, a_banks, b_banks, ids, c):
-    wide = _accumulator(x)
-    a = _side_by_side(layouts, a_banks, ids, 2, x.dtype)  # [batch, d_in, R]
-    b = _side_by_side(layouts, b_banks, ids, 1, x.dtype)  # [batch, R, d_out]
-    h = jnp.einsum("nld,ndr->nlr", x, a, preferred_element_type=wide)
-    h = checkpoint_name(h, LOW_RANK)
-    z = (h * c.astype(wide)[:, None, :]).astype(x.dtype)
-    y = jnp.einsum("nlr,nro->nlo", z, b)
-    return y, (x, a, b, h, ids, c)
-
-
-def _gathered_backward(layouts, saved, g):
-    x, a, b, h, ids, c = saved
-    wide = h.dtype
-    scale = c.astype(wide)[:, None, :]
-    z = (h * scale).astype(x.dtype)
-    dz = jnp.einsum("nlo,nro->nlr", g, b, preferred_element_type=wide)
-    dh = (dz * scale).astype(x.dtype)
-    dx = jnp.einsum("nlr,ndr->nld", dh, a)
-    # The rank before the width in both: CPUs are several times slower at the other order.
-    da = jnp.einsum("nlr,nld->nrd", dh, x, preferred_element_type=wide)
-    db = jnp.einsum("nlr,nlo->nro", z, g, preferred_element_type=wide)
-    dc = jnp.sum(dz * h, axis=1).astype(c.dtype)
-    da_banks = _add_up(layouts, da, ids, transpose=True)
-    db_banks = _add_up(layouts, db, ids, transpose=False)
-    return dx, da_banks, db_banks, None, dc
-
-
 def _add_up(layouts, gradients: Array, ids: Array, *, transpose: bool) -> tuple[Array, ...]:
     """The gradient of every bank from those of the gathered matrices, [batch, R, width].
 
@@ -273,6 +337,3 @@ def _add_up(layouts, gradients: Array, ids: Array, *, transpose: bool) -> tuple[
         totals.append(total.reshape(bank.values, *part.shape[1:]).astype(bank.dtype))
         slot, column = slot + bank.slots, column + bank.slots * bank.rank
     return tuple(totals)
-
-
-_gathered_product.defvjp(_gathered_forward, _gathered_backward)

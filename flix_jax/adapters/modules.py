@@ -3,10 +3,11 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from flix_jax.adapters import low_rank
+from flix_jax.adapters import fusion, low_rank
 from flix_jax.adapters.activation import ActiveFeatures
 from flix_jax.adapters.features import FeatureSpace, FeatureType
 
@@ -22,24 +23,46 @@ def _init_a(feature_type: FeatureType, d_in: int):
     return init
 
 
+def _init_matrix(feature_type: FeatureType):
+    """M ~ N(0, 1 / rank of the value), zero beyond that rank on either side."""
+    inside = feature_type.scales() > 0
+    both = inside[:, :, None] & inside[:, None, :]
+    deviations = np.asarray(feature_type.value_ranks, np.float32) ** -0.5
+
+    def init(rng: Array, shape: tuple[int, ...], dtype) -> Array:
+        normal = jax.random.normal(rng, shape, dtype) * deviations[:, None, None].astype(dtype)
+        return jnp.where(both, normal, jnp.zeros((), dtype))
+
+    return init
+
+
 class FeatureBank(nn.Module):
     """The matrices of every value of one type: a [values, d_in, rank] and b [values, rank, d_out].
 
     A value whose rank is below the type's largest has the columns of `a` beyond its rank at zero,
-    and they stay there: their coefficient is zero, so they get no gradient.
+    and they stay there: their coefficient is zero, so they get no gradient. So it is with the
+    `query`, `key` and `value` [values, rank, rank] of a fusion that is an attention (`attends`).
     """
 
     feature_type: FeatureType
     param_dtype: DTypeLike = jnp.float32
+    attends: bool = False
 
     @nn.compact
-    def __call__(self, d_in: int, d_out: int) -> low_rank.Bank:
+    def __call__(self, d_in: int, d_out: int) -> tuple[low_rank.Bank, dict[str, Array]]:
+        """(a and b, the matrices of an attention by name: none without one)."""
         t = self.feature_type
         shape_a = (t.num_values, d_in, t.max_rank)
         shape_b = (t.num_values, t.max_rank, d_out)
         a = self.param("a", _init_a(t, d_in), shape_a, self.param_dtype)
         b = self.param("b", nn.initializers.zeros_init(), shape_b, self.param_dtype)
-        return a, b
+        matrices = {
+            name: self.param(
+                name, _init_matrix(t), (t.num_values, t.max_rank, t.max_rank), self.param_dtype
+            )
+            for name in (fusion.MATRICES if self.attends else ())
+        }
+        return (a, b), matrices
 
 
 class LowRankDelta(nn.Module):
@@ -50,14 +73,17 @@ class LowRankDelta(nn.Module):
       alpha: scale alpha / rank of each value; None means 1.
       dropout: rate of dropout on the adapter's input (LoRA's own); draws from the 'dropout' rng.
       param_dtype: dtype of the banks.
+      function: φ of a fused layer (`fusion.Fusion.function`); None is a plain one.
 
-    Parameters: `<type>/a [values, d_in, rank]`, `<type>/b [values, rank, d_out]`.
+    Parameters: `<type>/a [values, d_in, rank]`, `<type>/b [values, rank, d_out]`, and of a φ that
+    is an attention `<type>/{query,key,value} [values, rank, rank]`.
     """
 
     space: FeatureSpace
     alpha: float | None = None
     dropout: float = 0.0
     param_dtype: DTypeLike = jnp.float32
+    function: str | None = None
 
     @nn.compact
     def __call__(
@@ -67,12 +93,19 @@ class LowRankDelta(nn.Module):
         active: ActiveFeatures,
         *,
         deterministic: bool = True,
+        source: Float[Array, "batch source_length d_in"] | None = None,
+        alignment: fusion.Alignment | None = None,
     ) -> Float[Array, "batch *positions d_out"]:
-        """The update in x's dtype; ValueError where `active` is not of x's batch."""
-        banks = {
-            t.name: FeatureBank(t, self.param_dtype, name=t.name)(x.shape[-1], d_out)
-            for t in self.space.types
-        }
+        """The update in x's dtype; ValueError where `active` is not of x's batch.
+
+        Of a fused layer, `source` are the states that its φ reads, and `alignment` says beside
+        which position; without them its adapter is plain.
+        """
+        attends = self.function is not None and self.function not in fusion.POINTWISE
+        banks, matrices = {}, {}
+        for t in self.space.types:
+            bank = FeatureBank(t, self.param_dtype, attends, name=t.name)
+            banks[t.name], matrices[t.name] = bank(x.shape[-1], d_out)
         if self.dropout and not deterministic and not self.is_initializing():
             if not self.has_rng("dropout"):
                 raise ValueError(
@@ -80,4 +113,12 @@ class LowRankDelta(nn.Module):
                     "layer has none (apply's rngs; under nn.scan, its split_rngs)"
                 )
             x = nn.Dropout(self.dropout, deterministic=False)(x)
-        return low_rank.delta(x, banks, active, self.space, alpha=self.alpha)
+            if source is not None:  # drawn by itself, as published
+                source = nn.Dropout(self.dropout, deterministic=False)(source)
+        meet = None
+        if self.function is not None and source is not None:
+            assert alignment is not None
+            meet = fusion.meeting(
+                self.function, source.astype(x.dtype), alignment, matrices, active, self.space
+            )
+        return low_rank.delta(x, banks, active, self.space, alpha=self.alpha, meet=meet)

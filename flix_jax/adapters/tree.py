@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flix_jax.adapters.features import ABSENT, FeatureSpace
+from flix_jax.adapters.fusion import MATRICES
 from flix_jax.adapters.injection import CHILD, AdapterSpec
 from flix_jax.adapters.suggest import did_you_mean
 
@@ -129,14 +130,15 @@ def adapter_counts(adapters: Tree, space: FeatureSpace) -> dict[str, dict[str, i
             continue
         t = space.type(path[-2])
         shape = _unbox(leaf).shape
-        per_rank, rest = divmod(math.prod(shape), t.num_values * t.max_rank)
+        power = 2 if path[-1] in MATRICES else 1  # of the rank, in the size of a value's matrix
+        per_rank, rest = divmod(math.prod(shape), t.num_values * t.max_rank**power)
         if rest:
             raise ValueError(
                 f"{'/'.join(path)}: shape {tuple(shape)}, expected {t.num_values} values of "
                 f"rank {t.max_rank}"
             )
         for value, rank in zip(t.known_values, t.value_ranks, strict=True):
-            counts[t.name][value] += per_rank * rank
+            counts[t.name][value] += per_rank * rank**power
     return counts
 
 
@@ -176,8 +178,8 @@ def fold(
       The base parameters, the adapted kernels replaced, each in its own dtype.
 
     Raises:
-      ValueError: when no feature is known, or an adapter's layer is missing in the base or has
-        another shape.
+      ValueError: when no feature is known, an adapter's layer is missing in the base or has another
+        shape, or adapters read a source, for which there is no place in a base.
     """
     kernels = {path[:-1]: leaf for path, leaf in named_leaves(base) if path[-1] == "kernel"}
     folded = {}
@@ -210,8 +212,10 @@ def updates(
       of scanned layers with the stack before these axes.
 
     Raises:
-      ValueError: when no feature is known, or a bank is of another shape than its type says.
+      ValueError: when no feature is known, a bank is of another shape than its type says, or some
+        are fused.
     """
+    check_foldable(spec)
     spec = dataclasses.replace(spec, space=spec.space.room_for([features]))
     ids, weights = spec.space.encode_weighted(features)
     if (ids == ABSENT).all():
@@ -226,6 +230,15 @@ def updates(
         except ValueError as error:
             raise ValueError(f"fold: {'/'.join(path)}: {error}") from error
     return found
+
+
+def check_foldable(spec: AdapterSpec) -> None:
+    """ValueError where an update is no product of two matrices, since it reads a source."""
+    if spec.fusion is not None:
+        raise ValueError(
+            f"adapters with a fusion ({spec.fusion.function}) read a source text beside the input, "
+            "so no base holds them: keep them as adapters (flix export --format=flix, flix infer)"
+        )
 
 
 def _product(
@@ -285,9 +298,10 @@ def adapter_logical_axes(
       layers: the name of the axis on which a scan has stacked the parameters.
 
     Returns:
-      The adapters' tree with tuples as leaves: a ('features', in axis, 'rank') and b ('features',
-      'rank', out axis), `layers` where the kernel has it. A kernel of more than two dimensions
-      gives None for in and out axis: its axes do not say where its inputs end.
+      The adapters' tree with tuples as leaves: a ('features', in axis, 'rank'), b ('features',
+      'rank', out axis) and the matrices of an attention ('features', 'rank', None), with `layers`
+      where the kernel has it. A kernel of more than two dimensions gives None for in and out axis:
+      its axes do not say where its inputs end.
 
     Raises:
       ValueError: when an adapter's layer has no kernel in `base_axes`.
@@ -303,8 +317,9 @@ def adapter_logical_axes(
         kernel = tuple(kernels[dense] or ())
         plain = tuple(name for name in kernel if name != layers)
         d_in, d_out = plain if len(plain) == 2 else (None, None)
-        axes: tuple[str | None, ...]
-        axes = ("features", d_in, "rank") if path[-1] == "a" else ("features", "rank", d_out)
+        axes: tuple[str | None, ...] = ("features", "rank", d_out)
+        if path[-1] != "b":
+            axes = ("features", d_in, "rank") if path[-1] == "a" else ("features", "rank", None)
         if len(_unbox(leaf).shape) == 4:
             at = kernel.index(layers) if layers in kernel else 1
             axes = (*axes[:at], layers, *axes[at:])

@@ -101,6 +101,11 @@ def export(
     if adapters is None and form in (FLIX, PEFT):
         raise ValueError(f"{run_dir}: the run has no adapters, expected a format of {NETWORKS}")
     whole = adapters is None or form == FLIX
+    if not whole and adapters is not None:
+        try:
+            tree.check_foldable(adapters)
+        except ValueError as error:
+            raise ValueError(f"{run_dir}: format {form!r}: {error}") from None
     if whole and features:
         reason = "it has no adapters" if adapters is None else f"{FLIX} holds them all"
         raise ValueError(f"features {features!r} have no effect: {reason}")
@@ -210,6 +215,7 @@ def _adapters(job: Job, step: Step) -> flix_adapters.Adapters:
         origin,
         job.run.vocabulary.digest,
         found,
+        adapters.fusion,
     )
 
 

@@ -69,6 +69,7 @@ def add(
         raise ValueError(f"rank {rank} has no effect on init {init!r}, which brings its own")
     if rank is not None and rank < 1:
         raise ValueError(f"rank is {rank}, expected at least 1")
+    _check_fusion(adapters, kind)
     banks = adapters.tree()
     start = values.fresh(banks, of, value, of.rank if rank is None else rank, seed)
     if kind == ZEROS:
@@ -94,12 +95,28 @@ def add(
     )
 
 
+def _check_fusion(adapters: Adapters, kind: str = ZEROS) -> None:
+    """ValueError for an edit of fused adapters that is not defined, or not written."""
+    fusion = adapters.fusion
+    if fusion is not None and fusion.attends:
+        raise ValueError(
+            f"adapters with the fusion {fusion.function!r} have matrices of their own for every "
+            "value, which edits do not know"
+        )
+    if fusion is not None and kind not in (ZEROS, COPY):
+        raise ValueError(
+            f"init {kind!r}: an update with the fusion {fusion.function!r} is no product of two "
+            f"matrices, expected {ZEROS!r} or {COPY!r}"
+        )
+
+
 def remove(adapters: Adapters, feature: str) -> tuple[Adapters, str]:
     """Adapters without one of their values, and a line that says so.
 
     Raises:
       ValueError: there is no such value, or it is the only one of its type.
     """
+    _check_fusion(adapters)
     of, value = _parse(feature, adapters.space)
     space, banks = values.remove(adapters.space, adapters.tree(), of.name, value)
     return _edited(adapters, space, banks), f"{feature} removed, {_count(space, of.name)}"
@@ -112,15 +129,16 @@ def merge(parts: Sequence[tuple[str, Adapters]]) -> tuple[Adapters, str]:
       parts: adapters with their names, for messages.
 
     Raises:
-      ValueError: fewer than two, or adapters of another network, base, vocabulary, targets or
-        alpha; and what `values.merge` refuses.
+      ValueError: fewer than two, or adapters of another network, base, vocabulary, targets, alpha
+        or fusion; and what `values.merge` refuses.
     """
     if len(parts) < 2:
         raise ValueError(f"{len(parts)} adapters, expected two or more to unite")
     (first_name, first), *others = parts
+    _check_fusion(first)
     for name, other in others:
         check_network(T5Config(**first.model), other.model, name)
-        for field in ("base", "vocabulary", "targets", "alpha"):
+        for field in ("base", "vocabulary", "targets", "alpha", "fusion"):
             one, two = getattr(first, field), getattr(other, field)
             if one != two:
                 raise ValueError(f"{field} is {one!r} in {first_name} and {two!r} in {name}")

@@ -503,6 +503,8 @@ class Job:
         adapters = self.model.adapters
         if adapters is not None:
             trained = f"adapters of {list(adapters.targets)}, alpha {adapters.alpha}"
+            if adapters.fusion is not None:
+                trained += f", {adapters.fusion}"
         else:
             trained = str(list(self.run.trainable)) if self.run.trainable else WHOLE
         identity = {

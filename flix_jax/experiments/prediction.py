@@ -250,7 +250,13 @@ def _check_fold(fold: str, *, adapted: bool) -> None:
 def _folds(fold: str, run: Run, sets: int) -> bool:
     if fold == ALWAYS and sets != 1:
         raise ValueError(f"fold 'always': the lines have {sets} sets of features, expected one")
-    plain = run.frozen_dtype in (None, "float32")  # else rounding would change what is folded
+    fused = run.adapters is not None and run.adapters.fusion is not None
+    if fused and fold == ALWAYS:
+        raise ValueError(
+            "fold 'always': adapters with a fusion read a source, and cannot be folded"
+        )
+    # else rounding would change what is folded
+    plain = run.frozen_dtype in (None, "float32") and not fused
     return sets == 1 and (fold == ALWAYS or (fold == AUTO and plain))
 
 

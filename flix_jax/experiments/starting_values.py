@@ -107,7 +107,7 @@ def find(run: Run, space: FeatureSpace) -> Start:
     """What of `run.adapters_from` a run takes over; nothing is computed.
 
     Args:
-      run: whose network, targets, alpha and vocabulary must be the folder's.
+      run: whose network, targets, alpha, fusion and vocabulary must be the folder's.
       space: its features, their values known. Types and values that the folder has not start
         freshly, and those that only the folder has are left out.
 
@@ -126,6 +126,7 @@ def find(run: Run, space: FeatureSpace) -> Start:
     for name, there, here in (
         ("targets", adapters.targets, tuple(run.adapters.targets)),
         ("alpha", adapters.alpha, run.adapters.alpha),
+        ("fusion", adapters.fusion, run.adapters.fusion),
         ("vocabulary", adapters.vocabulary, run.vocabulary.digest),
     ):
         if there != here:

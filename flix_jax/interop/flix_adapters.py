@@ -15,6 +15,7 @@ from typing import Any
 from etils import epath
 
 from flix_jax.adapters.features import FeatureSpace
+from flix_jax.adapters.fusion import Fusion
 from flix_jax.interop import huggingface, network
 from flix_jax.interop.leaves import Leaf
 from flix_jax.models.config import T5Config
@@ -36,6 +37,7 @@ class Adapters:
       base: digest of the parameters that they were trained beside.
       vocabulary: digest of the vocabulary.
       step: of the training that made them.
+      fusion: of adapters that read a source, as of AdapterSpec.
     """
 
     banks: Mapping[str, Leaf]
@@ -46,6 +48,7 @@ class Adapters:
     base: str
     vocabulary: str
     step: int
+    fusion: Fusion | None = None
 
     def tree(self) -> dict[str, Any]:
         """The banks as a tree of NumPy arrays."""
@@ -66,6 +69,8 @@ class Adapters:
             "vocabulary": self.vocabulary,
             "step": self.step,
         }
+        if self.fusion is not None:
+            record["fusion"] = dataclasses.asdict(self.fusion)
         arrays = {name: leaf.read() for name, leaf in self.banks.items()}
         huggingface.save_weights(arrays, folder / f"{STEM}.safetensors")
         (folder / RECORD).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
@@ -110,4 +115,18 @@ def read(folder: epath.PathLike) -> Adapters:
         record["base"],
         record["vocabulary"],
         record["step"],
+        _fusion(record.get("fusion"), path),
     )
+
+
+def _fusion(fields: Mapping[str, Any] | None, path: epath.Path) -> Fusion | None:
+    if fields is None:
+        return None
+    known = [field.name for field in dataclasses.fields(Fusion)]
+    for name in fields:
+        if name not in known:
+            raise ValueError(f"{path}: fusion has {name!r}, which Fusion has not")
+    try:
+        return Fusion(**fields)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None

@@ -18,7 +18,9 @@ from jaxtyping import Array, Float, Int
 
 from flix_jax.adapters.activation import ActiveFeatures, FeatureSettings, activate
 from flix_jax.adapters.features import ABSENT
+from flix_jax.adapters.fusion import Source
 from flix_jax.adapters.injection import AdapterSpec, inject
+from flix_jax.adapters.source import SOURCE_INPUTS, read
 from flix_jax.models import decoding, losses
 from flix_jax.models.dropout import EXAMPLE_NUMBERS, by_example
 
@@ -57,7 +59,9 @@ class EncoderDecoder:
     `decoder_loss_weights` [batch, length] (default: 1 on every target token) and T5X's
     `*_segment_ids` and `*_positions`, and `example_numbers` int32 [batch], by which each row's
     dropout is drawn (default: its place); with adapters also `feature_ids` int32 [batch, slots] and
-    optionally `feature_weights` of the same shape.
+    optionally `feature_weights` of the same shape; with a fusion `source_input_tokens` int32
+    [batch, source_length] (0 is padding, and a row of zeros has no source), in packed rows with
+    `source_segment_ids`.
 
     Attributes:
       module: the network.
@@ -126,7 +130,17 @@ class EncoderDecoder:
         apart = dataclasses.replace(self, layout=None)  # parameters' own axes have those names, too
         with apart._injected(self._active(batch, None), deterministic=True):
             variables = self.module.init({"params": rng}, **_inputs(batch), enable_dropout=False)
+        if self.adapters is not None and self.adapters.fusion is not None:
+            jax.eval_shape(apart._check_source, variables["params"], batch)
         return variables["params"]
+
+    def _check_source(self, params: Params, batch: Batch) -> None:
+        """ValueError where the fused layers cannot read a source, whatever its tokens are."""
+        tokens = batch["encoder_input_tokens"]
+        batch = {**batch, **{name: tokens for name in SOURCE_INPUTS}}
+        active, source = self._active(batch, None), self._source(params, batch)
+        with self._injected(active, source, deterministic=True):
+            self._apply(_variables(params, source), **_inputs(batch), enable_dropout=False)
 
     def logits(
         self, params: Params, batch: Batch, *, rng: Array | None = None
@@ -140,10 +154,10 @@ class EncoderDecoder:
         numbers = batch.get(EXAMPLE_NUMBERS)
         if numbers is None:
             numbers = jnp.arange(batch["encoder_input_tokens"].shape[0])
-        active = self._active(batch, feature_rng, numbers)
-        with by_example(numbers), self._injected(active, deterministic=rng is None):
+        active, source = self._active(batch, feature_rng, numbers), self._source(params, batch)
+        with by_example(numbers), self._injected(active, source, deterministic=rng is None):
             return self._apply(
-                {"params": params},
+                _variables(params, source),
                 **_inputs(batch),
                 enable_dropout=rng is not None,
                 rngs=None if dropout_rng is None else {"dropout": dropout_rng},
@@ -209,8 +223,9 @@ class EncoderDecoder:
         """What a decoder finds, given (step function, cache, rows) and the rows to leave empty."""
         check_tokens(batch, ("encoder_input_tokens",))
         tokens = batch["encoder_input_tokens"]
-        with self._injected(self._active(batch, None), deterministic=True):
-            encoded = self._encode(params, tokens)
+        source = self._source(params, batch)
+        with self._injected(self._active(batch, None), source, deterministic=True):
+            encoded = self._encode(params, tokens, source)
             return search(
                 self._step_function(params, encoded, tokens, max_length),
                 self._empty_cache(params, encoded, tokens, max_length),
@@ -233,8 +248,12 @@ class EncoderDecoder:
         counted = (present | alone)[:, :, None]
         repeated = jnp.repeat(tokens, members, axis=0)
         each = {"encoder_input_tokens": repeated, "feature_ids": ids.reshape(-1, 1)}
-        with self._injected(self._active(each, None), deterministic=True):
-            encoded = self._encode(params, repeated)
+        for name in SOURCE_INPUTS:
+            if name in batch:
+                each[name] = jnp.repeat(batch[name], members, axis=0)
+        source = self._source(params, each)
+        with self._injected(self._active(each, None), source, deterministic=True):
+            encoded = self._encode(params, repeated, source)
             step = self._step_function(params, encoded, repeated, max_length)
 
             def mean_step(step_tokens: Array, cache: Any) -> tuple[Array, Any]:
@@ -339,8 +358,9 @@ class EncoderDecoder:
         """
         check_tokens(batch, ("encoder_input_tokens",))
         tokens = batch["encoder_input_tokens"]
-        with self._injected(self._active(batch, None), deterministic=True):
-            encoded = self._encode(params, tokens).astype(jnp.float32)
+        source = self._source(params, batch)
+        with self._injected(self._active(batch, None), source, deterministic=True):
+            encoded = self._encode(params, tokens, source).astype(jnp.float32)
         real = (tokens > 0)[:, :, None]
         total = jnp.sum(jnp.where(real, encoded, 0.0), axis=1)
         if normalize:  # the sum is as good as the mean
@@ -351,8 +371,16 @@ class EncoderDecoder:
     def _apply(self, variables: Params, *args: Any, **kwargs: Any) -> Any:
         return self.module.apply(variables, *args, **kwargs)
 
-    def _encode(self, params: Params, tokens: Array) -> Array:
-        return self._apply({"params": params}, tokens, enable_dropout=False, method="encode")
+    def _encode(self, params: Params, tokens: Array, source: Source | None) -> Array:
+        variables = _variables(params, source)
+        return self._apply(variables, tokens, enable_dropout=False, method="encode")
+
+    def _source(self, params: Params, batch: Batch) -> Source | None:
+        """What the adapters read of the batch's source; None where they read none."""
+        if self.adapters is None or self.adapters.fusion is None:
+            return None
+        with self._placed():
+            return read(self.module, self.adapters, params, batch, _placed_state)
 
     def _empty_cache(
         self, params: Params, encoded: Array, tokens: Array, max_length: int
@@ -424,15 +452,34 @@ class EncoderDecoder:
         )
 
     @contextlib.contextmanager
-    def _injected(self, active: ActiveFeatures | None, *, deterministic: bool) -> Iterator[None]:
-        """The context of a call of the network: its adapters, and where its activations lie."""
+    def _placed(self) -> Iterator[None]:
+        """The context that says where the activations of the network lie."""
         with contextlib.ExitStack() as stack:
             if self.layout is not None:
                 stack.enter_context(jax.sharding.use_abstract_mesh(self.layout.mesh))
                 stack.enter_context(nn.logical_axis_rules(self.layout.rules))
-            if self.adapters is not None and active is not None:
-                stack.enter_context(inject(self.adapters, active, deterministic=deterministic))
             yield
+
+    @contextlib.contextmanager
+    def _injected(
+        self, active: ActiveFeatures | None, source: Source | None = None, *, deterministic: bool
+    ) -> Iterator[None]:
+        """The context of a call of the network: its adapters, and where its activations lie."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._placed())
+            if self.adapters is not None and active is not None:
+                adapted = inject(self.adapters, active, deterministic=deterministic, source=source)
+                stack.enter_context(adapted)
+            yield
+
+
+def _variables(params: Params, source: Source | None) -> dict[str, Any]:
+    """The variables of a call of the network: what its layers are given of the source, too."""
+    return {"params": params, **({} if source is None else source.variables)}
+
+
+def _placed_state(x: Array) -> Array:
+    return nn.with_logical_constraint(x, ("batch", "length", "embed")) if x.ndim == 3 else x
 
 
 _TOKENS = ("encoder_input_tokens", "decoder_input_tokens", "decoder_target_tokens")

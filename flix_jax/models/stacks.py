@@ -160,7 +160,8 @@ def _run_layers(
     if config.scan_layers:
         stack = nn.scan(
             layer_class,
-            variable_axes={"params": 1, "cache": 0},
+            # what may be recorded of a layer, or given to it, from outside: layer by layer
+            variable_axes={"params": 1, "cache": 0, "layer_states": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=(nn.broadcast,) * len(inputs),
             length=num_layers,

@@ -1,0 +1,453 @@
+"""The source pass in networks: what is recorded, who reads it, and what no gradient reaches."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from flix_jax.adapters import source as source_lib
+from flix_jax.adapters.features import FeatureSpace, FeatureType
+from flix_jax.adapters.fusion import Fusion
+from flix_jax.adapters.injection import LAYER_STATES, AdapterSpec
+from flix_jax.adapters.tree import join, split_adapters
+from flix_jax.models import int8
+from flix_jax.models.config import T5Config
+from flix_jax.models.encoder_decoder import EncoderDecoder, Layout
+from flix_jax.models.t5 import Transformer
+
+ROWS, INPUTS, SOURCES, LENGTH = 8, 7, 5, 4
+SPACE = FeatureSpace(
+    (FeatureType("task", ("ner", "qa"), rank=2), FeatureType("language", ("sw", "yo"), rank=3))
+)
+CONFIG = T5Config(
+    vocab_size=24,
+    emb_dim=8,
+    num_heads=2,
+    head_dim=4,
+    mlp_dim=12,
+    num_encoder_layers=2,
+    num_decoder_layers=1,
+    relative_attention_per_layer=True,
+)
+LAYER = "encoder/layers_{}/attention/{}"
+
+
+def model_of(function="add_relu", *, targets="all", space=SPACE, fused=True, **config):
+    fusion_fields = {name: config.pop(name) for name in ("layer_offset",) if name in config}
+    fusion = Fusion(function, **fusion_fields) if fused else None
+    module = Transformer(dataclasses.replace(CONFIG, **config))
+    return EncoderDecoder(module, AdapterSpec(space, targets, alpha=4.0, fusion=fusion))
+
+
+def make_batch():
+    """Rows of several lengths; the sources of rows 2 and 5 are padding alone."""
+    rng = np.random.default_rng(0)
+    lengths = {"encoder_input_tokens": INPUTS, "source_input_tokens": SOURCES}
+    batch = {name: rng.integers(2, 24, (ROWS, size)) for name, size in lengths.items()}
+    for row in range(ROWS):
+        batch["encoder_input_tokens"][row, INPUTS - row % 3 :] = 0
+        batch["source_input_tokens"][row, SOURCES - row % 4 :] = 0
+    batch["source_input_tokens"][[2, 5]] = 0
+    targets = rng.integers(2, 24, (ROWS, LENGTH))
+    batch["decoder_target_tokens"] = targets
+    batch["decoder_input_tokens"] = np.pad(targets[:, :-1], ((0, 0), (1, 0)))
+    batch["feature_ids"] = rng.integers(-1, 2, (ROWS, 2))
+    return {name: jnp.asarray(array, jnp.int32) for name, array in batch.items()}
+
+
+BATCH = make_batch()
+NO_SOURCE = BATCH | {"source_input_tokens": jnp.zeros((ROWS, SOURCES), jnp.int32)}
+SHAPES = {name: array.shape for name, array in BATCH.items()}
+
+
+def params_of(model, seed=2):
+    rng = np.random.default_rng(seed)
+    of = SHAPES | {"feature_ids": (ROWS, model.adapters.space.num_slots)}
+    shapes = nn.unbox(jax.eval_shape(lambda rng: model.init(rng, of), jax.random.key(0)))
+    return jax.tree.map(lambda leaf: jnp.asarray(0.4 * rng.normal(size=leaf.shape)), shapes)
+
+
+def loss_and_gradient(model, params, batch=BATCH, rng=None):
+    """The mean loss, and its gradients by the adapters and by the base."""
+    base, adapters = split_adapters(params)
+
+    @jax.jit
+    def run(adapters, base, batch):
+        def mean(adapters, base):
+            total, sums = model.loss(join(base, adapters), batch, rng=rng)
+            return total / sums["weight"]
+
+        return jax.value_and_grad(mean, argnums=(0, 1))(adapters, base)
+
+    loss, (by_adapters, by_base) = run(adapters, base, batch)
+    return loss, by_adapters, by_base
+
+
+def close(actual, expected, tolerance=1e-6):
+    for mine, theirs in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=tolerance, atol=tolerance)
+
+
+@pytest.fixture(scope="module")
+def looped():
+    model = model_of()
+    params = params_of(model)
+    return model, params, *loss_and_gradient(model, params)
+
+
+def test_it_records_what_enters_each_fused_layer_once():
+    model = model_of(targets="encoder")
+    params = params_of(model)
+    source = source_lib.read(model.module, model.adapters, params, BATCH)
+    _, kept = model.module.apply(
+        {"params": split_adapters(params)[0]},
+        BATCH["source_input_tokens"],
+        enable_dropout=False,
+        method="encode",
+        capture_intermediates=lambda module, _: module.name == "pre_attention_layer_norm",
+    )
+    recorded = {
+        "/".join(p[:-1]): x for p, x in flatten_dict(source.variables[LAYER_STATES]).items()
+    }
+    assert recorded.keys() == {LAYER.format(n, "query") for n in range(2)}
+    for n in range(2):
+        (expected,) = kept["intermediates"]["encoder"][f"layers_{n}"]["pre_attention_layer_norm"][
+            "__call__"
+        ]
+        np.testing.assert_array_equal(recorded[LAYER.format(n, "query")], expected)
+        assert source.same[LAYER.format(n, "value")] == LAYER.format(n, "query")
+
+
+def by_hand(params, batch, offset):
+    """The encoder with LoRA + FLARE (add_relu), written down with an interceptor of its own."""
+    module, (base, adapters) = Transformer(CONFIG), split_adapters(params)
+    states = []
+
+    def recording(next_fun, args, kwargs, context):
+        if context.module.name == "pre_attention_layer_norm":
+            states.append(next_fun(*args, **kwargs))
+            return states[-1]
+        return next_fun(*args, **kwargs)
+
+    arguments = {"enable_dropout": False, "method": "encode"}
+    with nn.intercept_methods(recording):
+        last = module.apply({"params": base}, batch["source_input_tokens"], **arguments)
+    states = [*states, last][offset:]
+    there = (batch["source_input_tokens"] > 0).any(axis=1)
+
+    def adapting(next_fun, args, kwargs, context):
+        y, path = next_fun(*args, **kwargs), context.module.path
+        if path[:1] != ("encoder",) or path[-1] not in ("query", "value"):
+            return y
+        own = adapters["encoder"][path[1]][path[2]][path[3]]["flix"]["shared"]
+        a, b = own["a"][0], own["b"][0]
+        t = args[0] @ a
+        s = jnp.pad(states[int(path[1][-1])] @ a, ((0, 0), (0, INPUTS - SOURCES), (0, 0)))
+        real = jnp.pad(batch["source_input_tokens"] > 0, ((0, 0), (0, INPUTS - SOURCES)))
+        real = real & there[:, None]
+        fused = jnp.where(real[:, :, None], jnp.maximum(s, 0) + jnp.maximum(t, 0), t)
+        return y + (4.0 / a.shape[1] * fused @ b).reshape(y.shape)
+
+    with nn.intercept_methods(adapting):
+        return module.apply({"params": base}, batch["encoder_input_tokens"], **arguments)
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+def test_the_encoder_is_that_of_the_published_equation(offset):
+    space = FeatureSpace((FeatureType("shared", ("shared",), rank=3),))
+    targets = "encoder/.*/attention/(query|value)"
+    model = model_of(space=space, targets=targets, layer_offset=offset)
+    params = params_of(model)
+    batch = BATCH | {"feature_ids": jnp.zeros((ROWS, 1), jnp.int32)}
+    encoded = jax.jit(lambda p, b: model.embed(p, b))(params, batch)
+    real = (batch["encoder_input_tokens"] > 0)[:, :, None]
+    expected = jnp.where(real, by_hand(params, batch, offset), 0).sum(axis=1) / real.sum(axis=1)
+    np.testing.assert_allclose(encoded, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_no_gradient_reaches_the_base_through_the_source(looped):
+    """Base parameters get what they get when the recorded states are constants."""
+    model, params, _, _, by_base = looped
+    source = source_lib.read(model.module, model.adapters, params, BATCH)
+    constant = dataclasses.replace(source, variables=jax.device_get(source.variables))
+    held = _Held(model.module, model.adapters, source=constant)
+    _, _, expected = loss_and_gradient(held, params)
+    close(by_base, expected)
+
+    def recorded(base):
+        found = source_lib.read(model.module, model.adapters, base, BATCH)
+        return sum(jnp.sum(x) for x in jax.tree.leaves(found.variables))
+
+    for leaf in jax.tree.leaves(jax.grad(recorded)(params)):
+        assert not np.any(leaf)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Held(EncoderDecoder):
+    """A model whose source is given."""
+
+    source: object = dataclasses.field(default=None, compare=False)
+
+    def _source(self, params, batch):
+        return self.source
+
+
+def test_zero_b_is_the_base_bit_for_bit(looped):
+    model, params, *_ = looped
+    base, adapters = split_adapters(params)
+    adapters = unflatten_dict(
+        {p: x * 0 if p[-1] == "b" else x for p, x in flatten_dict(adapters).items()}
+    )
+    plain = jax.jit(EncoderDecoder(model.module).logits)(base, BATCH)
+    np.testing.assert_array_equal(jax.jit(model.logits)(join(base, adapters), BATCH), plain)
+
+
+@pytest.mark.parametrize("function", ["add", "cross_attention_from_target"])
+def test_without_a_source_it_is_the_plain_adapter_bit_for_bit(function):
+    model = model_of(function)
+    params = params_of(model)
+    plain = EncoderDecoder(model.module, dataclasses.replace(model.adapters, fusion=None))
+    kept = {p: x for p, x in flatten_dict(params).items() if "flix" not in p or p[-1] in "ab"}
+    own = unflatten_dict(kept)
+    np.testing.assert_array_equal(
+        jax.jit(model.logits)(params, NO_SOURCE), jax.jit(plain.logits)(own, NO_SOURCE)
+    )
+    loss, by_adapters, _ = loss_and_gradient(model, params, NO_SOURCE)
+    expected, by_plain, _ = loss_and_gradient(plain, own, NO_SOURCE)
+    assert loss == expected
+    by_adapters = flatten_dict(by_adapters)
+    for path, gradient in flatten_dict(by_plain).items():
+        np.testing.assert_array_equal(by_adapters[path], gradient)
+
+
+def test_a_row_does_not_depend_on_the_sources_of_others(looped):
+    model, params, *_ = looped
+    logits = jax.jit(model.logits)
+    together = logits(params, BATCH)
+    changed = BATCH["source_input_tokens"].at[0].set(7).at[5].set(9)
+    other = logits(params, BATCH | {"source_input_tokens": changed})
+    differs = np.abs(other - together).max(axis=(1, 2))
+    np.testing.assert_array_equal(differs > 1e-4, np.isin(np.arange(ROWS), (0, 5)))
+    np.testing.assert_array_equal(other[1:5], together[1:5])
+
+
+@pytest.mark.parametrize(
+    ("scan_layers", "remat"), [(True, "none"), (True, "minimal"), (False, "full"), (True, "full")]
+)
+def test_loop_scan_and_remat_agree(looped, scan_layers, remat):
+    _, params, loss, by_adapters, _ = looped
+    model = model_of(scan_layers=scan_layers, remat=remat)
+    if scan_layers:
+        params, by_adapters = scanned(params), scanned(by_adapters)
+    found, gradient, _ = loss_and_gradient(model, params)
+    np.testing.assert_allclose(found, loss, rtol=1e-6)
+    close(gradient, by_adapters)
+
+
+def scanned(params):
+    """Layers stacked on axis 1, under the names of a scanned network."""
+    made = dict(params)
+    for part in ("encoder", "decoder"):
+        if part in params:
+            rest = {k: v for k, v in params[part].items() if not k.startswith("layers_")}
+            layers = [v for k, v in sorted(params[part].items()) if k.startswith("layers_")]
+            made[part] = rest | {part: jax.tree.map(lambda *x: jnp.stack(x, 1), *layers)}
+    return made
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+def test_offsets_of_loop_and_scan_agree(looped, offset):
+    _, params, *_ = looped
+    loop = jax.jit(model_of(layer_offset=offset).logits)(params, BATCH)
+    scan = jax.jit(model_of(layer_offset=offset, scan_layers=True).logits)
+    np.testing.assert_allclose(scan(scanned(params), BATCH), loop, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_eight_devices_agree_with_one(looped, scan_layers):
+    _, params, loss, by_adapters, _ = looped
+    model = model_of(scan_layers=scan_layers)
+    if scan_layers:
+        params, by_adapters = scanned(params), scanned(by_adapters)
+    mesh = jax.make_mesh((4, 2), ("data", "model"), (jax.sharding.AxisType.Auto,) * 2)
+    rules = {"batch": "data", "length": None, "embed": None, "heads": "model", "mlp": "model"}
+    rules |= {"kv": None, "vocab": "model"}
+    model = dataclasses.replace(model, layout=Layout(mesh.abstract_mesh, tuple(rules.items())))
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    batch = jax.device_put(BATCH, rows)
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    found, gradient, _ = loss_and_gradient(model, jax.device_put(params, whole), batch)
+    np.testing.assert_allclose(found, loss, rtol=1e-6)
+    close(gradient, by_adapters)
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_decoding_reads_the_source(looped, scan_layers):
+    """Greedy decoding equals the full forward, and beams and samples differ with the source."""
+    _, params, *_ = looped
+    model = model_of(scan_layers=scan_layers)
+    params = scanned(params) if scan_layers else params
+    logits, decoded = jax.jit(model.logits), np.zeros((ROWS, LENGTH), np.int32)
+    for step in range(LENGTH):
+        fed = BATCH | {
+            "decoder_input_tokens": jnp.asarray(np.pad(decoded[:, :-1], ((0, 0), (1, 0)))),
+            "decoder_target_tokens": jnp.asarray(
+                np.broadcast_to(np.arange(LENGTH) <= step, (ROWS, LENGTH)).astype(np.int32)
+            ),
+        }
+        decoded[:, step] = np.argmax(logits(params, fed)[:, step], axis=-1)
+    ended = np.cumsum(decoded == 1, axis=1) - (decoded == 1) > 0
+    predict = jax.jit(functools.partial(model.predict, max_length=LENGTH))
+    np.testing.assert_array_equal(predict(params, BATCH), np.where(ended, 0, decoded))
+    if scan_layers:
+        return
+    beams = jax.jit(functools.partial(model.predict_n, max_length=LENGTH, beams=2))
+    draw = functools.partial(model.sample, max_length=LENGTH, rng=jax.random.key(0))
+    for search in (lambda *of: beams(*of)[0], jax.jit(draw), predict):
+        differs = np.asarray(search(params, BATCH) != search(params, NO_SOURCE))
+        assert differs.any() and not differs[[2, 5]].any()  # which have none anyway
+
+
+@pytest.mark.parametrize("frozen", ["bfloat16", "int8"])
+def test_the_source_is_read_by_a_base_of_few_bits(looped, frozen):
+    model, params, *_ = looped
+    base, adapters = split_adapters(params)
+    if frozen == "int8":
+        base, exact = int8.quantise(base), int8.dequantise(int8.quantise(base))
+    else:
+        base = jax.tree.map(lambda x: x.astype(frozen), base)
+        exact = jax.tree.map(lambda x: x.astype(jnp.float32), base)
+    logits = jax.jit(model.logits)
+    np.testing.assert_allclose(
+        logits(join(base, adapters), BATCH), logits(join(exact, adapters), BATCH), atol=2e-4
+    )
+
+
+def test_the_source_pass_has_no_dropout_and_the_rest_of_the_step_has():
+    model = model_of(dropout_rate=0.3)
+    params = params_of(model)
+    seen = []
+    whole = source_lib.read
+
+    def spied(*args):
+        seen.append(whole(*args).variables)
+        return whole(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("flix_jax.models.encoder_decoder.read", spied)
+        first, _ = model.loss(params, BATCH, rng=jax.random.key(0))
+        second, _ = model.loss(params, BATCH, rng=jax.random.key(1))
+    assert first != second
+    close(seen[0], seen[1], 0)
+
+
+def test_input_dropout_is_drawn_for_the_source_too():
+    adapters = dataclasses.replace(model_of("add").adapters, dropout=0.5)
+    model = EncoderDecoder(Transformer(CONFIG), adapters)
+    params = params_of(model)
+    loss = jax.jit(lambda key, batch: model.loss(params, batch, rng=key)[0])
+    key = jax.random.key(3)
+    assert loss(key, BATCH) == loss(key, BATCH) != loss(jax.random.key(4), BATCH)
+    assert loss(key, BATCH) != loss(key, NO_SOURCE)
+
+
+def test_nothing_of_the_source_pass_is_kept_for_the_backward_pass_but_the_recorded_states():
+    """What a backward pass keeps with the source is what it keeps with given states."""
+    model = model_of("add", targets="encoder", remat="none")
+    params = params_of(model)
+    base, adapters = split_adapters(params)
+
+    def kept(model):
+        def pull(adapters, base, batch):
+            return jax.vjp(lambda adapters: model.loss(join(base, adapters), batch)[0], adapters)[1]
+
+        return sum(x.size for x in jax.tree.leaves(jax.eval_shape(pull, adapters, base, BATCH)))
+
+    source = source_lib.read(model.module, model.adapters, params, BATCH)
+    given = kept(_Held(model.module, model.adapters, source=source))
+    states = sum(x.size for x in jax.tree.leaves(source.variables))
+    assert given <= kept(model) <= given + states
+
+
+class Loop(nn.Module):
+    """A network of another origin: an encoder with its own names, its blocks rematerialised."""
+
+    scan: bool = False
+
+    @nn.compact
+    def encode(self, encoder_input_tokens, encoder_segment_ids=None, enable_dropout=True):
+        x = nn.Embed(24, 8, name="embed")(encoder_input_tokens)
+        if self.scan:
+            axes = {"params": 0}
+            block = nn.scan(Block, variable_axes=axes, split_rngs={"params": True}, length=2)
+            return block(name="blocks")(x, None)[0]
+        for n in range(2):
+            x, _ = nn.remat(Block)(name=f"block_{n}")(x, None)
+        return x
+
+    def __call__(self, encoder_input_tokens, decoder_input_tokens, decoder_target_tokens, **_):
+        return self.encode(encoder_input_tokens) @ jnp.ones((8, 24))
+
+
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return x + nn.Dense(8, name="out")(nn.relu(nn.Dense(6, name="wi")(x))), None
+
+
+def test_a_loop_of_another_origin_is_fused_and_a_scan_that_cannot_be_says_so():
+    spec = AdapterSpec(SPACE, ".*/(wi|out)", fusion=Fusion("mul", ".*/wi"))
+    batch = {n: BATCH[n] for n in ("encoder_input_tokens", "source_input_tokens", "feature_ids")}
+    fed = batch | {n: batch["encoder_input_tokens"] for n in ("decoder_input_tokens",)}
+    fed["decoder_target_tokens"] = batch["encoder_input_tokens"]
+    model = EncoderDecoder(Loop(), spec)
+    shapes = {name: array.shape for name, array in fed.items()}
+    params = jax.tree.map(lambda x: x + 0.1, nn.unbox(model.init(jax.random.key(0), shapes)))
+    embedded = jax.jit(model.embed)
+    other = batch | {"source_input_tokens": batch["source_input_tokens"].at[0].set(3)}
+    differs = np.abs(embedded(params, batch) - embedded(params, other)).max(axis=1) > 1e-6
+    assert differs.tolist() == [True] + [False] * (ROWS - 1)
+
+    model = EncoderDecoder(Loop(scan=True), spec)
+    with pytest.raises(
+        ValueError, match="blocks/wi: is fused, but a scan around it does not carry"
+    ):
+        model.init(jax.random.key(0), shapes)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"source_input_tokens": None}, "batch has no 'source_input_tokens'"),
+        ({"source_input_tokens": jnp.zeros((3, 5), jnp.int32)}, r"shape \(3, 5\): expected \[8,"),
+        ({"source_input_tokens": jnp.zeros((8, 5))}, "dtype float32, expected integers"),
+        (
+            {"encoder_segment_ids": jnp.ones((8, 7), jnp.int32)},
+            "batch has no 'source_segment_ids'",
+        ),
+    ],
+)
+def test_a_batch_with_another_source_is_an_error(looped, change, says):
+    model, params, *_ = looped
+    batch = {name: array for name, array in {**BATCH, **change}.items() if array is not None}
+    with pytest.raises(ValueError, match=says):
+        model.logits(params, batch)
+
+
+def test_targets_of_a_fusion_must_be_adapted_layers_of_the_encoder():
+    adapters = AdapterSpec(SPACE, "encoder", fusion=Fusion(targets="encoder/.*/querry"))
+    with pytest.raises(ValueError, match=r"Fusion.targets: .*querry.* none of .* adapted layers"):
+        EncoderDecoder(Transformer(CONFIG), adapters).init(jax.random.key(0), SHAPES)
+    adapters = AdapterSpec(SPACE, "all", fusion=Fusion(targets=(".*/query",)))
+    model = EncoderDecoder(Transformer(CONFIG), adapters)
+    with pytest.raises(ValueError, match="decoder/layers_0/.*query is none of the layers that"):
+        model.init(jax.random.key(0), SHAPES)
+    offset = Fusion(targets="encoder/.*/out", layer_offset=1)
+    model = EncoderDecoder(Transformer(CONFIG), AdapterSpec(SPACE, "encoder", fusion=offset))
+    with pytest.raises(ValueError, match="Fusion.layer_offset = 1: encoder/layers_0/attention/out"):
+        model.init(jax.random.key(0), SHAPES)
