@@ -12,6 +12,7 @@ from typing import Any
 
 from flix_jax.adapters.injection import AdapterSpec
 from flix_jax.adapters.suggest import did_you_mean
+from flix_jax.adapters.tree import check_foldable
 from flix_jax.data.cells import CellSplit, Mixture, Source
 from flix_jax.data.vocabularies import Vocabulary
 from flix_jax.models.config import T5Config
@@ -237,6 +238,10 @@ class Run:
             return
         if self.adapters is None:
             raise ValueError("Run.base must train every parameter, or adapters that can be folded")
+        try:
+            check_foldable(self.adapters)
+        except ValueError as error:
+            raise ValueError(f"Run.base: {error} (base/AdapterSpec.fusion = None)") from None
         if self.frozen_dtype not in (None, "float32"):
             raise ValueError(
                 f"Run.base has Run.frozen_dtype = {self.frozen_dtype!r}: its adapters cannot be "
@@ -244,6 +249,17 @@ class Run:
             )
 
     def _check_source_text(self) -> None:
+        fusion = None if self.adapters is None else self.adapters.fusion
+        if fusion is not None and self.sources_length is None:
+            raise ValueError(
+                f"AdapterSpec.fusion = {fusion.function!r} reads a source, which the run has not: "
+                "expected Run.source_text = @SourceText(), without SourceText.joined"
+            )
+        if fusion is not None and fusion.source_width is not None:
+            raise ValueError(
+                f"Fusion.source_width = {fusion.source_width}: a run reads sources as text, with "
+                "its own network; expected None"
+            )
         if self.source_text is None:
             return
         if not hasattr(self.source, "check_sources"):
@@ -252,11 +268,11 @@ class Run:
                 "expected methods sources(cell, split, source_text) and check_sources, as XtremeUp "
                 "has"
             )
-        if self.adapters is None and self.sources_length is not None:
+        if fusion is None and self.sources_length is not None:
             raise ValueError(
-                "Run.source_text has no effect without adapters that fuse with it (in gin, a base "
-                "that is a run needs base/Run.source_text = None); SourceText.joined = "
-                "'{source} {input}' puts sources into the encoder's input"
+                "Run.source_text has no effect without AdapterSpec.fusion = @Fusion() (in gin, a "
+                "base that is a run needs base/Run.source_text = None); SourceText.joined = "
+                "'{source} {input}' puts sources into the encoder's input instead"
             )
 
     @property
