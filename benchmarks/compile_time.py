@@ -26,6 +26,7 @@ def main() -> None:
     import jax
     import jax.numpy as jnp
 
+    from flix_jax.adapters import tables
     from flix_jax.adapters.features import FeatureSpace, FeatureType
     from flix_jax.adapters.injection import AdapterSpec
     from flix_jax.models.config import T5Config
@@ -59,13 +60,21 @@ def main() -> None:
         shapes = {"encoder_input_tokens": (rows, inputs), "feature_ids": (rows, space.num_slots)}
         for name in ("input_tokens", "target_tokens", "loss_weights"):
             shapes[f"decoder_{name}"] = (rows, targets)
-        parameters = Parameters(model, shapes, mesh, adapters=True)
+        parameters = Parameters(
+            model,
+            shapes,
+            mesh,
+            adapters=True,
+            table=tables.choose(space, 1, found.devices[0].platform),
+            space=space,
+            dtype=config.dtype,
+        )
         optimizer = Optimizer("adamw").build(1000)
         state = parameters.state_template(optimizer)
         split = partitioning.batch_sharding(mesh)
         batch = {n: jax.ShapeDtypeStruct(s, jnp.int32, sharding=split) for n, s in shapes.items()}
         step = jax.jit(
-            train_step(model.loss, optimizer),
+            train_step(model.loss, optimizer, tables=parameters.tables),
             donate_argnums=0,
             out_shardings=(
                 jax.tree.map(lambda x: x.sharding, state),

@@ -29,6 +29,26 @@ from flix_jax.adapters.activation import ActiveFeatures, check_shape
 from flix_jax.adapters.features import ABSENT, FeatureSpace, FeatureType
 
 Bank = tuple[Array, Array]
+Copies = tuple[Array, Array] | None
+
+
+class Table(NamedTuple):
+    """The matrices of all types side by side, along R columns.
+
+    They are those of each example's own values, slot by slot, or those of every value.
+
+    Attributes:
+      a: [batch, R, d_in], or of every value [R, d_in].
+      b: [batch, R, d_out] or [R, d_out].
+      copies: both in the dtype of the products, which are computed with them, while the gradients
+        are those of a and b in theirs; None where they are made in the layer.
+    """
+
+    a: Array
+    b: Array
+    copies: Copies = None
+
+
 #: rows [batch, length, d_in] -> rows A [batch, length, R].
 Down = Callable[[Array], Array]
 #: (types, x A of their features side by side, the same for other rows) -> what is put in its place.
@@ -42,7 +62,7 @@ _WRITTEN_OUT = 16  # the largest rank of which `_batched_product` is a sum of ou
 
 def delta(
     x: Float[Array, "batch *positions d_in"],
-    banks: Mapping[str, Bank],
+    banks: Mapping[str, Bank] | Table,
     active: ActiveFeatures,
     space: FeatureSpace,
     *,
@@ -53,7 +73,8 @@ def delta(
 
     Args:
       x: the input of the adapted layer.
-      banks: type name -> (a [values, d_in, rank], b [values, rank, d_out]), usually float32.
+      banks: type name -> (a [values, d_in, rank], b [values, rank, d_out]), usually float32; or
+        the table that was made of them (`tables`), with which nothing can meet.
       active: the features of each example, ids and weights [batch, slots].
       space: the feature space that the ids count in.
       alpha: scale alpha / rank of each value, where `active` has no scales; None means 1.
@@ -74,8 +95,12 @@ def delta(
             f"feature_ids are of {active.ids.shape[0]} examples, expected {x.shape[0]}, the batch "
             f"of the layer's input {tuple(x.shape)}"
         )
-    _check_banks(x.shape[-1], banks, space)
     rows = x.reshape(x.shape[0], -1, x.shape[-1])
+    if isinstance(banks, Table):
+        assert meet is None
+        total = _of_table(rows, banks, active, space, alpha)
+        return total.reshape(*x.shape[:-1], total.shape[-1])
+    _check_banks(x.shape[-1], banks, space)
     updates = []
     for types in (
         tuple(t for t in space.types if t.num_values > 1),
@@ -104,9 +129,9 @@ def _halves(
     """
     c = jnp.concatenate([_coefficients(t, space, active, alpha) for t in types], axis=1)
     if types[0].num_values == 1:
-        a = jnp.concatenate([banks[t.name][0][0] for t in types], axis=1)
+        a = jnp.concatenate([banks[t.name][0][0] for t in types], axis=1).T
         b = jnp.concatenate([banks[t.name][1][0] for t in types], axis=0)
-        return lambda rows: _shared_down(rows, a), lambda h: _shared_up(dtype, h, b, c)
+        return lambda rows: _down(rows, a, None), lambda h: _up(dtype, h, b, None, c)
     layouts = tuple(
         _Layout(t.num_values, t.slots, t.max_rank, banks[t.name][0].dtype) for t in types
     )
@@ -117,6 +142,15 @@ def _halves(
         lambda rows: _gathered_down(layouts, rows, a_banks, ids),
         lambda h: _gathered_up(layouts, dtype, h, b_banks, ids, c),
     )
+
+
+def _of_table(
+    rows: Array, table: Table, active: ActiveFeatures, space: FeatureSpace, alpha: float | None
+) -> Array:
+    of = _of_every_value if table.a.ndim == 2 else _of_slots
+    c = jnp.concatenate([of(t, space, active, alpha) for t in space.types], axis=1)
+    a, b = (None, None) if table.copies is None else table.copies
+    return _up(rows.dtype, _down(rows, table.a, a), table.b, b, c)
 
 
 def _check_banks(d_in: int, banks: Mapping[str, Bank], space: FeatureSpace) -> None:
@@ -139,16 +173,39 @@ def _coefficients(
     t: FeatureType, space: FeatureSpace, active: ActiveFeatures, alpha: float | None
 ) -> Array:
     """c: [batch, slots of the type × rank], weight times scale, 0 beyond a value's rank."""
+    # One value in several slots is one update with the sum of their weights.
+    of = _of_every_value if t.num_values == 1 else _of_slots
+    return of(t, space, active, alpha)
+
+
+def _of_slots(
+    t: FeatureType, space: FeatureSpace, active: ActiveFeatures, alpha: float | None
+) -> Array:
+    """[batch, slots × rank]: weight times scale of the value in each slot."""
+    ids, weights, scales = _weighted(t, space, active, alpha)
+    by_slot = weights[:, :, None] * jnp.take(scales, ids, axis=0, mode="clip")
+    return by_slot.reshape(weights.shape[0], -1)
+
+
+def _of_every_value(
+    t: FeatureType, space: FeatureSpace, active: ActiveFeatures, alpha: float | None
+) -> Array:
+    """[batch, values × rank]: weight times scale of every value, 0 where it is not there."""
+    ids, weights, scales = _weighted(t, space, active, alpha)
+    one_hot = jax.nn.one_hot(ids, t.num_values, dtype=weights.dtype)
+    by_value = jnp.sum(one_hot * weights[:, :, None], axis=1)
+    return (by_value[:, :, None] * scales).reshape(weights.shape[0], -1)
+
+
+def _weighted(
+    t: FeatureType, space: FeatureSpace, active: ActiveFeatures, alpha: float | None
+) -> tuple[Array, Array, Array]:
+    """(ids [batch, slots], their weights, 0 where absent, scales [values, rank]) of a type."""
     slots = space.slots(t)
     ids = _columns(active.ids, slots)
     weights = jnp.where(ids == ABSENT, 0.0, _columns(active.weights, slots))
     known = t.scales(alpha) if active.scales is None else active.scales[t.name]
-    scales = jnp.asarray(known, weights.dtype)  # [values, rank]
-    if t.num_values == 1:
-        # One value in several slots is one update with the sum of their weights.
-        return weights.sum(axis=1, keepdims=True) * scales
-    by_slot = weights[:, :, None] * jnp.take(scales, ids, axis=0, mode="clip")
-    return by_slot.reshape(weights.shape[0], -1)
+    return ids, weights, jnp.asarray(known, weights.dtype)
 
 
 def _accumulator(x: Array):
@@ -156,51 +213,76 @@ def _accumulator(x: Array):
 
 
 @jax.custom_vjp
-def _shared_down(x: Array, a: Array) -> Array:
-    """x a for one a [d_in, R] of the whole batch, in the accumulator's dtype."""
-    return _shared_down_forward(x, a)[0]
+def _down(x: Array, a: Array, copy: Array | None) -> Array:
+    """x aᵀ for a [R, d_in] of the whole batch or [batch, R, d_in], in the accumulator's dtype.
+
+    `copy` is a in x's dtype, None where it is to be made here; the gradient is that of a.
+    """
+    return _down_forward(x, a, copy)[0]
 
 
-def _shared_down_forward(x, a):
-    h = jnp.einsum("nld,dr->nlr", x, a.astype(x.dtype), preferred_element_type=_accumulator(x))
-    return checkpoint_name(h, LOW_RANK), (x, a)
+def _down_forward(x, a, copy):
+    kept = a.astype(x.dtype) if copy is None else copy
+    h = jnp.einsum(f"nld,{_axes(a)}d->nlr", x, kept, preferred_element_type=_accumulator(x))
+    return checkpoint_name(h, LOW_RANK), (x, kept, _dtype_of(a))
 
 
-def _shared_down_backward(saved, dh):
-    x, a = saved
+def _down_backward(saved, dh):
+    x, a, like = saved
     wide, dh = dh.dtype, dh.astype(x.dtype)
-    dx = jnp.einsum("nlr,dr->nld", dh, a.astype(x.dtype))
-    # Example by example, then summed: in one product over both axes XLA transposes the wide factor.
-    da = jnp.einsum("nlr,nld->nrd", dh, x, preferred_element_type=wide).sum(axis=0).T
-    return dx, da.astype(a.dtype)
+    dx = jnp.einsum(f"nlr,{_axes(a)}d->nld", dh, a)
+    da = _summed(jnp.einsum("nlr,nld->nrd", dh, x, preferred_element_type=wide), a)
+    return dx, da.astype(like.dtype), None
 
 
-_shared_down.defvjp(_shared_down_forward, _shared_down_backward)
+_down.defvjp(_down_forward, _down_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _shared_up(dtype, h: Array, b: Array, c: Array) -> Array:
-    """(h · c) b, in `dtype`, for one b [R, d_out] of the whole batch; c [batch, R]."""
-    return _shared_up_forward(dtype, h, b, c)[0]
+def _up(dtype, h: Array, b: Array, copy: Array | None, c: Array) -> Array:
+    """(h · c) b, in `dtype`, for b [R, d_out] or [batch, R, d_out]; c [batch, R].
+
+    `copy` as in `_down`.
+    """
+    return _up_forward(dtype, h, b, copy, c)[0]
 
 
-def _shared_up_forward(dtype, h, b, c):
+def _up_forward(dtype, h, b, copy, c):
+    kept = b.astype(dtype) if copy is None else copy
     z = (h * c.astype(h.dtype)[:, None, :]).astype(dtype)
-    return jnp.einsum("nlr,ro->nlo", z, b.astype(dtype)), (h, b, c)
+    return jnp.einsum(f"nlr,{_axes(b)}o->nlo", z, kept), (h, kept, _dtype_of(b), c)
 
 
-def _shared_up_backward(dtype, saved, g):
-    h, b, c = saved
+def _up_backward(dtype, saved, g):
+    h, b, like, c = saved
     wide = h.dtype
     scale = c.astype(wide)[:, None, :]
     z = (h * scale).astype(dtype)
-    dz = jnp.einsum("nlo,ro->nlr", g, b.astype(dtype), preferred_element_type=wide)
-    db = jnp.einsum("nlr,nlo->nro", z, g, preferred_element_type=wide).sum(axis=0)
+    dz = jnp.einsum(f"nlo,{_axes(b)}o->nlr", g, b, preferred_element_type=wide)
+    db = _summed(jnp.einsum("nlr,nlo->nro", z, g, preferred_element_type=wide), b)
     dc = jnp.sum(dz * h, axis=1)
-    return dz * scale, db.astype(b.dtype), dc.astype(c.dtype)
+    return dz * scale, db.astype(like.dtype), None, dc.astype(c.dtype)
 
 
-_shared_up.defvjp(_shared_up_forward, _shared_up_backward)
+_up.defvjp(_up_forward, _up_backward)
+
+
+def _axes(matrix: Array) -> str:
+    return "r" if matrix.ndim == 2 else "nr"
+
+
+def _dtype_of(array: Array) -> Array:
+    """An array of nothing that has the dtype: what a backward pass may keep."""
+    return jnp.zeros((0,), array.dtype)
+
+
+def _summed(gradients: Array, matrix: Array) -> Array:
+    """[batch, R, width] as the matrix's own shape.
+
+    Example by example, then summed: in one product over both axes XLA's CPU backend transposes the
+    wide factor.
+    """
+    return gradients.sum(axis=0) if matrix.ndim == 2 else gradients
 
 
 class _Layout(NamedTuple):

@@ -1,5 +1,7 @@
 """The adapter as a linen module: the parameters of the banks around `low_rank.delta`."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,9 @@ from jaxtyping import Array, Float
 from flix_jax.adapters import fusion, low_rank
 from flix_jax.adapters.activation import ActiveFeatures
 from flix_jax.adapters.features import FeatureSpace, FeatureType
+
+#: What a tree calls the tables made of its banks (`tables`): no names of feature types.
+ALL, ROWS, COPIES = "(all)", "(rows)", "(copies)"
 
 
 def _init_a(feature_type: FeatureType, d_in: int):
@@ -76,7 +81,8 @@ class LowRankDelta(nn.Module):
       function: φ of a fused layer (`fusion.Fusion.function`); None is a plain one.
 
     Parameters: `<type>/a [values, d_in, rank]`, `<type>/b [values, rank, d_out]`, and of a φ that
-    is an attention `<type>/{query,key,value} [values, rank, rank]`.
+    is an attention `<type>/{query,key,value} [values, rank, rank]`. Or the tables
+    that were made of the banks, where nothing is fused.
     """
 
     space: FeatureSpace
@@ -102,8 +108,9 @@ class LowRankDelta(nn.Module):
         which position; without them its adapter is plain.
         """
         attends = self.function is not None and self.function not in fusion.POINTWISE
+        table = self._table()
         banks, matrices = {}, {}
-        for t in self.space.types:
+        for t in self.space.types if table is None else ():
             bank = FeatureBank(t, self.param_dtype, attends, name=t.name)
             banks[t.name], matrices[t.name] = bank(x.shape[-1], d_out)
         if self.dropout and not deterministic and not self.is_initializing():
@@ -121,4 +128,13 @@ class LowRankDelta(nn.Module):
             meet = fusion.meeting(
                 self.function, source.astype(x.dtype), alignment, matrices, active, self.space
             )
-        return low_rank.delta(x, banks, active, self.space, alpha=self.alpha, meet=meet)
+        return low_rank.delta(x, table or banks, active, self.space, alpha=self.alpha, meet=meet)
+
+    def _table(self) -> low_rank.Table | None:
+        """The table that was made of the banks; None where there is none."""
+        for name in (ALL, ROWS):
+            if self.has_variable("params", name):
+                both: Any = self.get_variable("params", name)
+                copies: Any = self.get_variable("params", COPIES)
+                return low_rank.Table(both["a"], both["b"], copies and (copies["a"], copies["b"]))
+        return None

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from etils import epath
 
-from flix_jax.adapters import injection, text_tables, trained_values, tree
+from flix_jax.adapters import injection, tables, text_tables, trained_values, tree
 from flix_jax.adapters.features import FeatureSpace
 from flix_jax.adapters.suggest import did_you_mean
 from flix_jax.data import cells as cells_lib
@@ -158,8 +158,23 @@ class Job:
             adapters is not None,
             run.trainable,
             run.mesh.rules,
+            self._table(),
+            self.space,
+            run.model.dtype,
         )
         _ = self.parameters.templates  # shapes, target patterns and shardings are checked by it
+
+    def _table(self) -> str | None:
+        """What kind of table a training step makes of the adapters' banks (`Run.tables`)."""
+        run, adapters = self.run, self.model.adapters
+        if adapters is None or adapters.fusion is not None or run.tables == tables.NONE:
+            return None
+        if run.tables != tables.AUTO:
+            return tables.KINDS[run.tables]
+        if isinstance(self.mesh, jax.sharding.AbstractMesh):
+            return None
+        examples = run.batch_size // (partitioning.batch_shards(self.mesh) * run.microbatches)
+        return tables.choose(adapters.space, examples, self.mesh.devices.flat[0].platform)
 
     @property
     def lengths(self) -> dict[str, int]:
@@ -251,7 +266,9 @@ class Job:
         owned = [["feature", "parameters"]]
         for name, values in counts.items():
             owned += [[f"{name}={value}", f"{count:,}"] for value, count in values.items()]
-        return f"{report.table()}\n\n{text_tables.plain(owned)}"
+        names = {kind: name for name, kind in tables.KINDS.items()} | {None: tables.NONE}
+        used = f"a training step multiplies with: {names[self.parameters.table]} (Run.tables)"
+        return f"{report.table()}\n\n{text_tables.plain(owned)}\n\n{used}"
 
     @property
     def frozen_template(self) -> Any:

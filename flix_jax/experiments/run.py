@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from flix_jax.adapters import tables as tables_lib
 from flix_jax.adapters.injection import AdapterSpec
 from flix_jax.adapters.suggest import did_you_mean
 from flix_jax.adapters.tree import check_foldable
@@ -32,7 +33,7 @@ RANDOM = "random"
 # What may change between two starts of a run, as name=value: it decides what is seen of the result,
 # or where the same data lie, but not what the result is.
 FREE = re.compile(
-    r"(base\.)*((log_every|save_every|keep|wandb_project|evaluation\..*|mesh\..*|source\.(data|cache)_dir"
+    r"(base\.)*((log_every|save_every|keep|wandb_project|evaluation\..*|mesh\..*|tables|source\.(data|cache)_dir"
     r"|vocabulary\.path)=.*|mixture\.overlap='(report|ignore)')",
     re.DOTALL,
 )
@@ -149,6 +150,9 @@ class Run:
       label_smoothing, z_loss: of the loss (T5X's definitions).
       frozen_dtype: the frozen parameters' dtype, one of ``FROZEN_DTYPES``; None leaves them. 'int8'
         keeps matrices so, with a float32 scale per output channel, and the rest as it is.
+      tables: what a training step makes of the adapters' banks before the network uses them
+        (`adapters.tables`): 'rows', 'all', 'banks' for nothing, or 'auto', which is what is
+        fastest: tables on TPUs. The result is the same but for rounding.
       mesh: how the devices are arranged.
       seed: of initialisation, dropout and the order of the data.
       data_seed: of the order of the data, where it is another one: runs of several seeds that see
@@ -183,6 +187,7 @@ class Run:
     label_smoothing: float = 0.0
     z_loss: float = 0.0
     frozen_dtype: str | None = None
+    tables: str = tables_lib.AUTO
     mesh: MeshSpec = MeshSpec()
     seed: int = 0
     data_seed: int | None = None
@@ -224,6 +229,7 @@ class Run:
                     f"Run.train_values = {self.train_values!r}: expected patterns, such as "
                     "('language=sw',), or None for all"
                 )
+        self._check_tables()
         self._check_source_text()
         if isinstance(self.base, Run):
             for name in ("model", "vocabulary"):
@@ -231,6 +237,17 @@ class Run:
                     raise ValueError(f"Run.base has another {name} than the run itself")
             self.base.check_is_base()
         self.optimizer.schedule.build(self.total_steps)
+
+    def _check_tables(self) -> None:
+        known = (tables_lib.AUTO, tables_lib.NONE, *tables_lib.KINDS)
+        if self.tables not in known:
+            near = did_you_mean(str(self.tables), known)
+            raise ValueError(f"Run.tables = {self.tables!r}: expected one of {known}; {near}")
+        if self.tables in tables_lib.KINDS and (
+            self.adapters is None or self.adapters.fusion is not None
+        ):
+            reason = "without Run.adapters" if self.adapters is None else "where layers are fused"
+            raise ValueError(f"Run.tables = {self.tables!r} has no effect {reason}")
 
     def check_is_base(self) -> None:
         """ValueError where what this run trains is no network that another run can stand on."""

@@ -131,13 +131,16 @@ def train(
 
 def step_program(job: Job, optimizer: optax.GradientTransformation, template: TrainState) -> Any:
     """A run's training step, jitted; `template` is its state with shardings."""
+    parameters = job.parameters
+    # Tables are made of banks where these are kept; banks themselves are brought together once.
+    own = {"tables": parameters.tables} if parameters.table else {"in_use": parameters.in_use}
     return jax.jit(
         train_step(
             job.model.loss,
             optimizer,
             microbatches=job.run.microbatches,
-            in_use=job.parameters.in_use,
-            kept=job.parameters.kept,
+            kept=parameters.kept,
+            **own,
         ),
         donate_argnums=0,
         out_shardings=(

@@ -12,11 +12,20 @@ import optax
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from flix_jax.adapters import tree
+from flix_jax.adapters import tables, tree
+from flix_jax.adapters.features import FeatureSpace
+from flix_jax.adapters.modules import ALL
 from flix_jax.models import int8
 from flix_jax.training import partitioning
-from flix_jax.training.axis_rules import FEATURES, AxisRules
+from flix_jax.training.axis_rules import BATCH_AXES, FEATURES, Axes, AxisRules
 from flix_jax.training.step import TrainState
+
+#: Where tables lie while the network runs, beside the rules for the widths of banks.
+TABLE_RULES: Mapping[str, Axes] = {
+    tables.COLUMNS: (),
+    tables.OWN_COLUMNS: (),
+    tables.EXAMPLES: BATCH_AXES,
+}
 
 
 class Model(Protocol):
@@ -39,6 +48,10 @@ class Parameters:
       adapters: whether the adapters alone are trained.
       trainable: without adapters, patterns over parameter paths; None trains everything.
       rules: which mesh axes split which dimension.
+      table: of adapters, what a training step makes of the banks before the network uses them:
+        `modules.ALL`, `modules.ROWS`, or None, when the layers get the banks (`adapters.tables`).
+      space: of the adapters, with a table.
+      dtype: of the products with a table.
     """
 
     model: Model
@@ -47,6 +60,9 @@ class Parameters:
     adapters: bool
     trainable: tuple[str, ...] | None = None
     rules: AxisRules = AxisRules()
+    table: str | None = None
+    space: FeatureSpace | None = None
+    dtype: str = "float32"
 
     def split(self, params: Any) -> tuple[Any, Any]:
         """(trained, frozen) of a whole tree."""
@@ -204,8 +220,46 @@ class Parameters:
     def _placed(self, trained: Any, template: Any) -> Any:
         if not self.rules.adapters:  # it lies there already
             return trained
-        shardings = jax.tree.map(lambda x: x.sharding, template)
-        return jax.lax.with_sharding_constraint(trained, shardings)
+        return jax.lax.with_sharding_constraint(trained, _shardings(template))
+
+    def tables(self, trained: Any, batch: Mapping[str, jax.Array]) -> tuple[Any, Any]:
+        """What the network uses of adapters in a training step: (with a gradient, without one).
+
+        The tables that are made of the banks, and copies of them in the dtype of the products;
+        differentiable with respect to `trained`.
+
+        Args:
+          trained: the adapters, where they are kept.
+          batch: or a part of it, of which `feature_ids` are used.
+        """
+        if self.table is None:
+            return trained, {}
+        assert self.space is not None
+        kept = jax.lax.with_sharding_constraint(trained, _shardings(self.templates[0]))
+        _, axes = tree.split_adapters(self._shapes_and_axes[1])
+        if self.table == ALL:
+            made = tables.of_all(kept, axes, self.space)
+        else:
+            made = tables.of_rows(kept, axes, self.space, batch["feature_ids"], self._beside)
+        rules = {**self.rules.in_use.table("adapters"), **TABLE_RULES}
+        names = tables.logical_axes(axes, self.space, self.table)
+        shardings = partitioning.param_shardings(self.mesh, names, made, rules)
+        constrain = jax.lax.with_sharding_constraint
+        copies = jax.tree.map(lambda x: jax.lax.stop_gradient(x).astype(self.dtype), made)
+        return constrain(made, shardings), tables.as_copies(constrain(copies, shardings))
+
+    def _beside(self, taken: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+        """What is taken of a bank for examples, brought to where that is kept.
+
+        The mesh axes of the batch that do not split the bank split the examples.
+        """
+        rules = self.rules.table("adapters")
+        split = {axis for name in axes for axis in rules.get(name or "", ())}
+        examples = tuple(axis for axis in BATCH_AXES if axis not in split)
+        spec = partitioning.param_shardings(
+            self.mesh, {"x": axes}, {"x": taken}, {**rules, tables.EXAMPLES: examples}
+        )
+        return jax.lax.with_sharding_constraint(taken, spec["x"])
 
     def create_state(self, trained: Any, optimizer: optax.GradientTransformation) -> TrainState:
         """The state before the first step, sharded as its template."""

@@ -45,6 +45,7 @@ def train_step(
     microbatches: int = 1,
     in_use: Callable[[Any], Any] = lambda trained: trained,
     kept: Callable[[Any], Any] = lambda trained: trained,
+    tables: Callable[[Any, Batch], tuple[Any, Any]] = lambda trained, batch: (trained, {}),
 ) -> Callable[[TrainState, Any, Batch, jax.typing.ArrayLike], tuple[TrainState, Metrics]]:
     """The function ``(state, frozen, batch, seed) -> (state, metrics)``, to be jitted.
 
@@ -54,8 +55,9 @@ def train_step(
     of microbatches changes nothing but the order of sums. The seed is an argument, so that runs
     which differ in it are one program.
 
-    `in_use` brings what is trained to where the network uses it, and `kept` its gradients to where
-    the optimizer does (`Parameters`).
+    `in_use` brings what is trained to where the network uses it, `kept` its gradients to where the
+    optimizer does, and `tables` makes of both, the former and (a part of) a batch, what the network
+    uses: what has a gradient, and what has none (`Parameters`).
 
     Metrics are float32 scalars: ``loss`` and ``z_loss`` per target token, ``accuracy`` (of tokens,
     teacher forced), ``tokens`` (target tokens in the batch) and ``grad_norm`` (before clipping).
@@ -63,7 +65,8 @@ def train_step(
 
     def gradients(trained: Any, frozen: Any, batch: Batch, rng: jax.Array) -> tuple[Any, Metrics]:
         def total(trained: Any) -> tuple[jax.Array, Metrics]:
-            return loss_fn(tree.join(frozen, trained), batch, rng=rng)
+            used, copies = tables(trained, batch)
+            return loss_fn(tree.join(tree.join(frozen, copies), used), batch, rng=rng)
 
         return jax.grad(total, has_aux=True)(trained)
 

@@ -1,0 +1,173 @@
+"""The banks of a whole tree as one table a layer, made once a step and not in every layer.
+
+A layer multiplies with two matrices, those of all types side by side (`low_rank.Table`). What is
+made of the banks in a layer is made, and differentiated, in each layer anew. Here it is made for
+the tree, in one of two ways:
+
+    {..., "flix": {"task": {"a", "b"}, "language": {"a", "b"}}}
+        of_all ->   {..., "flix": {"(all)": {"a", "b"}}}      the columns of every value
+        of_rows ->  {..., "flix": {"(rows)": {"a", "b"}}}     those of the values of each example
+
+`LowRankDelta` takes such a tree in place of banks. Joined with `as_copies` of it in the dtype of
+the products, it computes with the copies; the gradient is that of the tables.
+
+`of_all` costs what the number of values asks for, and `of_rows` what the examples do, whatever the
+number of values.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from flix_jax.adapters import tree
+from flix_jax.adapters.features import FeatureSpace
+from flix_jax.adapters.modules import ALL, COPIES, ROWS
+
+#: Logical names of the axes of tables: columns of every value, or examples and their columns.
+COLUMNS, EXAMPLES, OWN_COLUMNS = "columns", "examples", "own_columns"
+_FEATURES, _RANK = "features", "rank"
+
+#: What a run may say of tables: what is best where it runs, none, or one of the two kinds.
+AUTO, NONE = "auto", "banks"
+KINDS = {"all": ALL, "rows": ROWS}
+
+Axes = tuple[str | None, ...]
+Place = Callable[[Array, Axes], Array]
+
+
+def choose(space: FeatureSpace, examples: int, platform: str) -> str | None:
+    """The kind of table that a training step is fastest with; None is with none.
+
+    On a TPU a product takes as long with 8 columns as with 128, and what is made of banks in every
+    layer costs more than the products. Of the two tables the smaller one is chosen. On a CPU the
+    products of a row's own matrices, gathered in the layer, are the fastest.
+
+    Args:
+      space: the features.
+      examples: that a device has at a time.
+      platform: of the devices, as JAX names it.
+    """
+    if platform != "tpu":
+        return None
+    every = sum(t.num_values * t.max_rank for t in space.types)
+    own = sum(t.slots * t.max_rank for t in space.types)
+    return ALL if every <= own * examples else ROWS
+
+
+def of_all(banks: tree.Tree, axes: tree.Tree, space: FeatureSpace) -> dict[str, Any]:
+    """The columns of every value; differentiable.
+
+    Args:
+      banks: the adapters' tree.
+      axes: its logical names (`tree.adapter_logical_axes`).
+      space: whose types are side by side, in order.
+
+    Returns:
+      A tree with `<dense>/flix/(all)/a` [columns, in] and `b` [columns, out]; a stack of layers is
+      on the axis on which it was.
+    """
+    made = []
+    for path, sides in _layers(banks, axes, space, ALL):
+        at = sides[0][1].index(_FEATURES)
+        columns = [_merged(leaf, at, names.index(_RANK)) for leaf, names in sides]
+        made.append((path, jnp.concatenate(columns, axis=at)))
+    return tree.from_named(made)
+
+
+def of_rows(
+    banks: tree.Tree,
+    axes: tree.Tree,
+    space: FeatureSpace,
+    ids: Int[Array, "batch slots"],
+    place: Place = lambda taken, axes: taken,
+) -> dict[str, Any]:
+    """The columns of the values that each example has; differentiable.
+
+    Args:
+      banks, axes, space: as in `of_all`.
+      ids: of the examples' values, -1 where absent (then any value stands there).
+      place: (what is taken of a bank for a slot, its axes' names with `EXAMPLES` for the features)
+        -> the same, where it is to lie: beside the bank. Its gradient is brought there, too, before
+        it is added up by value.
+
+    Returns:
+      A tree with `<dense>/flix/(rows)/a` [batch, columns, in] and `b` [batch, columns, out], the
+      columns as many as the ranks of all slots; a stack of layers is on the axis on which it was.
+    """
+    made = []
+    for path, sides in _layers(banks, axes, space, ROWS):
+        taken = []
+        for t, (leaf, names) in zip(space.types, sides, strict=True):
+            placed = functools.partial(_placed, place, names)
+            for slot in space.slots(t):
+                rows = _take(placed, names.index(_FEATURES), leaf, ids[:, slot])
+                taken.append(jnp.moveaxis(rows, names.index(_RANK), -2))
+        made.append((path, jnp.concatenate(taken, axis=-2)))
+    return tree.from_named(made)
+
+
+def _placed(place: Place, names: Axes, taken: Array) -> Array:
+    return place(taken, tuple(EXAMPLES if name == _FEATURES else name for name in names))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _take(placed: Callable[[Array], Array], axis: int, bank: Array, ids: Array) -> Array:
+    """The matrices of the ids, in place of all matrices."""
+    return placed(jnp.take(bank, ids, axis=axis, mode="clip"))
+
+
+def _take_forward(placed, axis, bank, ids):
+    return _take(placed, axis, bank, ids), (jnp.zeros((bank.shape[axis], 0), bank.dtype), ids)
+
+
+def _take_backward(placed, axis, saved, g):
+    values, ids = saved
+    # A product with the one-hot ids, for a scatter is slow; -1 is a row of zeros.
+    one_hot = jax.nn.one_hot(ids, values.shape[0], dtype=g.dtype)
+    total = jnp.tensordot(one_hot, placed(g), axes=((0,), (axis,)), precision="highest")
+    return jnp.moveaxis(total, 0, axis).astype(values.dtype), None
+
+
+_take.defvjp(_take_forward, _take_backward)
+
+
+def logical_axes(axes: tree.Tree, space: FeatureSpace, name: str) -> dict[str, Any]:
+    """The logical names of what `of_all` (`name` is ALL) or `of_rows` (ROWS) gives."""
+    made = []
+    for path, sides in _layers(axes, axes, space, name):
+        names = [n for n in sides[0][1] if n != _RANK]
+        at = names.index(_FEATURES)
+        names[at] = COLUMNS if name == ALL else EXAMPLES
+        if name == ROWS:
+            names.insert(len(names) - 1, OWN_COLUMNS)
+        made.append((path, tuple(names)))
+    return tree.from_named(made)
+
+
+def as_copies(tables: tree.Tree) -> dict[str, Any]:
+    """The same leaves as what products are computed with, to be joined with those they are of."""
+    return tree.from_named(
+        [((*path[:-2], COPIES, path[-1]), leaf) for path, leaf in tree.named_leaves(tables)]
+    )
+
+
+def _layers(
+    banks: tree.Tree, axes: tree.Tree, space: FeatureSpace, name: str
+) -> Iterator[tuple[tree.Path, list[tuple[Any, Axes]]]]:
+    """(path of a table called `name`, by type (leaf, axes) of the bank that goes into it)."""
+    names = dict(tree.named_leaves(axes))
+    leaves = dict(tree.named_leaves(banks))
+    for path in leaves:
+        if path[-2] == space.types[0].name:
+            of = [(*path[:-2], t.name, path[-1]) for t in space.types]
+            yield (*path[:-2], name, path[-1]), [(leaves[p], names[p]) for p in of]
+
+
+def _merged(bank: Array, at: int, rank: int) -> Array:
+    """[…, features, …, rank, …] -> […, features × rank, …, …]."""
+    moved = jnp.moveaxis(bank, rank, at + 1)
+    return moved.reshape(*moved.shape[:at], -1, *moved.shape[at + 2 :])

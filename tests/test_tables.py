@@ -1,0 +1,187 @@
+"""A step with tables against one whose layers get the banks."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_runs import make_base_run, write_words
+
+from flix_jax.adapters import tables, tree
+from flix_jax.adapters.features import FeatureSpace, FeatureType
+from flix_jax.adapters.fusion import Fusion
+from flix_jax.adapters.injection import AdapterSpec
+from flix_jax.adapters.modules import ALL, ROWS
+from flix_jax.experiments import training
+from flix_jax.experiments.job import Job
+from flix_jax.training.axis_rules import AxisRules
+from flix_jax.training.optimizers import Optimizer, Schedule
+from flix_jax.training.partitioning import MeshSpec
+
+TYPES = (
+    FeatureType("task", rank=2, dropout=0.3),
+    FeatureType("language", ("x", "y", "w"), rank=4, ranks={"y": 1}),
+    FeatureType("shared", ("shared",), rank=1),
+)
+# The words of `tiny_runs` know two tasks and three languages; two tasks divide over fsdp.
+MESHES = [
+    MeshSpec(data=1),
+    MeshSpec(data=8),
+    MeshSpec(
+        data=2,
+        fsdp=2,
+        model=2,
+        rules=AxisRules(
+            parameters=(("embed", None),),
+            adapters=(("features", "fsdp"), ("embed", ("fsdp", "data")), ("mlp", "model")),
+        ),
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    base = make_base_run(write_words(tmp_path_factory.mktemp("data")))
+    return dataclasses.replace(
+        base,
+        adapters=AdapterSpec(FeatureSpace(TYPES), alpha=3.0, dropout=0.1),
+        optimizer=Optimizer("sgd", Schedule(learning_rate=0.3)),
+    )
+
+
+def one_step(run, folder):
+    """(metrics, trained parameters) of a step from banks that are zero nowhere."""
+    job = Job(run, folder, mesh=run.mesh.make(jax.devices()[: 1 if run.mesh.data == 1 else 8]))
+    optimizer = job.optimizer()
+    template = job.parameters.state_template(optimizer)
+    trained, frozen = job.initial_parameters(None)
+    leaves, structure = jax.tree.flatten(trained)
+    rng = np.random.default_rng(0)
+    made = [jax.device_put(rng.normal(size=x.shape) * 0.1, x.sharding) for x in leaves]
+    made = [x.astype(leaf.dtype) for x, leaf in zip(made, leaves, strict=True)]
+    state = job.parameters.create_state(jax.tree.unflatten(structure, made), optimizer)
+    step = training.step_program(job, optimizer, template)
+    with job.batches(job.pipeline(), 0, None) as batches:
+        batch = dict(next(batches))
+    ids = np.array(batch["feature_ids"])
+    ids[0, 0] = -1  # an absent feature
+    batch["feature_ids"] = jax.device_put(ids, batch["feature_ids"].sharding)
+    state, metrics = step(state, frozen, batch, run.seed)
+    return jax.device_get(metrics), jax.device_get(state.trained)
+
+
+@pytest.fixture(scope="module")
+def expected(run, tmp_path_factory):
+    """Whether layers are scanned -> what a step with banks gives, on one device."""
+
+    @functools.cache
+    def step(scanned):
+        banks = dataclasses.replace(with_layers(run, scanned), tables="banks", mesh=MESHES[0])
+        return one_step(banks, tmp_path_factory.mktemp("banks"))
+
+    return step
+
+
+def with_layers(run, scanned):
+    return dataclasses.replace(
+        run, model=dataclasses.replace(run.model, scan_layers=scanned, remat="minimal")
+    )
+
+
+def check(run, kind, mesh, scanned, microbatches, expected, folder):
+    changed = dataclasses.replace(
+        with_layers(run, scanned), tables=kind, mesh=MESHES[mesh], microbatches=microbatches
+    )
+    metrics, trained = one_step(changed, folder)
+    wanted, parameters = expected(scanned)
+    for name, value in wanted.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-5, err_msg=name)
+    for (path, one), (_, other) in zip(
+        tree.named_leaves(trained), tree.named_leaves(parameters), strict=True
+    ):
+        np.testing.assert_allclose(one, other, atol=1e-6, err_msg="/".join(path))
+
+
+@pytest.mark.parametrize("kind", tables.KINDS)
+def test_a_step_is_that_of_banks(run, kind, expected, tmp_path):
+    check(run, kind, 0, True, 2, expected, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", tables.KINDS)
+@pytest.mark.parametrize(("mesh", "scanned"), [(0, False), (1, True), (2, True)])
+def test_a_step_on_a_mesh_is_that_of_banks(run, kind, mesh, scanned, expected, tmp_path):
+    check(run, kind, mesh, scanned, 1, expected, tmp_path)
+
+
+@pytest.mark.slow
+def test_in_bfloat16_gradients_are_those_of_float32_tables(run, tmp_path):
+    """Products are rounded, sums over the batch are not: as close to float32 as with banks."""
+    exact = one_step(with_layers(run, True), tmp_path)[1]
+    start = dataclasses.replace(run, optimizer=Optimizer("sgd", Schedule(learning_rate=1e-9)))
+    before = one_step(with_layers(start, True), tmp_path / "start")[1]
+    errors = {}
+    for kind in ("banks", *tables.KINDS):
+        model = dataclasses.replace(run.model, dtype="bfloat16", scan_layers=True)
+        changed = dataclasses.replace(run, model=model, tables=kind)
+        found = one_step(changed, tmp_path / kind)[1]
+        assert {x.dtype for x in jax.tree.leaves(found)} == {np.dtype(np.float32)}
+        updates = [
+            (one - start, other - start)
+            for one, other, start in zip(
+                *(jax.tree.leaves(x) for x in (found, exact, before)), strict=True
+            )
+        ]
+        away = sum(float(np.sum((one - other) ** 2)) for one, other in updates)
+        errors[kind] = (away / sum(float(np.sum(other**2)) for _, other in updates)) ** 0.5
+    assert errors["banks"] > 1e-4  # it is rounded at all
+    for kind in tables.KINDS:
+        assert errors[kind] < 1.2 * errors["banks"], errors
+
+
+def test_shapes_and_names():
+    space = FeatureSpace((FeatureType("t", ("a", "b", "c"), rank=2, slots=2), TYPES[1]))
+    bank = {
+        "t": {"a": np.arange(3 * 5 * 2.0).reshape(3, 5, 2), "b": np.ones((3, 2, 7))},
+        "language": {"a": np.ones((3, 5, 4)), "b": np.ones((3, 4, 7))},
+    }
+    axes = {
+        name: {"a": ("features", "embed", "rank"), "b": ("features", "rank", "mlp")}
+        for name in bank
+    }
+    banks = {"wi": {"flix": jax.tree.map(jnp.asarray, bank)}}
+    axes = {"wi": {"flix": axes}}
+    every = tables.of_all(banks, axes, space)["wi"]["flix"][ALL]
+    assert every["a"].shape == (3 * 2 + 3 * 4, 5) and every["b"].shape == (18, 7)
+    # Value by value, and of each its columns.
+    np.testing.assert_array_equal(every["a"][2:4], bank["t"]["a"][1].T)
+    rows = tables.of_rows(banks, axes, space, jnp.array([[2, -1, 0], [1, 0, 2]]))
+    rows = rows["wi"]["flix"][ROWS]
+    assert rows["a"].shape == (2, 2 * 2 + 4, 5) and rows["b"].shape == (2, 8, 7)
+    np.testing.assert_array_equal(rows["a"][0, :2], bank["t"]["a"][2].T)
+    assert tables.logical_axes(axes, space, ROWS)["wi"]["flix"][ROWS] == {
+        "a": ("examples", "own_columns", "embed"),
+        "b": ("examples", "own_columns", "mlp"),
+    }
+    assert tables.logical_axes(axes, space, ALL)["wi"]["flix"][ALL]["b"] == ("columns", "mlp")
+
+
+def test_the_choice():
+    many = FeatureSpace((FeatureType("f", tuple(map(str, range(30))), rank=4),))
+    one = FeatureSpace((FeatureType("f", ("shared",), rank=8),))
+    assert tables.choose(many, 1, "cpu") is None
+    assert tables.choose(many, 1, "tpu") == ROWS
+    assert tables.choose(many, 32, "tpu") == ALL
+    assert tables.choose(one, 1, "tpu") == ALL
+
+
+def test_refusals(run):
+    with pytest.raises(ValueError, match=r"Run.tables = 'row': .*'rows'"):
+        dataclasses.replace(run, tables="row")
+    with pytest.raises(ValueError, match="'rows' has no effect without Run.adapters"):
+        dataclasses.replace(run, adapters=None, tables="rows")
+    fused = dataclasses.replace(run.adapters, fusion=Fusion("add"))
+    with pytest.raises(ValueError, match="'all' has no effect where layers are fused"):
+        dataclasses.replace(run, adapters=fused, tables="all")
