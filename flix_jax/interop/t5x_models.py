@@ -39,11 +39,19 @@ class FlixModel(models.EncoderDecoderModel):
       module: T5X's network.
       adapters: what is injected; its features' values must be stated.
       options: all else that T5X's model takes: vocabularies, `optimizer_def`, losses, `decode_fn`.
+
+    Raises:
+      ValueError: the adapters have a fusion.
     """
 
     def __init__(self, module: Any, adapters: AdapterSpec, **options: Any) -> None:
         for feature_type in adapters.space.types:
             _ = feature_type.known_values  # T5X has no data yet to take them from
+        if adapters.fusion is not None:
+            raise ValueError(
+                "AdapterSpec.fusion: under T5X's own trainer adapters read no source, expected "
+                "None; EncoderDecoder takes T5X's networks as well"
+            )
         self._adapters = adapters
         converter = functools.partial(converter_for, adapters.space.num_slots)
         super().__init__(module=module, feature_converter_cls=converter, **options)
