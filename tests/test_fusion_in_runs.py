@@ -26,8 +26,10 @@ from flix_jax.experiments import (
 from flix_jax.experiments.job import Job
 from flix_jax.interop import flix_adapters, network
 from flix_jax.interop.leaves import Leaf
+from flix_jax.tasks.source_text import SourceText
 
 SOURCES = 5
+SOURCE_TEXT = SourceText({"up": "{input}", "back": "{input}"}, length=SOURCES)
 FUSED = 4  # queries and values of two layers of the encoder
 
 
@@ -37,24 +39,18 @@ def run(tmp_path_factory):
     space = FeatureSpace((FeatureType("task", rank=2), FeatureType("language", rank=3)))
     spec = AdapterSpec(space, fusion=Fusion("cross_attention"))
     model = dataclasses.replace(base.model, scan_layers=False, num_encoder_layers=2)
-    return dataclasses.replace(base, model=model, adapters=spec)
+    return dataclasses.replace(base, model=model, adapters=spec, source_text=SOURCE_TEXT)
 
 
 def with_fusion(run, fusion):
-    return dataclasses.replace(run, adapters=dataclasses.replace(run.adapters, fusion=fusion))
-
-
-class SourcedJob(Job):
-    """A job whose batches have sources."""
-
-    def batch_shapes(self, batch_size):
-        sources = {"source_input_tokens": (batch_size, SOURCES)}
-        return super().batch_shapes(batch_size) | sources
+    adapters = dataclasses.replace(run.adapters, fusion=fusion)
+    source_text = None if fusion is None else SOURCE_TEXT
+    return dataclasses.replace(run, adapters=adapters, source_text=source_text)
 
 
 @pytest.fixture(scope="module")
 def job(run, tmp_path_factory):
-    return SourcedJob(run, tmp_path_factory.mktemp("run"))
+    return Job(run, tmp_path_factory.mktemp("run"))
 
 
 def test_counts_tables_and_reports_know_the_matrices_of_an_attention(job):
@@ -62,7 +58,7 @@ def test_counts_tables_and_reports_know_the_matrices_of_an_attention(job):
     total = sum(sum(of.values()) for of in counts.values())
     assert total == tree.count_parameters(job.parameters.templates[0])
     own = {"task": 2, "language": 3}
-    plain = SourcedJob(with_fusion(job.run, None), job.run_dir / "plain")
+    plain = Job(with_fusion(job.run, None), job.run_dir / "plain")
     without = tree.adapter_counts(plain.parameters.templates[0], plain.space)
     for name, of in counts.items():
         for value, count in of.items():
@@ -183,6 +179,7 @@ def test_functions_are_an_axis_of_a_sweep_each_with_a_program(run):
 def test_gin_names_a_fusion(tmp_path, monkeypatch):
     monkeypatch.chdir(write_gin(tmp_path))
     bindings = ["DATA_DIR='data'", "AdapterSpec.fusion=@Fusion()", "Fusion.function='mul'"]
+    bindings += ["Run.source_text=@SourceText()", "base/Run.source_text=None"]
     spec = configuration.load(["run.gin"], bindings).build("Run").adapters
     assert spec.fusion == Fusion("mul")
     with pytest.raises(ValueError, match="Fusion.function = 'mull'.*did you mean 'mul'"):
@@ -191,8 +188,8 @@ def test_gin_names_a_fusion(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("function", ["add", "cross_attention", "cross_attention_from_target"])
 def test_flops_count_the_source_pass_and_what_reads_it(run, tmp_path, function):
-    def forward(run, kind):
-        job = kind(run, tmp_path)
+    def forward(run):
+        job = Job(run, tmp_path)
         trained, frozen = job.parameters.templates
         shapes = job.batch_shapes(run.batch_size)
         batch = {name: jnp.ones(shape, jnp.int32) for name, shape in shapes.items()}
@@ -200,8 +197,8 @@ def test_flops_count_the_source_pass_and_what_reads_it(run, tmp_path, function):
         loss = jax.make_jaxpr(lambda params: job.model.loss(params, batch)[0])(params)
         return job, products(loss.jaxpr)
 
-    plain, plain_forward = forward(with_fusion(run, None), Job)
-    sourced, sourced_forward = forward(with_fusion(run, Fusion(function)), SourcedJob)
+    plain, plain_forward = forward(with_fusion(run, None))
+    sourced, sourced_forward = forward(with_fusion(run, Fusion(function)))
     # What is fused reads the source by A once more, with a gradient of A; the attention is as of
     # an adapter, three times; the pass itself is forward alone.
     config, rows = run.model, run.batch_size
