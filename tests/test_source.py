@@ -6,6 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -19,6 +20,7 @@ from flix_jax.models import int8
 from flix_jax.models.config import T5Config
 from flix_jax.models.encoder_decoder import EncoderDecoder, Layout
 from flix_jax.models.t5 import Transformer
+from flix_jax.training.step import TrainState, train_step
 
 ROWS, INPUTS, SOURCES, LENGTH = 8, 7, 5, 4
 SPACE = FeatureSpace(
@@ -323,6 +325,32 @@ def test_decoding_reads_the_source(looped, scan_layers):
     for search in (lambda *of: beams(*of)[0], jax.jit(draw), predict):
         differs = np.asarray(search(params, BATCH) != search(params, NO_SOURCE))
         assert differs.any() and not differs[[2, 5]].any()  # which have none anyway
+
+
+def test_members_of_an_ensemble_read_the_source_of_their_row():
+    """The mean of two logits that are the same is each of them."""
+    space = FeatureSpace((FeatureType("cell", ("a", "b", "c"), rank=2),))
+    alone = model_of("mul", space=space)
+    ensemble = dataclasses.replace(alone, members=2)
+    params, ids = params_of(alone), jnp.arange(ROWS)[:, None] % 3
+    predict = functools.partial(alone.predict, max_length=LENGTH)
+    expected = jax.jit(predict)(params, BATCH | {"feature_ids": ids})
+    twice = jax.jit(functools.partial(ensemble.predict, max_length=LENGTH))
+    found = twice(params, BATCH | {"feature_ids": jnp.repeat(ids, 2, axis=1)})
+    np.testing.assert_array_equal(found, expected)
+    assert len(np.unique(expected)) > 3
+
+
+def test_microbatches_read_their_own_sources():
+    model = model_of("cross_attention", scan_layers=True)
+    base, adapters = split_adapters(params_of(model))
+    optimizer = optax.sgd(1.0)
+    after = []
+    for parts in (1, 2):
+        step = jax.jit(train_step(model.loss, optimizer, microbatches=parts))
+        state, _ = step(TrainState.create(adapters, optimizer), base, BATCH, 0)
+        after.append(state.trained)
+    close(*after, 1e-5)
 
 
 @pytest.mark.parametrize("frozen", ["bfloat16", "int8"])
