@@ -20,7 +20,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -141,7 +141,13 @@ class Side:
             raise RuntimeError(f"{self.name}: loss is {loss}")
 
 
-def ratio(side: Side, other: Side) -> str:
+class Timed(Protocol):
+    """What has been run once in every round."""
+
+    times: list[float]
+
+
+def ratio(side: Timed, other: Timed) -> str:
     """Median of the ratios within each round, with the quartiles."""
     ratios = np.asarray(side.times) / np.asarray(other.times)
     low, middle, high = np.quantile(ratios, (0.25, 0.5, 0.75))

@@ -395,6 +395,20 @@ def test_files_of_this_machine_are_refused_for_workers_elsewhere(tmp_path, capfd
     assert "Run.source.data_dir = 'data/xtreme_up_v1.1'" in error and "bucket" in error
 
 
+def test_translations_of_this_machine_are_refused_for_workers_elsewhere():
+    given = ["configs/experiments/flare_real.gin", "configs/adapters/lora.gin"]
+    given.append("configs/adapters/flare.gin")
+    flags = ["DATA_DIR='gs://b/data'", "SourceText.files='{}mt/{{task}}/{{split}}/{{file}}.jsonl'"]
+
+    def run(folder):
+        files = [flags[0], flags[1].format(folder)]
+        return configuration.load(given, files).build("Run")
+
+    with pytest.raises(ValueError, match=r"Run.source_text.files = 'mt/\{task\}.*gs://"):
+        job.check_run(run(""), shared=False)
+    job.check_run(run("gs://b/"), shared=False)
+
+
 def test_help_shows_an_example_and_loads_nothing_heavy():
     code = """
 import sys

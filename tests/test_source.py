@@ -6,19 +6,21 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from flix_jax.adapters import source as source_lib
 from flix_jax.adapters.features import FeatureSpace, FeatureType
-from flix_jax.adapters.fusion import Fusion
+from flix_jax.adapters.fusion import Alignment, Fusion, Source
 from flix_jax.adapters.injection import LAYER_STATES, AdapterSpec
 from flix_jax.adapters.tree import join, split_adapters
 from flix_jax.models import int8
 from flix_jax.models.config import T5Config
 from flix_jax.models.encoder_decoder import EncoderDecoder, Layout
 from flix_jax.models.t5 import Transformer
+from flix_jax.training.step import TrainState, train_step
 
 ROWS, INPUTS, SOURCES, LENGTH = 8, 7, 5, 4
 SPACE = FeatureSpace(
@@ -88,6 +90,21 @@ def loss_and_gradient(model, params, batch=BATCH, rng=None):
     return loss, by_adapters, by_base
 
 
+def read(model, params, batch=BATCH):
+    """The source of a batch, its arrays computed in one program."""
+    found = {}
+
+    @jax.jit
+    def run(params, batch):
+        source = source_lib.read(model.module, model.adapters, params, batch)
+        alignment = source.alignment
+        found["same"] = source.same
+        return source.variables, (alignment.fused, alignment.index, alignment.mask)
+
+    variables, alignment = run(params, batch)
+    return Source(Alignment(*alignment), variables=variables, same=found["same"])
+
+
 def close(actual, expected, tolerance=1e-6):
     for mine, theirs in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(mine, theirs, rtol=tolerance, atol=tolerance)
@@ -103,7 +120,7 @@ def looped():
 def test_it_records_what_enters_each_fused_layer_once():
     model = model_of(targets="encoder")
     params = params_of(model)
-    source = source_lib.read(model.module, model.adapters, params, BATCH)
+    source = read(model, params)
     _, kept = model.module.apply(
         {"params": split_adapters(params)[0]},
         BATCH["source_input_tokens"],
@@ -119,7 +136,7 @@ def test_it_records_what_enters_each_fused_layer_once():
         (expected,) = kept["intermediates"]["encoder"][f"layers_{n}"]["pre_attention_layer_norm"][
             "__call__"
         ]
-        np.testing.assert_array_equal(recorded[LAYER.format(n, "query")], expected)
+        np.testing.assert_allclose(recorded[LAYER.format(n, "query")], expected, atol=1e-6)
         assert source.same[LAYER.format(n, "value")] == LAYER.format(n, "query")
 
 
@@ -173,17 +190,19 @@ def test_the_encoder_is_that_of_the_published_equation(offset):
 def test_no_gradient_reaches_the_base_through_the_source(looped):
     """Base parameters get what they get when the recorded states are constants."""
     model, params, _, _, by_base = looped
-    source = source_lib.read(model.module, model.adapters, params, BATCH)
+    source = read(model, params)
     constant = dataclasses.replace(source, variables=jax.device_get(source.variables))
     held = _Held(model.module, model.adapters, source=constant)
     _, _, expected = loss_and_gradient(held, params)
     close(by_base, expected)
 
-    def recorded(base):
-        found = source_lib.read(model.module, model.adapters, base, BATCH)
+    @jax.jit
+    @jax.grad
+    def gradient(params):
+        found = source_lib.read(model.module, model.adapters, params, BATCH)
         return sum(jnp.sum(x) for x in jax.tree.leaves(found.variables))
 
-    for leaf in jax.tree.leaves(jax.grad(recorded)(params)):
+    for leaf in jax.tree.leaves(gradient(params)):
         assert not np.any(leaf)
 
 
@@ -207,22 +226,17 @@ def test_zero_b_is_the_base_bit_for_bit(looped):
     np.testing.assert_array_equal(jax.jit(model.logits)(join(base, adapters), BATCH), plain)
 
 
-@pytest.mark.parametrize("function", ["add", "cross_attention_from_target"])
-def test_without_a_source_it_is_the_plain_adapter_bit_for_bit(function):
-    model = model_of(function)
+def test_without_a_source_it_is_the_plain_adapter_bit_for_bit():
+    model = model_of("add")
     params = params_of(model)
     plain = EncoderDecoder(model.module, dataclasses.replace(model.adapters, fusion=None))
-    kept = {p: x for p, x in flatten_dict(params).items() if "flix" not in p or p[-1] in "ab"}
-    own = unflatten_dict(kept)
     np.testing.assert_array_equal(
-        jax.jit(model.logits)(params, NO_SOURCE), jax.jit(plain.logits)(own, NO_SOURCE)
+        jax.jit(model.logits)(params, NO_SOURCE), jax.jit(plain.logits)(params, NO_SOURCE)
     )
     loss, by_adapters, _ = loss_and_gradient(model, params, NO_SOURCE)
-    expected, by_plain, _ = loss_and_gradient(plain, own, NO_SOURCE)
+    expected, by_plain, _ = loss_and_gradient(plain, params, NO_SOURCE)
     assert loss == expected
-    by_adapters = flatten_dict(by_adapters)
-    for path, gradient in flatten_dict(by_plain).items():
-        np.testing.assert_array_equal(by_adapters[path], gradient)
+    close(by_adapters, by_plain, 0)
 
 
 def test_a_row_does_not_depend_on_the_sources_of_others(looped):
@@ -313,6 +327,32 @@ def test_decoding_reads_the_source(looped, scan_layers):
         assert differs.any() and not differs[[2, 5]].any()  # which have none anyway
 
 
+def test_members_of_an_ensemble_read_the_source_of_their_row():
+    """The mean of two logits that are the same is each of them."""
+    space = FeatureSpace((FeatureType("cell", ("a", "b", "c"), rank=2),))
+    alone = model_of("mul", space=space)
+    ensemble = dataclasses.replace(alone, members=2)
+    params, ids = params_of(alone), jnp.arange(ROWS)[:, None] % 3
+    predict = functools.partial(alone.predict, max_length=LENGTH)
+    expected = jax.jit(predict)(params, BATCH | {"feature_ids": ids})
+    twice = jax.jit(functools.partial(ensemble.predict, max_length=LENGTH))
+    found = twice(params, BATCH | {"feature_ids": jnp.repeat(ids, 2, axis=1)})
+    np.testing.assert_array_equal(found, expected)
+    assert len(np.unique(expected)) > 3
+
+
+def test_microbatches_read_their_own_sources():
+    model = model_of("cross_attention", scan_layers=True)
+    base, adapters = split_adapters(params_of(model))
+    optimizer = optax.sgd(1.0)
+    after = []
+    for parts in (1, 2):
+        step = jax.jit(train_step(model.loss, optimizer, microbatches=parts))
+        state, _ = step(TrainState.create(adapters, optimizer), base, BATCH, 0)
+        after.append(state.trained)
+    close(*after, 1e-5)
+
+
 @pytest.mark.parametrize("frozen", ["bfloat16", "int8"])
 def test_the_source_is_read_by_a_base_of_few_bits(looped, frozen):
     model, params, *_ = looped
@@ -328,22 +368,19 @@ def test_the_source_is_read_by_a_base_of_few_bits(looped, frozen):
     )
 
 
-def test_the_source_pass_has_no_dropout_and_the_rest_of_the_step_has():
+def test_the_source_pass_has_no_dropout_and_the_rest_of_the_step_has(monkeypatch):
     model = model_of(dropout_rate=0.3)
-    params = params_of(model)
-    seen = []
-    whole = source_lib.read
+    params, whole, seen = params_of(model), source_lib.read, []
 
     def spied(*args):
         seen.append(whole(*args).variables)
         return whole(*args)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("flix_jax.models.encoder_decoder.read", spied)
-        first, _ = model.loss(params, BATCH, rng=jax.random.key(0))
-        second, _ = model.loss(params, BATCH, rng=jax.random.key(1))
+    monkeypatch.setattr("flix_jax.models.encoder_decoder.read", spied)
+    loss = jax.jit(lambda key: (model.loss(params, BATCH, rng=key)[0], seen[-1]))
+    (first, states), (second, others) = loss(jax.random.key(0)), loss(jax.random.key(1))
     assert first != second
-    close(seen[0], seen[1], 0)
+    close(states, others, 0)
 
 
 def test_input_dropout_is_drawn_for_the_source_too():
@@ -368,7 +405,7 @@ def test_nothing_of_the_source_pass_is_kept_for_the_backward_pass_but_the_record
 
         return sum(x.size for x in jax.tree.leaves(jax.eval_shape(pull, adapters, base, BATCH)))
 
-    source = source_lib.read(model.module, model.adapters, params, BATCH)
+    source = read(model, params)
     given = kept(_Held(model.module, model.adapters, source=source))
     states = sum(x.size for x in jax.tree.leaves(source.variables))
     assert given <= kept(model) <= given + states
@@ -418,6 +455,73 @@ def test_a_loop_of_another_origin_is_fused_and_a_scan_that_cannot_be_says_so():
         ValueError, match="blocks/wi: is fused, but a scan around it does not carry"
     ):
         model.init(jax.random.key(0), shapes)
+
+
+GIVEN_WIDTH = 5
+
+
+def given_states():
+    """States of another encoder; those of rows 2 and 5 are all masked."""
+    rng = np.random.default_rng(4)
+    mask = BATCH["source_input_tokens"] > 0
+    states = jnp.asarray(rng.normal(size=(ROWS, SOURCES, GIVEN_WIDTH)), jnp.float32)
+    plain = {name: x for name, x in BATCH.items() if name != "source_input_tokens"}
+    return plain | {"source_states": states, "source_mask": mask.astype(jnp.int32)}
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_given_states_are_projected_alike_for_all_layers(scan_layers):
+    """They are read as if every fused layer's recorded input were their projection."""
+    adapters = model_of("add").adapters
+    given = dataclasses.replace(adapters, fusion=Fusion("add", source_width=GIVEN_WIDTH))
+    config = dataclasses.replace(CONFIG, scan_layers=scan_layers, remat="minimal")
+    model, batch = EncoderDecoder(Transformer(config), given), given_states()
+    params = params_of(model)
+    assert params["flix"]["source_projection"].shape == (GIVEN_WIDTH, CONFIG.emb_dim)
+    loss, gradient, _ = loss_and_gradient(model, params, batch)
+
+    recorded = EncoderDecoder(model.module, adapters)
+    rest = {name: x for name, x in params.items() if name != "flix"}
+    source = read(recorded, rest)
+
+    def by_hand(projection, states):
+        projected = states @ projection
+        variables = jax.tree.map(lambda x: jnp.broadcast_to(projected, x.shape), source.variables)
+        held = dataclasses.replace(source, variables=variables)
+        return _Held(recorded.module, adapters, source=held).loss(rest, BATCH)
+
+    def mean(projection, states):
+        total, sums = by_hand(projection, states)
+        return total / sums["weight"]
+
+    projection = params["flix"]["source_projection"]
+    value, expected = jax.jit(jax.value_and_grad(mean))(projection, batch["source_states"])
+    np.testing.assert_allclose(loss, value, rtol=1e-6)
+    close(gradient["flix"]["source_projection"], expected)
+
+    base, own = split_adapters(params)
+    assert "flix" in own and "flix" not in base
+    by_states = jax.jit(jax.grad(lambda s: model.loss(params, batch | {"source_states": s})[0]))
+    assert not np.any(by_states(batch["source_states"]))
+    changed = batch["source_states"].at[5].set(9.0)
+    logits = jax.jit(model.logits)
+    np.testing.assert_array_equal(
+        logits(params, batch | {"source_states": changed}), logits(params, batch)
+    )
+
+
+def test_given_states_must_be_of_the_width_that_is_said():
+    given = AdapterSpec(SPACE, fusion=Fusion("add", source_width=GIVEN_WIDTH + 1))
+    model = EncoderDecoder(Transformer(CONFIG), given)
+    params = params_of(model)
+    with pytest.raises(ValueError, match=r"source_states has shape \(8, 5, 5\) .* \(8, 5, 6\)"):
+        model.logits(params, given_states())
+    with pytest.raises(ValueError, match="batch has no 'source_mask'"):
+        model.logits(params, BATCH)
+    several = Fusion("add", "encoder/.*/(query|wo)", source_width=3)
+    model = EncoderDecoder(Transformer(CONFIG), AdapterSpec(SPACE, fusion=several))
+    with pytest.raises(ValueError, match=r"Fusion.targets: read inputs of widths \[8, 12\]"):
+        model.init(jax.random.key(0), SHAPES)
 
 
 @pytest.mark.parametrize(

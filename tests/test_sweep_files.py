@@ -46,6 +46,8 @@ def test_a_question_is_put_to_any_experiment(name, experiment):
     more = []
     if name == "ensembles.gin":
         more = ["FLIX_RANK=2", "CELL_RANK=4", "FLIX_LEARNING_RATE=0.1", "CELL_LEARNING_RATE=0.1"]
+    if name == "flare.gin":
+        more = ["JOINED='{source} {input}'", "JOINED_LENGTH=1024"]
     if experiment == "xtreme_up":
         more += ["BASE='mt5_base/checkpoint_1000000'", "VOCABULARY='sentencepiece.model'"]
     files = [f"configs/experiments/{experiment}.gin", f"configs/sweeps/{name}"]
@@ -63,3 +65,40 @@ def test_one_task_of_babel_holds_out_the_cells_that_all_tasks_do(babel_dir):
     assert {cell.task for cell in one.cells} == {task}
     assert set(one.held_out) == {cell for cell in many.held_out if cell.task == task}
     assert set(one.train) == {cell for cell in many.train if cell.task == task}
+
+
+def test_flare_is_two_stages_and_its_trials_differ_in_what_they_read(babel_dir):
+    _, runs = trials(["configs/sweeps/babel_flare.gin"], [babel_dir, "SEEDS=(1,)"])
+    assert len({run.base.fingerprint() for run in runs}) == 1
+    english = runs[0].base
+    assert english.source_text is None and english.adapters.fusion is None
+    assert {cell.language for cell in english.split().train} == {"qpi"}
+    assert english.base.trains_everything and english.inputs_length == 32
+    for run in runs:
+        fused = run.adapters.fusion is not None
+        assert fused == (run.sources_length is not None)
+        joined = run.source_text is not None and not fused
+        assert run.inputs_length == (72 if joined else 32)
+    assert sum(run.adapters.fusion is not None for run in runs) == 7
+    assert sum(run.source_text is None for run in runs) == 3
+
+
+@pytest.mark.parametrize("kind", ["lora", "flix"])
+def test_flare_stands_behind_any_kind_of_adapter(kind, babel_dir):
+    files = [f"configs/adapters/{kind}.gin", "configs/adapters/flare.gin"]
+    flags = [babel_dir]
+    experiment = "configs/experiments/babel_flare.gin"
+    run = configuration.load([experiment, *files], flags).build("Run")
+    assert run.adapters.fusion.function == "add_relu" and run.sources_length == 32
+    real = configuration.load(
+        ["configs/experiments/flare_real.gin", *files], ["DATA_DIR='nowhere'"]
+    ).build("Run")
+    assert real.base.adapters is None and real.base.source_text is None
+
+
+def test_flare_on_real_data_builds():
+    _, runs = trials(["configs/sweeps/flare_real.gin"], ["DATA_DIR='nowhere'"])
+    assert len({run.fingerprint() for run in runs}) == len(runs) == 33
+    assert len({run.base.fingerprint() for run in runs}) == 1
+    groups = together.programs(runs, 16)
+    assert sorted(map(len, groups)) == [3] * 11  # the seeds of a method

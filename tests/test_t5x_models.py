@@ -15,6 +15,7 @@ import pytest
 
 from flix_jax.adapters import tree
 from flix_jax.adapters.features import FeatureSpace, FeatureType
+from flix_jax.adapters.fusion import Fusion
 from flix_jax.adapters.injection import AdapterSpec
 from flix_jax.interop import network, t5x_checkpoints
 from flix_jax.interop.leaves import Leaf
@@ -49,16 +50,15 @@ def batch():
     return {name: jnp.asarray(array, jnp.int32) for name, array in arrays.items()}
 
 
-@pytest.fixture(scope="module", params=["t5", "scalable_t5"])
-def case(request):
-    """(T5X's model with adapters, its variables with values drawn, the name of its network)."""
+def make(name, adapters):
+    """T5X's model with adapters, and its variables."""
     import seqio
     from t5x import adafactor
 
     from flix_jax.interop import t5x_models
 
-    module = importlib.import_module(f"t5x.examples.{request.param}.network")
-    more = {"scan_layers": True} if request.param == "scalable_t5" else {}
+    module = importlib.import_module(f"t5x.examples.{name}.network")
+    more = {"scan_layers": True} if name == "scalable_t5" else {}
     config = module.T5Config(
         vocab_size=64,
         emb_dim=16,
@@ -75,18 +75,27 @@ def case(request):
     vocabulary = seqio.PassThroughVocabulary(64, eos_id=1)
     model = t5x_models.FlixModel(
         module=module.Transformer(config),
-        adapters=AdapterSpec(SPACE, alpha=3.0),
+        adapters=adapters,
         input_vocabulary=vocabulary,
         output_vocabulary=vocabulary,
         optimizer_def=t5x_models.adapters_only(adafactor.Adafactor(0.1, factored=False)),
     )
     shapes = {name: array.shape for name, array in batch().items()}
-    variables = model.get_initial_variables(jax.random.key(0), shapes)
+    return model, model.get_initial_variables(jax.random.key(0), shapes)
+
+
+def drawn(variables):
     rng = np.random.default_rng(1)
-    params = jax.tree.map(
+    return jax.tree.map(
         lambda x: jnp.asarray(x + 0.2 * rng.normal(size=x.shape), x.dtype), variables["params"]
     )
-    return model, variables, params, request.param
+
+
+@pytest.fixture(scope="module", params=["t5", "scalable_t5"])
+def case(request):
+    """(T5X's model with adapters, its variables with values drawn, the name of its network)."""
+    model, variables = make(request.param, AdapterSpec(SPACE, alpha=3.0))
+    return model, variables, drawn(variables), request.param
 
 
 def test_every_parameter_has_logical_axes(case):
@@ -150,6 +159,51 @@ def test_every_hypothesis_has_the_features_of_its_row(case):
         )
         np.testing.assert_array_equal(alone[0], whole[row])
         np.testing.assert_allclose(scores["scores"][0], aux["scores"][row], rtol=1e-4)
+
+
+def with_sources():
+    rng = np.random.default_rng(2)
+    sources = rng.integers(3, 60, (ROWS, INPUTS))
+    sources[0, 3:] = 0
+    sources[2] = 0  # none
+    return batch() | {"source_input_tokens": jnp.asarray(sources, jnp.int32)}
+
+
+@pytest.mark.parametrize("function", ["add_relu", "cross_attention_from_target"])
+def test_sources_are_fused_as_in_the_network_here(function):
+    spec = AdapterSpec(SPACE, alpha=3.0, fusion=Fusion(function))
+    model, variables = make("t5", spec)
+    params = drawn(variables)
+    base, adapters = tree.split_adapters(params)
+    leaves = {n: Leaf.of(x, n) for n, x in network.flat(base).items()}
+    config = network.config_of(leaves, "t5")
+    fitted = network.scanned_as(network.fit(leaves, config, "t5"), config)
+    here = network.nested({n: jnp.asarray(leaf.read()) for n, leaf in fitted.items()})
+    ours = EncoderDecoder(Transformer(config), spec)
+    expected = ours.logits(tree.join(here, adapters), with_sources())
+    found = model._compute_logits(params, with_sources())
+    largest = jnp.abs(expected).max()
+    np.testing.assert_allclose(found / largest, expected / largest, atol=1e-5)
+    none = with_sources() | {"source_input_tokens": jnp.zeros((ROWS, INPUTS), jnp.int32)}
+    moved = jnp.abs(model._compute_logits(params, none) - found).max(axis=(1, 2))
+    assert moved[2] == 0 and (moved[jnp.array([0, 1, 3])] > 1e-3 * largest).all()
+    tokens, _ = model.predict_batch_with_aux(params, with_sources(), num_decodes=1)
+    rows = [
+        model.predict_batch_with_aux(
+            params, {k: v[row : row + 1] for k, v in with_sources().items()}, num_decodes=1
+        )[0][0]
+        for row in range(ROWS)
+    ]
+    np.testing.assert_array_equal(tokens, rows)
+    greedy = ours.predict(tree.join(here, adapters), with_sources(), max_length=TARGETS)
+    np.testing.assert_array_equal(tokens, greedy)
+
+
+def test_a_scanned_network_of_t5x_says_that_it_reads_no_source():
+    spec = AdapterSpec(SPACE, fusion=Fusion("add"))
+    model, variables = make("scalable_t5", spec)
+    with pytest.raises(ValueError, match="a scan around it does not carry 'layer_states'"):
+        model._compute_logits(variables["params"], with_sources())
 
 
 def test_packing_is_refused():

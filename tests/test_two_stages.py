@@ -99,7 +99,7 @@ def test_a_run_on_two_stages_is_started_again_and_evaluated(stages, trained):
     job = training.train(longer, folder, bases_dir=bases_dir)
     assert inference.restore(job)[2] == 6
     board = inference.evaluate(longer, folder, bases_dir=bases_dir, say=lambda text: None)
-    assert set(board.cells()) if hasattr(board, "cells") else board
+    assert set(board.scores) == {"up/y", "back/y"}
     other = dataclasses.replace(target, base=dataclasses.replace(english, seed=5))
     with pytest.raises(ValueError, match="holds another run: base.seed is absent|base.seed is 0"):
         Job(other, folder, bases_dir=bases_dir)

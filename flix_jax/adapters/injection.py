@@ -48,6 +48,8 @@ DENSE_OUTPUT = "dense_output"
 
 #: The collection of variables that holds what a layer is given, or recorded, from outside.
 LAYER_STATES = "layer_states"
+#: Beside CHILD at the top of the parameters: the matrix of source states that are given.
+PROJECTION = "source_projection"
 #: In a fused layer's part of it: its input when the network read the source.
 SOURCE_INPUT = "source_input"
 
@@ -204,9 +206,7 @@ def _source_of(path: str, module: nn.Module, source: Source | None, states: dict
         )
     if recorded == path:
         found: Any = module.get_variable(LAYER_STATES, SOURCE_INPUT)
-        if (
-            found is None
-        ):  # whoever applies the model has not given it; layers of a loop have theirs
+        if found is None:  # not given by whoever applies the model; layers of a loop have theirs
             found = source.variables[LAYER_STATES]
             for name in (*path.split("/"), SOURCE_INPUT):
                 found = found[name]

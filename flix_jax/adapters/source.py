@@ -26,17 +26,20 @@ from jaxtyping import Array
 
 from flix_jax.adapters.fusion import Source, align
 from flix_jax.adapters.injection import (
+    CHILD,
     LAYER_STATES,
+    PROJECTION,
     SOURCE_INPUT,
     AdapterSpec,
     dense_call,
     layer_input,
 )
-from flix_jax.adapters.tree import split_adapters
+from flix_jax.adapters.tree import named_leaves, split_adapters
 
 SOURCE_TOKENS, SOURCE_SEGMENTS = "source_input_tokens", "source_segment_ids"
+SOURCE_STATES, SOURCE_MASK = "source_states", "source_mask"
 #: The entries of a batch that a source consists of.
-SOURCE_INPUTS = (SOURCE_TOKENS, SOURCE_SEGMENTS)
+SOURCE_INPUTS = (SOURCE_TOKENS, SOURCE_SEGMENTS, SOURCE_STATES, SOURCE_MASK)
 
 _NUMBER = re.compile(r"(.*_)(\d+)")
 
@@ -161,58 +164,105 @@ def read(
     Args:
       module: with T5X's method `encode(encoder_input_tokens, encoder_segment_ids, enable_dropout)`.
       spec: with a fusion.
-      params: of the network and its adapters, which are not used.
+      params: of the network and its adapters; of these only what projects given states is used.
       batch: `encoder_input_tokens` int32 [batch, length] and `source_input_tokens` int32 [batch,
         source_length], 0 is padding; of packed rows `encoder_segment_ids` and `source_segment_ids`.
+        Of a fusion with a `source_width`, instead of the source's tokens, `source_states` float
+        [batch, source_length, source_width] and `source_mask` [batch, source_length], not 0 where
+        there is a state: no pass is made.
       constrain: as for `record`.
 
     Raises:
       ValueError: an array is missing or of another shape; a layer's input cannot be recorded.
     """
-    assert spec.fusion is not None
-    tokens = _tokens(batch, SOURCE_TOKENS)
-    segments = {}
-    if batch.get("encoder_segment_ids") is not None:
-        segments = {"encoder_segment_ids": _tokens(batch, SOURCE_SEGMENTS)}
-        if segments["encoder_segment_ids"].shape != tokens.shape:
+    fusion = spec.fusion
+    assert fusion is not None
+    tokens = _integers(batch, SOURCE_TOKENS if fusion.source_width is None else SOURCE_MASK)
+    target_segments, segments = batch.get("encoder_segment_ids"), None
+    if target_segments is not None:
+        segments = _integers(batch, SOURCE_SEGMENTS)
+        if segments.shape != tokens.shape:
             raise ValueError(
-                f"{SOURCE_SEGMENTS} has shape {segments['encoder_segment_ids'].shape}: expected "
-                f"{tokens.shape}, as {SOURCE_TOKENS} has"
+                f"{SOURCE_SEGMENTS} has shape {segments.shape}: expected {tokens.shape}, the shape "
+                "of the source"
             )
+    target = batch["encoder_input_tokens"] > 0
+    alignment = align(fusion.function, target, tokens != 0, target_segments, segments)
+    if fusion.source_width is not None:
+        states = _states(batch, (*tokens.shape, fusion.source_width))
+        projection = params[CHILD][PROJECTION].astype(states.dtype)
+        return Source(alignment, states=constrain(jax.lax.stop_gradient(states) @ projection))
     base = jax.tree.map(jax.lax.stop_gradient, split_adapters(params)[0])
     with record(spec, constrain) as same:
         encoded, variables = module.apply(
             {"params": base},
             tokens,
-            **segments,
+            **({} if segments is None else {"encoder_segment_ids": segments}),
             enable_dropout=False,
             mutable=[LAYER_STATES],
             method="encode",
         )
-    alignment = align(
-        spec.fusion.function,
-        batch["encoder_input_tokens"] > 0,
-        tokens > 0,
-        batch.get("encoder_segment_ids"),
-        segments.get("encoder_segment_ids"),
-    )
-    given = of_layers(variables, encoded, same, spec.fusion.layer_offset)
+    given = of_layers(variables, encoded, same, fusion.layer_offset)
     return Source(alignment, variables=given, same=same)
 
 
-def _tokens(batch: Mapping[str, Any], name: str) -> Any:
-    """An array of integers [batch, source_length] of the batch."""
+def projection(spec: AdapterSpec, params: Mapping[str, Any], rng: Array) -> dict[str, Any]:
+    """The parameter beside an adapted network's that brings given states to the layers' width.
+
+    Args:
+      spec: with a fusion.
+      params: of network and adapters, which say that width.
+      rng: the key of its initial values, N(0, 1 / source_width).
+
+    Returns:
+      {CHILD: {PROJECTION: [source_width, width]}}; {} where no states are given.
+
+    Raises:
+      ValueError: the fused layers' inputs have several widths.
+    """
+    if spec.fusion is None or spec.fusion.source_width is None:
+        return {}
+    widths = {
+        leaf.shape[-2]
+        for path, leaf in named_leaves(split_adapters(params)[1])
+        if path[-1] == "a" and spec.fuses("/".join(path[:-3]))
+    }
+    if len(widths) != 1:
+        raise ValueError(
+            f"Fusion.targets: read inputs of widths {sorted(widths)}, expected one, to which "
+            "Fusion.source_width is projected"
+        )
+    given = spec.fusion.source_width
+    return {CHILD: {PROJECTION: jax.random.normal(rng, (given, *widths)) * given**-0.5}}
+
+
+def _entry(batch: Mapping[str, Any], name: str) -> Any:
     if name not in batch:
         raise ValueError(
             f"batch has no {name!r}, which adapters with a fusion need; it has "
             + ", ".join(sorted(batch))
         )
-    array, rows = batch[name], batch["encoder_input_tokens"].shape[0]
+    return batch[name]
+
+
+def _states(batch: Mapping[str, Any], shape: tuple[int, ...]) -> Array:
+    states = jnp.asarray(_entry(batch, SOURCE_STATES))
+    if states.shape != shape or not jnp.issubdtype(states.dtype, jnp.floating):
+        raise ValueError(
+            f"{SOURCE_STATES} has shape {states.shape} and dtype {states.dtype}: expected {shape}, "
+            f"as {SOURCE_MASK} and Fusion.source_width say, and floating point"
+        )
+    return states
+
+
+def _integers(batch: Mapping[str, Any], name: str) -> Any:
+    """An array of integers [batch, source_length] of the batch."""
+    array, rows = _entry(batch, name), batch["encoder_input_tokens"].shape[0]
     if array.ndim != 2 or array.shape[0] != rows or not array.shape[1]:
         raise ValueError(
             f"{name} has shape {array.shape}: expected [{rows}, source length], a row for each of "
             "encoder_input_tokens"
         )
-    if not jnp.issubdtype(array.dtype, jnp.integer):
+    if not (jnp.issubdtype(array.dtype, jnp.integer) or array.dtype == bool):
         raise ValueError(f"{name} has dtype {array.dtype}, expected integers")
     return array

@@ -8,7 +8,7 @@ import numpy as np
 
 from flix_jax.adapters.features import FeatureSpace
 from flix_jax.adapters.suggest import did_you_mean
-from flix_jax.adapters.tree import from_named, named_leaves
+from flix_jax.adapters.tree import from_named, is_shared, named_leaves
 
 Tree = Mapping[str, Any]
 
@@ -59,10 +59,13 @@ def mask(
     Args:
       adapters: arrays or shapes.
       space: their features.
-      chosen: what `matching` gives; True for these.
+      chosen: what `matching` gives; True for these. What belongs to no feature stays what it is.
     """
     leaves = []
     for path, leaf in named_leaves(adapters):
+        if is_shared(path):
+            leaves.append((path, np.zeros([1] * len(leaf.shape), bool)))
+            continue
         of = space.type(path[-2])
         rows = np.array([value in chosen[of.name] for value in of.known_values])
         leaves.append((path, rows.reshape(-1, *[1] * (len(leaf.shape) - 1))))

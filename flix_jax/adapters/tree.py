@@ -116,17 +116,23 @@ def count_parameters(tree: Any) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
+def is_shared(path: Path) -> bool:
+    """Whether a parameter of the adapters is none of a layer's and of no feature: PROJECTION."""
+    return path[0] == CHILD
+
+
 def adapter_counts(adapters: Tree, space: FeatureSpace) -> dict[str, dict[str, int]]:
     """How many parameters each feature owns: type -> value -> count.
 
-    The columns beyond the rank of a value are not counted: they are zero and stay so.
+    The columns beyond the rank of a value are not counted: they are zero and stay so. What belongs
+    to no feature is not, either.
 
     Raises:
       ValueError: when a bank is not of a type of `space`, or has not its values and rank.
     """
     counts = {t.name: dict.fromkeys(t.known_values, 0) for t in space.types}
     for path, leaf in named_leaves(adapters):
-        if CHILD not in path:
+        if CHILD not in path or is_shared(path):
             continue
         t = space.type(path[-2])
         shape = _unbox(leaf).shape
@@ -146,7 +152,7 @@ def _dense_banks(adapters: Tree) -> dict[Path, dict[str, dict[str, Any]]]:
     """Path of every adapted dense layer -> type -> {'a': …, 'b': …}."""
     banks: dict[Path, dict[str, dict[str, Any]]] = {}
     for path, leaf in named_leaves(adapters):
-        if CHILD in path:
+        if CHILD in path and not is_shared(path):
             at = path.index(CHILD)
             banks.setdefault(path[:at], {}).setdefault(path[at + 1], {})[path[-1]] = _unbox(leaf)
     return banks
@@ -307,8 +313,11 @@ def adapter_logical_axes(
       ValueError: when an adapter's layer has no kernel in `base_axes`.
     """
     kernels = {p[:-1]: leaf for p, leaf in named_leaves(base_axes) if p[-1] == "kernel"}
-    named = []
+    named: list[tuple[Path, tuple[str | None, ...]]] = []
     for path, leaf in named_leaves(adapters):
+        if is_shared(path):
+            named.append((path, (None, "embed")))
+            continue
         dense = path[: path.index(CHILD)]
         if dense not in kernels:
             raise ValueError(

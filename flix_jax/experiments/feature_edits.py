@@ -103,6 +103,10 @@ def _check_fusion(adapters: Adapters, kind: str = ZEROS) -> None:
             f"adapters with the fusion {fusion.function!r} have matrices of their own for every "
             "value, which edits do not know"
         )
+    if fusion is not None and fusion.source_width is not None:
+        raise ValueError(
+            "adapters that are given source states share a matrix, expected none edited"
+        )
     if fusion is not None and kind not in (ZEROS, COPY):
         raise ValueError(
             f"init {kind!r}: an update with the fusion {fusion.function!r} is no product of two "

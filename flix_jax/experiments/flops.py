@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 
 from flix_jax.adapters import tree
+from flix_jax.adapters.fusion import FROM_TARGET, MATRICES
+from flix_jax.adapters.source import SOURCE_TOKENS
 from flix_jax.experiments.job import Job
 
 
@@ -13,11 +15,14 @@ def model_flops(job: Job) -> float:
 
     The products with kernels and within attention, forward and for the gradients with respect to
     activations, and for those with respect to what is trained; of adapters the columns of an
-    example's own features. What rematerialisation does again is not counted.
+    example's own features; of a source that they read the forward pass of the whole encoder. What
+    rematerialisation does again is not counted.
     """
     run, config = job.run, job.run.model
     inputs = run.batch_size * run.inputs_length
     targets = run.batch_size * run.targets_length
+    source_length = _source_length(job)
+    sources = run.batch_size * source_length
     times = 3 if run.trains_everything else 2
     total = 0.0
 
@@ -29,16 +34,53 @@ def model_flops(job: Job) -> float:
     for path, leaf in tree.named_leaves(job.parameters.base_template):
         if path[-1] == "kernel":
             total += times * 2.0 * tokens(*path[:-1]) * math.prod(leaf.shape)
+            if path[0] == "encoder":
+                total += 2.0 * sources * math.prod(leaf.shape)
     adapters = job.parameters.templates[0] if job.space is not None else {}
     for path, leaf in tree.named_leaves(adapters):
-        assert job.space is not None
-        of = job.space.type(path[-2])
-        per_column = math.prod(leaf.shape) / (of.num_values * of.max_rank)
-        total += 3 * 2.0 * tokens(*path[:-3]) * per_column * of.slots * of.max_rank
+        if tree.is_shared(path):  # forward, and its own gradient
+            total += 2 * 2.0 * sources * math.prod(leaf.shape)
+            continue
+        total += _adapter_flops(job, path, math.prod(leaf.shape), tokens(*path[:-3]))
     if config.logits_via_embedding:
         total += times * 2.0 * targets * config.emb_dim * config.vocab_size
     width = config.num_heads * config.head_dim
     attended = config.num_encoder_layers * run.inputs_length**2 + config.num_decoder_layers * (
         run.targets_length**2 + run.targets_length * run.inputs_length
     )
+    total += 4.0 * run.batch_size * width * config.num_encoder_layers * source_length**2
     return total + 3 * 4.0 * run.batch_size * width * attended
+
+
+def _source_length(job: Job) -> int:
+    """Of the source texts that adapters read; 0 where they read none."""
+    spec = job.model.adapters
+    if spec is None or spec.fusion is None:
+        return 0
+    return job.batch_shapes(1).get(SOURCE_TOKENS, (1, 0))[1]
+
+
+def _adapter_flops(job: Job, path: tuple[str, ...], size: int, tokens: int) -> float:
+    """Those of the products with one leaf of the adapters, of `size` elements."""
+    spec = job.model.adapters
+    assert job.space is not None and spec is not None
+    of = job.space.type(path[-2])
+    rows = job.run.batch_size
+    sources = rows * _source_length(job)
+    columns = of.slots * of.max_rank
+    fused = sources > 0 and spec.fuses("/".join(path[:-3]))
+    per_column = size / (of.num_values * of.max_rank)  # of all layers of a stack
+    if path[-1] in MATRICES:
+        assert spec.fusion is not None
+        from_target = spec.fusion.function == FROM_TARGET
+        others = sources if from_target else tokens
+        own = tokens if path[-1] == "query" else others
+        total = 3 * 2.0 * own * per_column * columns
+        if path[-1] != "query":  # its product with the queries, or with the weights
+            layers = per_column / of.max_rank
+            total += 3 * 2.0 * tokens * others / rows * columns * layers
+        return total
+    total = 3 * 2.0 * tokens * per_column * columns
+    if fused and path[-1] == "a":  # no gradient is taken of the source
+        total += 2 * 2.0 * sources * per_column * columns
+    return total

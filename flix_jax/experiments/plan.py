@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from flix_jax.adapters import tree
+from flix_jax.adapters.source import SOURCE_INPUTS
 from flix_jax.experiments import compiled as reading
 from flix_jax.experiments.flops import model_flops
 from flix_jax.experiments.job import Job
@@ -208,7 +209,7 @@ def _train(job: Job) -> Program:
 
 def _decode(job: Job) -> Program:
     run, trained = job.run, job.parameters.trained_in_use
-    wanted = ("encoder_input_tokens", "feature_ids")
+    wanted = ("encoder_input_tokens", "feature_ids", *SOURCE_INPUTS)
     batch = _batch(job, run.evaluation.batch_size)
     batch = {name: shape for name, shape in batch.items() if name in wanted}
     program = jax.jit(

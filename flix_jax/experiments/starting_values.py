@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from flix_jax.adapters import tree
 from flix_jax.adapters.features import FeatureSpace, FeatureType
 from flix_jax.adapters.suggest import did_you_mean
 from flix_jax.experiments.run import Run
@@ -69,7 +70,9 @@ class Start:
         found = dict(network.flat(trained))
         for name, array in found.items():
             type_name = name.split("/")[-2]
-            if type_name in self.taken:
+            if tree.is_shared(tuple(name.split("/"))):
+                found[name] = jax.device_put(self.adapters.banks[name].read(), array.sharding)
+            elif type_name in self.taken:
                 found[name] = self._filled(array, self.adapters.banks[name], type_name)
         return network.nested(found)
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from etils import epath
 
+from flix_jax.adapters import tree
 from flix_jax.adapters.features import FeatureSpace
 from flix_jax.adapters.fusion import Fusion
 from flix_jax.interop import huggingface, network
@@ -97,6 +98,8 @@ def read(folder: epath.PathLike) -> Adapters:
     space = FeatureSpace.from_json(json.dumps(record["space"]))
     banks = huggingface.weights(epath.Path(folder), STEM)
     for name, leaf in banks.items():
+        if tree.is_shared(tuple(name.split("/"))):
+            continue
         kind, side = name.split("/")[-2:]
         t = space.type(kind)
         stack = 1 if len(leaf.shape) == 4 else 0
@@ -126,7 +129,8 @@ def _fusion(fields: Mapping[str, Any] | None, path: epath.Path) -> Fusion | None
     for name in fields:
         if name not in known:
             raise ValueError(f"{path}: fusion has {name!r}, which Fusion has not")
+    targets = {"targets": tuple(fields["targets"])} if "targets" in fields else {}
     try:
-        return Fusion(**fields)
+        return Fusion(**{**fields, **targets})
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None

@@ -21,8 +21,11 @@ from t5x import decoding, models, optimizers
 
 from flix_jax.adapters import tree
 from flix_jax.adapters.activation import activate
+from flix_jax.adapters.fusion import Source
 from flix_jax.adapters.injection import CHILD, AdapterSpec, inject
-from flix_jax.data.cells import Mixture, Source
+from flix_jax.adapters.source import read
+from flix_jax.data import cells as cells_lib
+from flix_jax.data.cells import Mixture
 from flix_jax.data.converter import FEATURE_IDS, FlixFeatureConverter
 from flix_jax.data.vocabularies import Vocabulary
 
@@ -32,6 +35,9 @@ _registered: dict[str, tuple[Any, ...]] = {}  # what `mixture` made, by name
 
 class FlixModel(models.EncoderDecoderModel):
     """T5X's encoder-decoder model whose network has adapters; a batch has `feature_ids` too.
+
+    With a fusion it has `source_input_tokens`, which T5X's networks read where their layers are not
+    scanned.
 
     No gradient is taken of the base, and with `adapters_only` no optimizer state is kept of it.
 
@@ -45,7 +51,9 @@ class FlixModel(models.EncoderDecoderModel):
         for feature_type in adapters.space.types:
             _ = feature_type.known_values  # T5X has no data yet to take them from
         self._adapters = adapters
-        converter = functools.partial(converter_for, adapters.space.num_slots)
+        converter = functools.partial(
+            converter_for, adapters.space.num_slots, adapters.fusion is not None
+        )
         super().__init__(module=module, feature_converter_cls=converter, **options)
 
     def get_initial_variables(
@@ -84,9 +92,11 @@ class FlixModel(models.EncoderDecoderModel):
         feature_rng = None
         if dropout_rng is not None:
             feature_rng, dropout_rng = jax.random.split(dropout_rng)
-        with self._injected(batch[FEATURE_IDS], feature_rng):
+        source = self._source(params, batch)
+        others = {**(other_variables or {}), **({} if source is None else source.variables)}
+        with self._injected(batch[FEATURE_IDS], feature_rng, source):
             return super()._compute_logits(
-                _base_stopped(params), batch, dropout_rng, mutable, other_variables
+                _base_stopped(params), batch, dropout_rng, mutable, others or None
             )
 
     def predict_batch_with_aux(
@@ -120,9 +130,11 @@ class FlixModel(models.EncoderDecoderModel):
             "initial_index" in inspect.signature(self.decode_fn).parameters
             and "prefill" in inspect.signature(self.module.decode).parameters
         )
-        with self._injected(ids):
+        source = self._source(params, batch)
+        variables = {"params": params, **({} if source is None else source.variables)}
+        with self._injected(ids, source=source):
             encoded = self.module.apply(
-                {"params": params}, inputs, enable_dropout=False, method=self.module.encode
+                variables, inputs, enable_dropout=False, method=self.module.encode
             )
             cache, start = self._compute_kv_cache(
                 params,
@@ -153,10 +165,18 @@ class FlixModel(models.EncoderDecoderModel):
             return decodes, {"scores": scores}
         return decodes[:, -1, :], {"scores": scores[:, -1]}
 
+    def _source(self, params: Any, batch: Mapping[str, Array]) -> Source | None:
+        if self._adapters.fusion is None:
+            return None
+        return read(self.module, self._adapters, core.unfreeze(params), batch)
+
     @contextlib.contextmanager
-    def _injected(self, ids: Array, feature_rng: Array | None = None) -> Iterator[None]:
+    def _injected(
+        self, ids: Array, feature_rng: Array | None = None, source: Source | None = None
+    ) -> Iterator[None]:
         active = activate(self._adapters.space, ids, dropout_rng=feature_rng)
-        with inject(self._adapters, active, deterministic=feature_rng is None):
+        deterministic = feature_rng is None
+        with inject(self._adapters, active, deterministic=deterministic, source=source):
             yield
 
 
@@ -194,7 +214,7 @@ def converter_for(
 
 
 def mixture(
-    source: Source,
+    source: cells_lib.Source,
     vocabulary: Vocabulary,
     adapters: AdapterSpec,
     mixture: Mixture,

@@ -20,7 +20,7 @@ from flix_jax.adapters.activation import ActiveFeatures, FeatureSettings, activa
 from flix_jax.adapters.features import ABSENT
 from flix_jax.adapters.fusion import Source
 from flix_jax.adapters.injection import AdapterSpec, inject
-from flix_jax.adapters.source import SOURCE_INPUTS, read
+from flix_jax.adapters.source import SOURCE_INPUTS, SOURCE_STATES, projection, read
 from flix_jax.models import decoding, losses
 from flix_jax.models.dropout import EXAMPLE_NUMBERS, by_example
 
@@ -34,7 +34,7 @@ _PACKING = (
     "decoder_positions",
 )
 _OUTPUT = "decoder/logits_dense"
-_FLOAT_INPUTS = ("decoder_loss_weights", "feature_weights")
+_FLOAT_INPUTS = ("decoder_loss_weights", "feature_weights", SOURCE_STATES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +61,7 @@ class EncoderDecoder:
     dropout is drawn (default: its place); with adapters also `feature_ids` int32 [batch, slots] and
     optionally `feature_weights` of the same shape; with a fusion `source_input_tokens` int32
     [batch, source_length] (0 is padding, and a row of zeros has no source), in packed rows with
-    `source_segment_ids`.
+    `source_segment_ids`; or states of a source (see `adapters.source.read`).
 
     Attributes:
       module: the network.
@@ -130,14 +130,19 @@ class EncoderDecoder:
         apart = dataclasses.replace(self, layout=None)  # parameters' own axes have those names, too
         with apart._injected(self._active(batch, None), deterministic=True):
             variables = self.module.init({"params": rng}, **_inputs(batch), enable_dropout=False)
+        params = variables["params"]
         if self.adapters is not None and self.adapters.fusion is not None:
-            jax.eval_shape(apart._check_source, variables["params"], batch)
-        return variables["params"]
+            own = projection(self.adapters, params, jax.random.fold_in(rng, 1))
+            params = {**params, **own}
+            jax.eval_shape(apart._check_source, params, batch)
+        return params
 
     def _check_source(self, params: Params, batch: Batch) -> None:
-        """ValueError where the fused layers cannot read a source, whatever its tokens are."""
-        tokens = batch["encoder_input_tokens"]
-        batch = {**batch, **{name: tokens for name in SOURCE_INPUTS}}
+        """ValueError where the fused layers cannot read a source, whatever it is."""
+        assert self.adapters is not None and self.adapters.fusion is not None
+        tokens, width = batch["encoder_input_tokens"], self.adapters.fusion.source_width or 1
+        given = dict.fromkeys(SOURCE_INPUTS, tokens)
+        batch = {**batch, **given, SOURCE_STATES: jnp.zeros((*tokens.shape, width))}
         active, source = self._active(batch, None), self._source(params, batch)
         with self._injected(active, source, deterministic=True):
             self._apply(_variables(params, source), **_inputs(batch), enable_dropout=False)

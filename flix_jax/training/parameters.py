@@ -110,6 +110,7 @@ class Parameters:
         sizes = (
             (path, leaf.shape[names[path].index(FEATURES)])
             for path, leaf in tree.named_leaves(shapes)
+            if FEATURES in names[path]
         )
         return {"/".join(path): (size, parts) for path, size in sizes if size % parts}
 

@@ -172,6 +172,7 @@ def check_run(run: Run, *, shared: bool) -> None:
     """
     paths = {
         "source.data_dir": getattr(run.source, "data_dir", None),
+        "source_text.files": getattr(run.source_text, "files", None),
         "vocabulary.path": getattr(run.vocabulary, "path", None),
         "adapters_from": run.adapters_from,
     }
