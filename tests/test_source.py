@@ -10,16 +10,24 @@ import optax
 import pytest
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
+from tiny_runs import make_base_run, write_words
 
 from flix_jax.adapters import source as source_lib
+from flix_jax.adapters import trained_values
 from flix_jax.adapters.features import FeatureSpace, FeatureType
 from flix_jax.adapters.fusion import Alignment, Fusion, Source
 from flix_jax.adapters.injection import LAYER_STATES, AdapterSpec
-from flix_jax.adapters.tree import join, split_adapters
+from flix_jax.adapters.tree import adapter_counts, count_parameters, join, split_adapters
+from flix_jax.data.cells import columns
+from flix_jax.experiments import starting_values
+from flix_jax.experiments.job import Job
+from flix_jax.interop import flix_adapters, network
+from flix_jax.interop.leaves import Leaf
 from flix_jax.models import int8
 from flix_jax.models.config import T5Config
 from flix_jax.models.encoder_decoder import EncoderDecoder, Layout
 from flix_jax.models.t5 import Transformer
+from flix_jax.training.partitioning import MeshSpec
 from flix_jax.training.step import TrainState, train_step
 
 ROWS, INPUTS, SOURCES, LENGTH = 8, 7, 5, 4
@@ -508,6 +516,39 @@ def test_given_states_are_projected_alike_for_all_layers(scan_layers):
     np.testing.assert_array_equal(
         logits(params, batch | {"source_states": changed}), logits(params, batch)
     )
+
+
+def test_the_projection_of_given_states_is_a_parameter_like_others(tmp_path):
+    """Sharded, counted to no feature, kept where values are chosen, stored with the adapters."""
+    given = AdapterSpec(
+        FeatureSpace((FeatureType("task", rank=2),)), fusion=Fusion("add", source_width=6)
+    )
+    base = make_base_run(write_words(tmp_path / "data"))
+    run = dataclasses.replace(base, adapters=given, mesh=MeshSpec(data=2, fsdp=2, model=2))
+    job = Job(run, tmp_path / "run")
+    shapes = job.parameters.templates[0]
+    projection = shapes["flix"]["source_projection"]
+    assert projection.shape == (6, run.model.emb_dim)
+    assert projection.sharding.spec == jax.sharding.PartitionSpec(None, "fsdp")
+    counts = adapter_counts(shapes, job.space)
+    owned = sum(sum(of.values()) for of in counts.values())
+    assert owned == count_parameters(shapes) - 6 * run.model.emb_dim
+    chosen = trained_values.matching(job.space, ("task=up",), columns(job.split.train))
+    assert not trained_values.mask(shapes, job.space, chosen)["flix"]["source_projection"].any()
+
+    fresh = [jax.device_get(job.parameters.fresh_adapters(seed)) for seed in (0, 1)]
+    leaves = {name: Leaf.of(x, name) for name, x in network.flat(fresh[0]).items()}
+    names = run.adapters.targets, dataclasses.asdict(run.model), "base", run.vocabulary.digest
+    flix_adapters.Adapters(
+        leaves, job.space, None, *names, 1, fusion=job.model.adapters.fusion
+    ).write(tmp_path / "adapters")
+    start = starting_values.find(
+        dataclasses.replace(run, adapters_from=str(tmp_path / "adapters")), job.space
+    )
+    taken = start.into(job.parameters.fresh_adapters(1), "base")["flix"]["source_projection"]
+    assert np.any(fresh[0]["flix"]["source_projection"] != fresh[1]["flix"]["source_projection"])
+    np.testing.assert_array_equal(taken, fresh[0]["flix"]["source_projection"])
+    assert taken.sharding.spec == projection.sharding.spec
 
 
 def test_given_states_must_be_of_the_width_that_is_said():
