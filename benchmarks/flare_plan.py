@@ -81,6 +81,7 @@ def main() -> None:
     parser.add_argument("--input_length", type=int, default=512)
     parser.add_argument("--target_length", type=int, default=128)
     parser.add_argument("--functions", nargs="*", default=list(FUNCTIONS), choices=FUNCTIONS)
+    parser.add_argument("--only", help="a side by its name; ratios are to the first that is there")
     parser.add_argument("--scan", action="store_true", help="scanned layers")
     parser.add_argument("--remat", default="minimal")
     args = parser.parse_args()
@@ -112,7 +113,9 @@ def main() -> None:
         f"{there.name}, mT5-base {'scanned' if args.scan else 'in a loop'}, remat {args.remat}, "
         f"{args.rows} rows of a device, {args.input_length} tokens in, {args.target_length} out\n"
     )
-    print("| side | memory of a device | / lora | cycles | / lora |")
+    if args.only is not None:
+        sides = {args.only: sides[args.only]}
+    print("| side | memory of a device | / first | cycles | / first |")
     print("|---|---:|---:|---:|---:|")
     first: tuple[int, int] | None = None
     for name, (spec, shapes) in sides.items():
