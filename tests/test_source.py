@@ -82,20 +82,19 @@ def params_of(model, seed=2):
     return jax.tree.map(lambda leaf: jnp.asarray(0.4 * rng.normal(size=leaf.shape)), shapes)
 
 
-def loss_and_gradient(model, params, batch=BATCH, rng=None):
-    """The mean loss, and its gradients by the adapters and by the base."""
+def loss_and_gradient(model, params, batch=BATCH, by=0):
+    """The mean loss, and its gradient by the adapters (`by` 0) or by the base (1)."""
     base, adapters = split_adapters(params)
 
     @jax.jit
     def run(adapters, base, batch):
         def mean(adapters, base):
-            total, sums = model.loss(join(base, adapters), batch, rng=rng)
+            total, sums = model.loss(join(base, adapters), batch)
             return total / sums["weight"]
 
-        return jax.value_and_grad(mean, argnums=(0, 1))(adapters, base)
+        return jax.value_and_grad(mean, argnums=by)(adapters, base)
 
-    loss, (by_adapters, by_base) = run(adapters, base, batch)
-    return loss, by_adapters, by_base
+    return run(adapters, base, batch)
 
 
 def read(model, params, batch=BATCH):
@@ -197,11 +196,12 @@ def test_the_encoder_is_that_of_the_published_equation(offset):
 
 def test_no_gradient_reaches_the_base_through_the_source(looped):
     """Base parameters get what they get when the recorded states are constants."""
-    model, params, _, _, by_base = looped
+    model, params, *_ = looped
+    _, by_base = loss_and_gradient(model, params, by=1)
     source = read(model, params)
     constant = dataclasses.replace(source, variables=jax.device_get(source.variables))
     held = _Held(model.module, model.adapters, source=constant)
-    _, _, expected = loss_and_gradient(held, params)
+    _, expected = loss_and_gradient(held, params, by=1)
     close(by_base, expected)
 
     @jax.jit
@@ -241,8 +241,8 @@ def test_without_a_source_it_is_the_plain_adapter_bit_for_bit():
     np.testing.assert_array_equal(
         jax.jit(model.logits)(params, NO_SOURCE), jax.jit(plain.logits)(params, NO_SOURCE)
     )
-    loss, by_adapters, _ = loss_and_gradient(model, params, NO_SOURCE)
-    expected, by_plain, _ = loss_and_gradient(plain, params, NO_SOURCE)
+    loss, by_adapters = loss_and_gradient(model, params, NO_SOURCE)
+    expected, by_plain = loss_and_gradient(plain, params, NO_SOURCE)
     assert loss == expected
     close(by_adapters, by_plain, 0)
 
@@ -259,14 +259,14 @@ def test_a_row_does_not_depend_on_the_sources_of_others(looped):
 
 
 @pytest.mark.parametrize(
-    ("scan_layers", "remat"), [(True, "none"), (True, "minimal"), (False, "full"), (True, "full")]
+    ("scan_layers", "remat"), [(True, "none"), (False, "minimal"), (True, "full")]
 )
 def test_loop_scan_and_remat_agree(looped, scan_layers, remat):
-    _, params, loss, by_adapters, _ = looped
+    _, params, loss, by_adapters = looped
     model = model_of(scan_layers=scan_layers, remat=remat)
     if scan_layers:
         params, by_adapters = scanned(params), scanned(by_adapters)
-    found, gradient, _ = loss_and_gradient(model, params)
+    found, gradient = loss_and_gradient(model, params)
     np.testing.assert_allclose(found, loss, rtol=1e-6)
     close(gradient, by_adapters)
 
@@ -290,12 +290,10 @@ def test_offsets_of_loop_and_scan_agree(looped, offset):
     np.testing.assert_allclose(scan(scanned(params), BATCH), loop, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("scan_layers", [False, True])
-def test_eight_devices_agree_with_one(looped, scan_layers):
-    _, params, loss, by_adapters, _ = looped
-    model = model_of(scan_layers=scan_layers)
-    if scan_layers:
-        params, by_adapters = scanned(params), scanned(by_adapters)
+def test_eight_devices_agree_with_one(looped):
+    _, params, loss, by_adapters = looped
+    model = model_of(scan_layers=True)
+    params, by_adapters = scanned(params), scanned(by_adapters)
     mesh = jax.make_mesh((4, 2), ("data", "model"), (jax.sharding.AxisType.Auto,) * 2)
     rules = {"batch": "data", "length": None, "embed": None, "heads": "model", "mlp": "model"}
     rules |= {"kv": None, "vocab": "model"}
@@ -303,17 +301,14 @@ def test_eight_devices_agree_with_one(looped, scan_layers):
     rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
     batch = jax.device_put(BATCH, rows)
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    found, gradient, _ = loss_and_gradient(model, jax.device_put(params, whole), batch)
+    found, gradient = loss_and_gradient(model, jax.device_put(params, whole), batch)
     np.testing.assert_allclose(found, loss, rtol=1e-6)
     close(gradient, by_adapters)
 
 
-@pytest.mark.parametrize("scan_layers", [False, True])
-def test_decoding_reads_the_source(looped, scan_layers):
+def test_decoding_reads_the_source(looped):
     """Greedy decoding equals the full forward, and beams and samples differ with the source."""
-    _, params, *_ = looped
-    model = model_of(scan_layers=scan_layers)
-    params = scanned(params) if scan_layers else params
+    model, params, *_ = looped
     logits, decoded = jax.jit(model.logits), np.zeros((ROWS, LENGTH), np.int32)
     for step in range(LENGTH):
         fed = BATCH | {
@@ -324,15 +319,18 @@ def test_decoding_reads_the_source(looped, scan_layers):
         }
         decoded[:, step] = np.argmax(logits(params, fed)[:, step], axis=-1)
     ended = np.cumsum(decoded == 1, axis=1) - (decoded == 1) > 0
-    predict = jax.jit(functools.partial(model.predict, max_length=LENGTH))
-    np.testing.assert_array_equal(predict(params, BATCH), np.where(ended, 0, decoded))
-    if scan_layers:
-        return
-    beams = jax.jit(functools.partial(model.predict_n, max_length=LENGTH, beams=2))
+    decoded = np.where(ended, 0, decoded)
+    predict = functools.partial(model.predict, max_length=LENGTH)
+    beams = functools.partial(model.predict_n, max_length=LENGTH, beams=2)
     draw = functools.partial(model.sample, max_length=LENGTH, rng=jax.random.key(0))
-    for search in (lambda *of: beams(*of)[0], jax.jit(draw), predict):
-        differs = np.asarray(search(params, BATCH) != search(params, NO_SOURCE))
+    found = []
+    for search in map(jax.jit, (predict, lambda *of: beams(*of)[0], draw)):
+        found.append(search(params, BATCH))
+        differs = np.asarray(found[-1] != search(params, NO_SOURCE))
         assert differs.any() and not differs[[2, 5]].any()  # which have none anyway
+    np.testing.assert_array_equal(found[0], decoded)
+    scan = functools.partial(model_of(scan_layers=True).predict, max_length=LENGTH)
+    np.testing.assert_array_equal(jax.jit(scan)(scanned(params), BATCH), decoded)
 
 
 def test_members_of_an_ensemble_read_the_source_of_their_row():
@@ -477,16 +475,15 @@ def given_states():
     return plain | {"source_states": states, "source_mask": mask.astype(jnp.int32)}
 
 
-@pytest.mark.parametrize("scan_layers", [False, True])
-def test_given_states_are_projected_alike_for_all_layers(scan_layers):
+def test_given_states_are_projected_alike_for_all_layers():
     """They are read as if every fused layer's recorded input were their projection."""
     adapters = model_of("add").adapters
     given = dataclasses.replace(adapters, fusion=Fusion("add", source_width=GIVEN_WIDTH))
-    config = dataclasses.replace(CONFIG, scan_layers=scan_layers, remat="minimal")
+    config = dataclasses.replace(CONFIG, scan_layers=True, remat="minimal")
     model, batch = EncoderDecoder(Transformer(config), given), given_states()
     params = params_of(model)
     assert params["flix"]["source_projection"].shape == (GIVEN_WIDTH, CONFIG.emb_dim)
-    loss, gradient, _ = loss_and_gradient(model, params, batch)
+    loss, gradient = loss_and_gradient(model, params, batch)
 
     recorded = EncoderDecoder(model.module, adapters)
     rest = {name: x for name, x in params.items() if name != "flix"}
