@@ -180,7 +180,7 @@ def inject(
         initialising = initialising or context.module.is_initializing()
         if not spec.matching(call.path):
             return y
-        fused: tuple[Any, Source] | None = None
+        fused = None
         if spec.fuses(call.path) and not context.module.is_initializing():
             fused = _source_of(call.path, context.module, source, states), source
         update = _update(spec, active, call, context.module, x, y, deterministic, fused)
