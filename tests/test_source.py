@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -520,10 +521,14 @@ def test_the_projection_of_given_states_is_a_parameter_like_others(tmp_path):
     given = AdapterSpec(
         FeatureSpace((FeatureType("task", rank=2),)), fusion=Fusion("add", source_width=6)
     )
+    plain = dataclasses.replace(given, fusion=None)
     base = make_base_run(write_words(tmp_path / "data"))
-    run = dataclasses.replace(base, adapters=given, mesh=MeshSpec(data=2, fsdp=2, model=2))
+    run = dataclasses.replace(base, adapters=plain, mesh=MeshSpec(data=2, fsdp=2, model=2))
     job = Job(run, tmp_path / "run")
-    shapes = job.parameters.templates[0]
+    # A run makes no batches of given states, so what has them is made beside it.
+    model = dataclasses.replace(job.model, adapters=dataclasses.replace(given, space=job.space))
+    parameters = dataclasses.replace(job.parameters, model=model)
+    shapes = parameters.templates[0]
     projection = shapes["flix"]["source_projection"]
     assert projection.shape == (6, run.model.emb_dim)
     assert projection.sharding.spec == jax.sharding.PartitionSpec(None, "fsdp")
@@ -533,16 +538,15 @@ def test_the_projection_of_given_states_is_a_parameter_like_others(tmp_path):
     chosen = trained_values.matching(job.space, ("task=up",), columns(job.split.train))
     assert not trained_values.mask(shapes, job.space, chosen)["flix"]["source_projection"].any()
 
-    fresh = [jax.device_get(job.parameters.fresh_adapters(seed)) for seed in (0, 1)]
+    fresh = [jax.device_get(parameters.fresh_adapters(seed)) for seed in (0, 1)]
     leaves = {name: Leaf.of(x, name) for name, x in network.flat(fresh[0]).items()}
     names = run.adapters.targets, dataclasses.asdict(run.model), "base", run.vocabulary.digest
-    flix_adapters.Adapters(
-        leaves, job.space, None, *names, 1, fusion=job.model.adapters.fusion
-    ).write(tmp_path / "adapters")
-    start = starting_values.find(
-        dataclasses.replace(run, adapters_from=str(tmp_path / "adapters")), job.space
+    flix_adapters.Adapters(leaves, job.space, None, *names, 1, fusion=given.fusion).write(
+        tmp_path / "adapters"
     )
-    taken = start.into(job.parameters.fresh_adapters(1), "base")["flix"]["source_projection"]
+    asked = {**vars(run), "adapters": given, "adapters_from": str(tmp_path / "adapters")}
+    start = starting_values.find(types.SimpleNamespace(**asked), job.space)
+    taken = start.into(parameters.fresh_adapters(1), "base")["flix"]["source_projection"]
     assert np.any(fresh[0]["flix"]["source_projection"] != fresh[1]["flix"]["source_projection"])
     np.testing.assert_array_equal(taken, fresh[0]["flix"]["source_projection"])
     assert taken.sharding.spec == projection.sharding.spec
