@@ -17,9 +17,7 @@ round. A side is one of
 The loss is `EncoderDecoder.loss` without dropout; gradients go into the buffers of the last step's.
 """
 
-import argparse
 import os
-import time
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -27,10 +25,11 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import dataclasses
 
 import flax.linen as nn
+import interleaved
 import jax
 import jax.numpy as jnp
 import numpy as np
-from step_time import CLOCKS, flix, lora, ratio
+from step_time import flix, lora
 
 from flix_jax.adapters.fusion import FUNCTIONS, Fusion
 from flix_jax.adapters.injection import AdapterSpec
@@ -40,11 +39,17 @@ from flix_jax.models.encoder_decoder import EncoderDecoder
 from flix_jax.models.t5 import Transformer
 
 
-class Side:
+class Side(interleaved.Timed):
     """One compiled loss with the gradients of the adapters, its arguments, and its times."""
 
-    def __init__(self, spec: AdapterSpec, config: T5Config, shapes: dict[str, tuple[int, int]]):
-        self.times: list[float] = []
+    def __init__(
+        self,
+        name: str,
+        spec: AdapterSpec,
+        config: T5Config,
+        shapes: dict[str, tuple[int, int]],
+    ):
+        self.name = name
         model, rng = EncoderDecoder(Transformer(config), spec), np.random.default_rng(0)
         self.batch = {
             name: jnp.asarray(rng.integers(1, config.vocab_size, shape), jnp.int32)
@@ -66,41 +71,19 @@ class Side:
             del last  # donated: its buffers take the new gradients
             return jax.value_and_grad(loss)(adapters, base, batch)
 
-        start = time.perf_counter()
-        jitted = jax.jit(step, donate_argnums=3, keep_unused=True)
-        self.step = jitted.lower(*self.arguments()).compile()
-        self.compile_seconds = time.perf_counter() - start
+        self.compile(step, donated=3)
         sizes: Any = self.step.memory_analysis()
         self.temporaries = sizes.temp_size_in_bytes
 
     def arguments(self) -> tuple[Any, ...]:
         return self.adapters, self.base, self.batch, self.gradients
 
-    def run(self, clock: Any) -> None:
-        start = clock()
-        loss, self.gradients = self.step(*self.arguments())
-        jax.block_until_ready((loss, self.gradients))
-        self.times.append(clock() - start)
-        if not np.isfinite(loss):
-            raise RuntimeError(f"loss is {loss}")
-
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--layers", type=int, default=8, help="layers of encoder and of decoder")
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--input_length", type=int, default=128)
-    parser.add_argument("--target_length", type=int, default=32)
-    parser.add_argument("--vocabulary", type=int, default=8192)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser = interleaved.parser(__doc__)
     parser.add_argument("--functions", nargs="*", default=list(FUNCTIONS), choices=FUNCTIONS)
     parser.add_argument("--scan", action="store_true", help="scanned layers")
     parser.add_argument("--remat", default="none")
-    parser.add_argument(
-        "--clock", choices=tuple(CLOCKS), default="wall", help="cpu: for a machine that is shared"
-    )
     args = parser.parse_args()
     config = T5Config(
         vocab_size=args.vocabulary,
@@ -131,16 +114,8 @@ def main() -> None:
     longer = plain | {"source_input_tokens": doubled}
     kinds["longer source"] = fused(lora(8), "add_relu"), longer
 
-    sides = {}
-    for name, (spec, shapes) in kinds.items():
-        sides[name] = Side(spec, config, shapes)
-        print(f"compiled {name}: {sides[name].compile_seconds:.1f} s", flush=True)
-    for i in range(args.rounds + 2):
-        # Every other round backwards, so that no side always follows the same one.
-        for side in list(sides.values()) if i % 2 == 0 else reversed(sides.values()):
-            side.run(CLOCKS[args.clock])
-    for side in sides.values():
-        del side.times[:2]
+    sides = {name: Side(name, spec, config, shapes) for name, (spec, shapes) in kinds.items()}
+    interleaved.run(list(sides.values()), args.rounds, interleaved.CLOCKS[args.clock])
 
     print(
         f"\n{args.layers}+{args.layers} layers, {'scanned' if args.scan else 'in a loop'}, remat "
@@ -155,8 +130,8 @@ def main() -> None:
             row.format(
                 name,
                 f"{np.median(side.times):.3f}",
-                ratio(side, sides["lora r8"]),
-                ratio(side, sides["input fusion"]),
+                interleaved.ratio(side, sides["lora r8"]),
+                interleaved.ratio(side, sides["input fusion"]),
                 f"{side.temporaries / 2**20:,.0f}",
                 f"{count_parameters(side.adapters):,}",
             )

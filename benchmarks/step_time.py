@@ -15,16 +15,14 @@ decoder on every side, so that no part of the backward pass can be dropped, and 
 where there are any. Gradients go into the buffers of the last step's, as they do in training.
 """
 
-import argparse
 import contextlib
 import os
-import time
-from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import flax.linen as nn
+import interleaved
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,8 +33,6 @@ from flix_jax.adapters.injection import AdapterSpec, inject
 from flix_jax.adapters.tree import count_parameters, join, split_adapters
 from flix_jax.models.config import T5Config
 from flix_jax.models.t5 import Transformer
-
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 def flix(num_features: int) -> AdapterSpec:
@@ -69,14 +65,13 @@ def perturbed_embeddings(perturbations: tuple[jax.Array, jax.Array]):
         raise RuntimeError(f"{len(remaining)} embedding lookups were not seen")
 
 
-class Side:
+class Side(interleaved.Timed):
     """One compiled forward and backward pass, its arguments, and its times."""
 
     def __init__(
         self, name: str, spec: AdapterSpec | None, config: T5Config, batch: dict[str, Any]
     ):
         self.name = name
-        self.times: list[float] = []
         network = Transformer(config)
         rng = np.random.default_rng(0)
         rows = batch["encoder_input_tokens"].shape[0]
@@ -122,52 +117,16 @@ class Side:
 
         self.ids, self.batch = ids, batch
         self.gradients = jax.tree.map(jnp.zeros_like, (self.perturbations, self.adapters))
-        start = time.perf_counter()
-        self.step: Callable[..., Any] = (
-            jax.jit(step, donate_argnums=4, keep_unused=True).lower(*self.arguments()).compile()
-        )
-        self.compile_seconds = time.perf_counter() - start
+        self.compile(step, donated=4)
 
     def arguments(self) -> tuple[Any, ...]:
         trained = (self.perturbations, self.adapters)
         return trained, self.base, self.ids, self.batch, self.gradients
 
-    def run(self, clock: Callable[[], float]) -> None:
-        start = clock()
-        loss, self.gradients = self.step(*self.arguments())
-        jax.block_until_ready((loss, self.gradients))
-        self.times.append(clock() - start)
-        if not np.isfinite(loss):
-            raise RuntimeError(f"{self.name}: loss is {loss}")
-
-
-class Timed(Protocol):
-    """What has been run once in every round."""
-
-    times: list[float]
-
-
-def ratio(side: Timed, other: Timed) -> str:
-    """Median of the ratios within each round, with the quartiles."""
-    ratios = np.asarray(side.times) / np.asarray(other.times)
-    low, middle, high = np.quantile(ratios, (0.25, 0.5, 0.75))
-    return f"{middle:.3f} [{low:.3f} {high:.3f}]"
-
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--layers", type=int, default=8, help="layers of encoder and of decoder")
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--input_length", type=int, default=128)
-    parser.add_argument("--target_length", type=int, default=32)
-    parser.add_argument("--vocabulary", type=int, default=8192)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser = interleaved.parser(__doc__)
     parser.add_argument("--features", type=int, nargs="*", default=[4, 30, 120, 300])
-    parser.add_argument(
-        "--clock", choices=tuple(CLOCKS), default="wall", help="cpu: for a machine that is shared"
-    )
     args = parser.parse_args()
 
     config = T5Config(
@@ -187,16 +146,8 @@ def main() -> None:
         for name, shape in shapes.items()
     }
     specs = {"frozen": None, "lora r8": lora(8), **{f"flix {n}": flix(n) for n in args.features}}
-    sides = []
-    for name, spec in specs.items():
-        sides.append(Side(name, spec, config, batch))
-        print(f"compiled {name}: {sides[-1].compile_seconds:.1f} s", flush=True)
-    for i in range(args.rounds + 2):
-        # Every other round backwards, so that no side always follows the same one.
-        for side in sides if i % 2 == 0 else reversed(sides):
-            side.run(CLOCKS[args.clock])
-    for side in sides:
-        del side.times[:2]
+    sides = [Side(name, spec, config, batch) for name, spec in specs.items()]
+    interleaved.run(sides, args.rounds, interleaved.CLOCKS[args.clock])
 
     frozen, lora_side = sides[:2]
     print(
@@ -213,9 +164,9 @@ def main() -> None:
             row.format(
                 side.name,
                 f"{np.median(side.times):.3f}",
-                ratio(side, frozen),
-                ratio(side, lora_side),
-                ratio(side, flattest),
+                interleaved.ratio(side, frozen),
+                interleaved.ratio(side, lora_side),
+                interleaved.ratio(side, flattest),
                 f"{side.num_adapter_parameters:,}",
             )
         )

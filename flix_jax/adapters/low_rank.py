@@ -401,8 +401,7 @@ def _batched_product(h: Array, b: Array) -> Array:
 def _add_up(layouts, gradients: Array, ids: Array, *, transpose: bool) -> tuple[Array, ...]:
     """The gradient of every bank from those of the gathered matrices, [batch, R, width].
 
-    A product with the one-hot ids, [values, batch × slots] × [batch × slots, rank × width]; the
-    row of an absent feature (-1) is all zeros. `transpose` is for banks [values, width, rank].
+    `transpose` is for banks [values, width, rank].
     """
     totals, slot, column = [], 0, 0
     for bank in layouts:
@@ -411,11 +410,17 @@ def _add_up(layouts, gradients: Array, ids: Array, *, transpose: bool) -> tuple[
         if transpose:  # here, where it is small, and not in the gradient of the whole bank
             part = part.swapaxes(1, 2)
         rows = ids[:, slot : slot + bank.slots].reshape(-1)
-        one_hot = jax.nn.one_hot(rows, bank.values, dtype=part.dtype)
-        # At the highest precision: a sum of a few rows, which must not round them to bfloat16.
-        total = jnp.einsum(
-            "mv,mp->vp", one_hot, part.reshape(part.shape[0], -1), precision="highest"
-        )
-        totals.append(total.reshape(bank.values, *part.shape[1:]).astype(bank.dtype))
+        totals.append(sum_by_value(part, rows, bank.values).astype(bank.dtype))
         slot, column = slot + bank.slots, column + bank.slots * bank.rank
     return tuple(totals)
+
+
+def sum_by_value(parts: Array, ids: Array, values: int) -> Array:
+    """[rows, …] and the id of each row -> [values, …], the sum of the rows of each value.
+
+    A product with the one-hot ids, for a scatter is slow; the row of an absent feature (-1) counts
+    nowhere.
+    """
+    one_hot = jax.nn.one_hot(ids, values, dtype=parts.dtype)
+    # At the highest precision: a sum of a few rows, which must not round them to bfloat16.
+    return jnp.tensordot(one_hot, parts, axes=((0,), (0,)), precision="highest")

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from flix_jax.adapters import tree
+from flix_jax.adapters import low_rank, tree
 from flix_jax.adapters.features import FeatureSpace
 from flix_jax.adapters.modules import ALL, COPIES, ROWS
 
@@ -126,9 +126,7 @@ def _take_forward(placed, axis, bank, ids):
 
 def _take_backward(placed, axis, saved, g):
     values, ids = saved
-    # A product with the one-hot ids, for a scatter is slow; -1 is a row of zeros.
-    one_hot = jax.nn.one_hot(ids, values.shape[0], dtype=g.dtype)
-    total = jnp.tensordot(one_hot, placed(g), axes=((0,), (axis,)), precision="highest")
+    total = low_rank.sum_by_value(jnp.moveaxis(placed(g), axis, 0), ids, values.shape[0])
     return jnp.moveaxis(total, 0, axis).astype(values.dtype), None
 
 
