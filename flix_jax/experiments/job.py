@@ -535,6 +535,7 @@ class Job:
             self.run_dir / "checkpoints",
             identity,
             keep=self.run.keep,
+            keep_period=self.run.keep_period,
             create=create,
             best=best,
             differences={"features": self._features_difference},
