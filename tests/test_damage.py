@@ -181,11 +181,9 @@ def numpy_digest(array: np.ndarray) -> str:
         return x ^ (x >> 16)
 
     bits = array.reshape(-1).view(f"u{array.dtype.itemsize}")
-    halves = [
-        sum(mix((int(x) + mix((i + seed) % 2**32)) % 2**32) for i, x in enumerate(bits)) % 2**32
-        for seed in (0x9E3779B9, 0x85EBCA77)
-    ]
-    return "".join(f"{half:08x}" for half in halves)
+    mixed = [mix((int(x) + i * 0x9E3779B9) % 2**32) for i, x in enumerate(bits)]
+    weighted = sum(h * (2 * i + 1) for i, h in enumerate(mixed))
+    return f"{sum(mixed) % 2**32:08x}{weighted % 2**32:08x}"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
