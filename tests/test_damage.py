@@ -1,8 +1,12 @@
 """Damaged checkpoints: what changed is named, and is never restored."""
 
+import errno
 import json
 import random
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -239,3 +243,51 @@ def test_the_command_lists_verifies_and_prunes(run_dir, capsys):
     assert [one.step for one in stored_steps.find(run_dir, verify=True)] == [3]
     status, _, error = run_cli("prune", f"--run_dir={run_dir}", "--keep=0", capsys=capsys)
     assert status == cli.USER_ERROR and "--keep=0: expected at least 1" in error
+
+
+def test_a_full_disk_is_told_and_the_steps_before_stand(tmp_path, monkeypatch):
+    directory = tmp_path / "run" / "checkpoints"
+    with Checkpoints(directory, IDENTITY) as checkpoints:
+        checkpoints.save(a_state(1), {})
+    write = manifest.write
+
+    def full(*_) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    message = "could not be written to .*No space left on device; the steps before it stand: 1$"
+    monkeypatch.setattr(manifest, "write", full)
+    checkpoints = Checkpoints(directory, IDENTITY)
+    checkpoints.save(a_state(2), {})
+    with pytest.raises(ValueError, match=message):
+        checkpoints.wait()
+    checkpoints.close()
+    assert [path.name for path in directory.iterdir()] == ["1"]
+    monkeypatch.setattr(manifest, "write", write)
+    with Checkpoints(directory, IDENTITY) as checkpoints:
+        checkpoints.save(a_state(2), {})
+        checkpoints.wait()
+        assert checkpoints.all_steps() == (1, 2)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs limits on the size of files")
+def test_a_file_that_cannot_grow_is_told_by_the_command(run_dir):
+    # A limit on the size of files stands for a disk that is full: tensorstore fails in its threads.
+    script = f"""
+import resource, signal, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_damage import IDENTITY, Checkpoints, a_state, jnp
+checkpoints = Checkpoints({str(run_dir / "checkpoints")!r}, IDENTITY)
+state = a_state(4)
+state.trained["flix"]["a"] = jnp.asarray(__import__("numpy").random.normal(size=(400, 300)))
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+checkpoints.save(state, {{}})
+try:
+    checkpoints.wait()
+except ValueError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert "File too large; the steps before it stand: 1, 2, 3" in done.stdout, done.stderr
+    assert resumed(run_dir)[0] == 3
+    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["1", "2", "3"]

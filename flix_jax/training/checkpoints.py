@@ -7,9 +7,11 @@ agree before these arrays mean anything) and ``manifest.json``, digests of all o
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import re
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -27,6 +29,7 @@ from flix_jax.training.step import TrainState
 # Files that orbax writes when it commits a checkpoint.
 _METADATA = "_CHECKPOINT_METADATA"
 _COMMITTED = "commit_success.txt"
+_TEMPORARY = ".orbax-checkpoint-tmp"  # in the name of a folder until then
 
 # What a failed write is raised as, by orbax and by tensorstore.
 _WRITING = (OSError, ValueError, RuntimeError)
@@ -295,9 +298,16 @@ class Checkpoints:
 
     def _unwritten(self, error: BaseException) -> ValueError:
         reason = " ".join(str(error).split())
+        # Of tensorstore's long tale the end says why: "…: No space left on device [os_error…]".
+        told = re.search(r"([^:]*) \[os_error_code=", reason)
+        steps = sorted(saved_steps(self.directory))
+        with contextlib.suppress(OSError):  # what there is of it takes space that is needed
+            for path in self.directory.glob(f"*{_TEMPORARY}*"):
+                path.rmtree()
         return ValueError(
-            f"a checkpoint could not be written to {self.directory}: {_short(reason)}; the steps "
-            f"before it stand: {_listed(saved_steps(self.directory))}"
+            f"a checkpoint could not be written to {self.directory}: "
+            f"{told[1].strip() if told else _short(reason)}; "
+            f"the steps before it stand: {', '.join(map(str, steps)) or 'none'}"
         )
 
     def _restore(
@@ -458,7 +468,3 @@ def _specs(tree: Any) -> dict[str, str]:
 
 def _short(text: str | None) -> str:
     return str(text) if len(str(text)) <= 200 else f"{str(text)[:200]}…"
-
-
-def _listed(steps: Iterable[int]) -> str:
-    return ", ".join(map(str, sorted(steps))) or "none"
