@@ -81,6 +81,7 @@ setup(
         "scipy>=1.13",
         "safetensors>=0.4.5",
         "tensorstore>=0.1.60",
+        "xxhash>=3.4",
     ],
     extras_require={
         "tpu": [JAX.replace("jax", "jax[tpu]", 1)],

@@ -76,7 +76,8 @@ def quiet() -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # it announces itself otherwise
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    # Orbax logs with a traceback what it raises too.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 def _describe(error: Exception) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from flix_jax import preemption
-from flix_jax.cli import commands, launching
+from flix_jax.cli import checkpoint_commands, commands, launching
 from flix_jax.cli.commands import UsageError
 
 if TYPE_CHECKING:
@@ -299,6 +299,12 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="FIRST:LAST",
         help="steps of which a trace for TensorBoard and xprof is written to the run's profile/",
     )
+    train.add_argument(
+        "--strict",
+        action="store_true",
+        help="refuse to go on where the newest checkpoint is damaged; else it is set aside, and "
+        "the newest sound one is taken",
+    )
     _add_grace(train)
     _add_processes(train)
     _add_gin(train, required=True)
@@ -329,6 +335,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_gin(plan, required=True)
 
     launching.add_launch(parsers, _command, GIN_HELP)
+    checkpoint_commands.add_checkpoints(parsers, _command, Parser)
 
     evaluate = _command(
         parsers,

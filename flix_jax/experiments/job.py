@@ -535,6 +535,8 @@ class Job:
             self.run_dir / "checkpoints",
             identity,
             keep=self.run.keep,
+            keep_period=self.run.keep_period,
+            planned=self.run.saves_at,
             create=create,
             best=best,
             differences={"features": self._features_difference},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import statistics
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -25,6 +26,8 @@ from flix_jax.training.loop import REPORT, UNEVALUATED, fit
 from flix_jax.training.reporting import Reporter, read_metrics
 from flix_jax.training.step import TrainState, train_step
 
+_logger = logging.getLogger(__name__)
+
 
 def train(
     run: Run,
@@ -35,6 +38,7 @@ def train(
     title: str = "train",
     show_cells: bool = True,
     profile: tuple[int, int] | None = None,
+    strict: bool = False,
 ) -> Job:
     """Trains ``run`` in ``run_dir`` up to its last step, its base first if that is a run.
 
@@ -47,6 +51,8 @@ def train(
       title: what the progress display calls the run.
       show_cells: whether the log has the table of tasks and languages too, beside ``cells.txt``.
       profile: the first and the last step of which a trace is written to ``profile``.
+      strict: whether a damaged checkpoint is an error; else it is set aside, with a warning, and
+        training goes on from the newest sound one.
 
     Raises:
       ValueError: before any compute, in one line, for whatever in the run cannot work.
@@ -69,9 +75,10 @@ def train(
 
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(job.checkpoints(base, origin=origin))
-        if checkpoints.latest_step() is not None:
+        resumed = checkpoints.resume(template, strict=strict, say=_logger.warning)
+        if resumed is not None:
+            state, data_state = resumed
             frozen = job.frozen_parameters(base)
-            state, data_state = checkpoints.restore(template)
         else:
             trained, frozen = job.initial_parameters(base, origin=origin)
             state, data_state = job.parameters.create_state(trained, optimizer), None
@@ -125,7 +132,7 @@ def train(
             checkpoints=checkpoints,
             reporter=reporter,
             total_steps=run.total_steps,
-            save_every=run.save_every,
+            saves_at=run.saves_at,
             eval_every=run.evaluation.every,
             evaluate=evaluate,
             judge=scoring.judge(run, job.split),

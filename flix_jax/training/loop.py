@@ -38,7 +38,7 @@ def fit(
     checkpoints: Checkpoints,
     reporter: Reporter,
     total_steps: int,
-    save_every: int,
+    saves_at: Callable[[int], bool],
     eval_every: int | None = None,
     evaluate: Callable[[int, Any], Scores] | None = None,
     judge: Callable[[Scores], float] | None = None,
@@ -52,8 +52,9 @@ def fit(
       step_fn: the jitted step, ``(state, frozen, batch, seed) -> (state, metrics)``.
       seed: of all randomness in the step.
       batches: stands at the batch that follows ``state.step``.
-      checkpoints: saved every ``save_every`` steps, at the end, and where one is the best so far.
+      checkpoints: saved where one is the best so far, too.
       reporter: takes every step's metrics.
+      saves_at: step -> whether it is saved in any case; the last one is.
       evaluate: ``(step, trained) -> scores`` per cell, every ``eval_every`` steps and at the end.
       judge: scores -> the value by which the best checkpoint is kept, higher as better.
       unevaluated: whether the evaluation of ``state.step`` is still to be made.
@@ -65,9 +66,6 @@ def fit(
       FloatingPointError: the loss is not finite; what was saved before stands.
       Preempted: asked to stop, after a step or in an evaluation; the state is saved.
     """
-
-    def planned(step: int) -> bool:
-        return step == total_steps or step % save_every == 0
 
     def save(step: int, value: float | None = None, *, unevaluated: bool = False) -> None:
         with preemption.phase("saving"):
@@ -96,7 +94,7 @@ def fit(
     first = int(state.step)
     if unevaluated and evaluate:
         value = value_at(first)
-        if value is not None and (planned(first) or checkpoints.improves(value)):
+        if value is not None and (saves_at(first) or checkpoints.improves(value)):
             checkpoints.set_value(first, value)
     with contextlib.ExitStack() as stack:
         stack.enter_context(preemption.phase("compiling"))
@@ -118,7 +116,7 @@ def fit(
             if last:
                 reporter.flush()
 
-            due = planned(step) or checkpoints.improves(value)
+            due = saves_at(step) or checkpoints.improves(value)
             if due:
                 save(step, value)
             if preemption.reached() and not last:
