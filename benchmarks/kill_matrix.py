@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import dataclasses
+import logging
 import random
 import shutil
 import signal
@@ -41,6 +42,7 @@ PHASES = (
     "scoring",
     "saving",
 )
+SEVERAL = ("training", "evaluating", "decoding", "scoring", "saving")  # times in an attempt
 OF_BASE = tuple(BASE + name for name in ("starting", "compiling", "training", "saving"))
 SAVE_EVERY = 4
 GRACE = 20.0
@@ -133,10 +135,12 @@ class Matrix:
         to = everyone if draw.random() < 0.5 else (draw.choice(everyone),)
         if number == signal.SIGKILL and draw.random() < 0.5:
             return Plan(number, to, draw.uniform(0.0, self.seconds))
-        phases = OF_BASE if fresh and draw.random() < 0.5 else PHASES
-        several = ("training", "evaluating", "decoding", "scoring", "saving")
-        phase = draw.choice(phases)
-        occurrence = draw.randint(1, 5) if phase in several else 1
+        with self._lock:  # the phases that were met least
+            phases = OF_BASE if fresh else PHASES
+            name = signal.Signals(number).name
+            met = [(k.signal, k.phase) for k in self.kills]
+            phase = min(phases, key=lambda phase: (met.count((name, phase)), draw.random()))
+        occurrence = draw.randint(1, 5) if phase in SEVERAL else 1
         # Phases are short: half of the signals come just where they begin.
         delay = draw.choice((0.0, draw.expovariate(1 / 0.05)))
         return Plan(number, to, delay, phase, occurrence)
@@ -255,6 +259,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
     parser.add_argument("--folder", type=Path, help="where all lies (default: a temporary one)")
     arguments = parser.parse_args()
+    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax, of what it reads to compare
     started = time.monotonic()
     folder = arguments.folder or Path(tempfile.mkdtemp(prefix="kill_matrix_"))
     matrix = Matrix(folder, arguments.kills, arguments.processes, arguments.seed)

@@ -55,6 +55,7 @@ base/Run.base = 'random'
 base/Run.adapters = None
 base/Run.total_steps = 12
 base/Evaluation.every = None
+base/Evaluation.keep_best = None
 base/Run.evaluation = @base/Evaluation()
 """
 
