@@ -60,8 +60,14 @@ base/Run.evaluation = @base/Evaluation()
 """
 
 # Times and speeds; all else of a line of metrics must be what it was.
-TIMES = ("tokens_per_second", "tokens_per_second_per_chip", "steps_per_second", "data_wait", "mfu")
-TIMES += ("device_memory",)
+TIMES = (
+    "tokens_per_second",
+    "tokens_per_second_per_chip",
+    "steps_per_second",
+    "data_wait",
+    "mfu",
+    "device_memory",
+)
 
 
 def write(folder: Path) -> None:
@@ -301,9 +307,9 @@ def work(journal: str, arguments: Sequence[str]) -> int:
                 prefix.pop()
                 enter("starting")
 
-        training.fit, training.train_base = telling_fit, telling_base
+        training.__dict__.update(fit=telling_fit, train_base=telling_base)
 
-    preemption.installed, preemption.phase = telling_installed, telling_phase
+    preemption.__dict__.update(installed=telling_installed, phase=telling_phase)
     return cli.main(arguments)
 
 

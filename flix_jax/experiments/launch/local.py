@@ -20,7 +20,7 @@ _POLL = 0.05
 
 # Signals that ask to stop, and what the processes get. A terminal that closes is no reason to lose
 # anything either.
-_PASSED_ON = {
+_PASSED_ON: dict[int, int] = {
     signal.SIGTERM: signal.SIGTERM,
     signal.SIGINT: signal.SIGINT,
     signal.SIGHUP: signal.SIGTERM,
