@@ -184,20 +184,21 @@ class Matrix:
         seconds: float,
         run_dir: Path,
     ) -> Kill:
-        told = attempt.told()
+        told = [attempt.told(index) for index in range(self.processes)]
         folders = {"base": base_dir(run_dir), "run": run_dir}
         wrong, repeated = [], 0
         for name, folder in folders.items():
-            if told.steps[name]:
-                repeated = told.steps[name][-1] - saved(folder)
+            # A step that is not begun by all processes is made by none.
+            made = min(max(one.steps[name], default=0) for one in told)
+            if made:
+                repeated = made - saved(folder)
         name = signal.Signals(plan.signal).name
         if plan.signal == signal.SIGTERM:
             if statuses is None:
                 wrong.append("it did not end in time")
             elif phase != "python" and set(statuses) != {STATUS}:
                 wrong.append(f"exit status {statuses}")
-            # Of several processes one may have dispatched a step that the others never began.
-            if repeated > (0 if phase not in ("compiling", BASE + "compiling") else 1):
+            if repeated > 0:
                 wrong.append(f"{repeated} steps were lost")
         elif repeated > 2 * SAVE_EVERY:  # what is written while training goes on may be lost, too
             wrong.append(f"{repeated} steps were lost")

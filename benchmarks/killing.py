@@ -137,10 +137,10 @@ class Attempt:
                     )
                 )
 
-    def told(self) -> Told:
-        """What the first process has told so far."""
+    def told(self, index: int = 0) -> Told:
+        """What a process has told so far."""
         told = Told([], {}, {"base": [], "run": []})
-        for line in self._journals[0].read_text().splitlines():
+        for line in self._journals[index].read_text().splitlines():
             kind, _, rest = line.partition(" ")
             if kind == "phase":
                 when, _, name = rest.partition(" ")
