@@ -6,7 +6,7 @@ from typing import Any
 
 from etils import epath
 
-from flix_jax import processes
+from flix_jax import buckets, processes
 
 EVALUATIONS = "evaluations"  # in a run's folder
 
@@ -15,16 +15,16 @@ def write_text(path: epath.PathLike, text: str) -> None:
     """Writes `text` (UTF-8) so that a reader finds the old content or the new, never a part.
 
     On a local disk through a neighbouring temporary file; a bucket's objects appear whole anyway
-    and cannot be renamed cheaply. Missing parent folders are made. Of several processes, which all
-    have the same to write, the first one writes.
+    and cannot be renamed. Missing parent folders are made. Of several processes, which all have the
+    same to write, the first one writes.
     """
     if not processes.is_first():
         return
     path = epath.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if "://" in os.fspath(path):
+    if buckets.is_bucket(path):
         path.write_text(text)
         return
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
     try:
         temporary.write_text(text)

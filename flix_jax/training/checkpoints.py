@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from flix_jax import processes
+from flix_jax import buckets, processes
 from flix_jax.training import array_digests, best_step, manifest
 from flix_jax.training.best_step import BestStep
 from flix_jax.training.partitioning import gathered
@@ -86,7 +86,7 @@ class Checkpoints:
         best: Mapping[str, Any] | None = None,
         differences: Mapping[str, Callable[[str], str]] | None = None,
     ) -> None:
-        self.directory = epath.Path(directory).resolve()
+        self.directory = buckets.resolved(directory)
         if not create and not self.directory.exists():
             raise ValueError(f"{self.directory.parent} holds no trained run: no {self.directory}")
         self._writes = create
