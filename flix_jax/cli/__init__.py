@@ -94,7 +94,12 @@ def _explained(error: BaseException) -> tuple[int, str] | None:
         return INTERRUPTED, "interrupted"
     if isinstance(error, FloatingPointError):
         return DIVERGED, f"error: {_describe(error)}"
-    return (USER_ERROR, f"error: {_describe(error)}") if isinstance(error, MISTAKES) else None
+    if isinstance(error, MISTAKES):
+        return USER_ERROR, f"error: {_describe(error)}"
+    from flix_jax import buckets
+
+    told = buckets.mistake(error)
+    return None if told is None else (USER_ERROR, f"error: {told}")
 
 
 def _several() -> bool:

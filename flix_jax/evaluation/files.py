@@ -8,7 +8,7 @@ from typing import Any
 
 from etils import epath
 
-from flix_jax import preemption, processes
+from flix_jax import buckets, preemption, processes
 
 # Names of temporary files say whose they are.
 _HERE = socket.gethostname()
@@ -21,16 +21,16 @@ def write_text(path: epath.PathLike, text: str) -> None:
     """Writes `text` (UTF-8) so that a reader finds the old content or the new, never a part.
 
     On a local disk through a neighbouring temporary file; a bucket's objects appear whole anyway
-    and cannot be renamed cheaply. Missing parent folders are made. Of several processes, which all
-    have the same to write, the first one writes.
+    and cannot be renamed. Missing parent folders are made. Of several processes, which all have the
+    same to write, the first one writes.
     """
     if not processes.is_first():
         return
     path = epath.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if "://" in os.fspath(path):
+    if buckets.is_bucket(path):
         path.write_text(text)
         return
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.{_HERE}.{os.getpid()}.tmp"
     with preemption.unbroken():
         try:
@@ -45,7 +45,7 @@ def clear(folder: epath.PathLike) -> None:
 
     Of several processes the first one does. A bucket has nothing of the kind.
     """
-    if not processes.is_first() or "://" in os.fspath(folder) or not os.path.isdir("/proc/self"):
+    if not processes.is_first() or buckets.is_bucket(folder) or not os.path.isdir("/proc/self"):
         return
     for place, _, names in os.walk(folder):
         for name in names:

@@ -12,7 +12,7 @@ import jax
 import optax
 from etils import epath
 
-from flix_jax import preemption, processes
+from flix_jax import buckets, preemption, processes
 from flix_jax.adapters import tree
 from flix_jax.evaluation import files
 from flix_jax.experiments import data_notes, ensembles, flops, inference, scoring, topology
@@ -58,6 +58,7 @@ def train(
       ValueError: before any compute, in one line, for whatever in the run cannot work.
     """
     job = Job(run, run_dir, bases_dir=bases_dir)
+    buckets.check_writable(job.run_dir)
     files.clear(job.run_dir)
     with preemption.phase("reading the data"):
         job.check_data()  # a mistake is better found before anything is trained than after

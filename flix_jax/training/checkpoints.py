@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from flix_jax import processes
+from flix_jax import buckets, processes
 from flix_jax.training import array_digests, best_step, manifest
 from flix_jax.training.best_step import BestStep
 from flix_jax.training.partitioning import gathered
@@ -89,7 +89,7 @@ class Checkpoints:
         best: Mapping[str, Any] | None = None,
         differences: Mapping[str, Callable[[str], str]] | None = None,
     ) -> None:
-        self.directory = epath.Path(directory).resolve()
+        self.directory = buckets.resolved(directory)
         if not create and not self.directory.exists():
             raise ValueError(f"{self.directory.parent} holds no trained run: no {self.directory}")
         self._writes = create
@@ -455,7 +455,7 @@ def _sealed(
 
 def _move(source: epath.Path, place: epath.Path) -> None:
     place.parent.mkdir(parents=True, exist_ok=True)
-    if "://" not in str(source):
+    if not buckets.is_bucket(source):
         source.rename(place)
         return
     for name in manifest.files_of(source):  # a bucket cannot rename

@@ -64,6 +64,7 @@ def fit(
 
     Raises:
       FloatingPointError: the loss is not finite; what was saved before stands.
+      ValueError: a checkpoint could not be written; those before it stand.
       Preempted: asked to stop, after a step or in an evaluation; the state is saved.
     """
 
@@ -104,6 +105,7 @@ def fit(
                 stack.enter_context(preemption.holding())
                 stack.enter_context(preemption.phase("training"))
             reporter.step(step, metrics)
+            checkpoints.check()  # a save that failed in the background is told now, not at the next
 
             last, value = step == total_steps, None
 
