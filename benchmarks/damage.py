@@ -17,6 +17,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import jax
@@ -89,7 +90,7 @@ def costs(folder: Path, megabytes: int, rounds: int) -> None:
                     (Checkpoints, "_check_files"),
                     (Checkpoints, "_check_digests"),
                 ):
-                    nothing = mock.patch.object(of, name, lambda *_: {})
+                    nothing: Any = mock.patch.object(of, name, lambda *_: {})
                     stack.enter_context(nothing)
             checkpoints = stack.enter_context(Checkpoints(folder / "checkpoints", {}, keep=1))
             start = time.perf_counter()

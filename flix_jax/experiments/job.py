@@ -537,6 +537,7 @@ class Job:
             identity,
             keep=self.run.keep,
             keep_period=self.run.keep_period,
+            planned=self.run.saves_at,
             create=create,
             best=best,
             differences={"features": self._features_difference},

@@ -327,6 +327,10 @@ class Run:
         """Whether the checkpoints of this run are whole models."""
         return self.adapters is None and self.trainable is None
 
+    def saves_at(self, step: int) -> bool:
+        """Whether a checkpoint of this step is made in any case."""
+        return step == self.total_steps or step % self.save_every == 0
+
     def describe(self) -> dict[str, str]:
         """Every value of the run by its dotted name, as text."""
         values = {name: text for name, text, _ in _flatten(self, "")}

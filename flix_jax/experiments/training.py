@@ -12,7 +12,7 @@ import jax
 import optax
 from etils import epath
 
-from flix_jax import buckets, processes
+from flix_jax import buckets, preemption, processes
 from flix_jax.adapters import tree
 from flix_jax.evaluation import files
 from flix_jax.experiments import data_notes, ensembles, flops, inference, scoring, topology
@@ -22,7 +22,7 @@ from flix_jax.experiments.run import Run
 from flix_jax.experiments.run_folder import saved_steps
 from flix_jax.training import partitioning, tracing
 from flix_jax.training.checkpoints import digest
-from flix_jax.training.loop import fit
+from flix_jax.training.loop import REPORT, UNEVALUATED, fit
 from flix_jax.training.reporting import Reporter, read_metrics
 from flix_jax.training.step import TrainState, train_step
 
@@ -59,14 +59,17 @@ def train(
     """
     job = Job(run, run_dir, bases_dir=bases_dir)
     buckets.check_writable(job.run_dir)
-    job.check_data()  # a mistake is better found before anything is trained than after
+    files.clear(job.run_dir)
+    with preemption.phase("reading the data"):
+        job.check_data()  # a mistake is better found before anything is trained than after
     saved = saved_steps(job.run_dir)
     start = None if saved else job.start
     if profile is not None:
         _check_profile(profile, max(saved, default=0) + 1, run.total_steps)
     train_base(job, bases_dir=bases_dir, title=title, show_cells=show_cells)
     base = job.load_base()
-    pipeline = job.pipeline()
+    with preemption.phase("reading the data"):
+        pipeline = job.pipeline()
     optimizer = job.optimizer()
     origin = job.base_digest(base)  # hashed once: a base may be large
     template = job.parameters.state_template(optimizer)
@@ -101,6 +104,7 @@ def train(
                 title=title,
                 hparams=run.hparams(),
                 wandb_project=run.wandb_project,
+                resumed=(data_state or {}).get(REPORT),
             )
         )
         reporter.say(f"{title}: {_summary(job, state)}, in {job.run_dir}")
@@ -129,10 +133,11 @@ def train(
             checkpoints=checkpoints,
             reporter=reporter,
             total_steps=run.total_steps,
-            save_every=run.save_every,
+            saves_at=run.saves_at,
             eval_every=run.evaluation.every,
             evaluate=evaluate,
             judge=scoring.judge(run, job.split),
+            unevaluated=(data_state or {}).get(UNEVALUATED, False),
         )
     return job
 

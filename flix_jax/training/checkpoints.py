@@ -65,6 +65,8 @@ class Checkpoints:
         and what is named here is compared when one is restored.
       keep: how many of the newest steps are kept; None keeps all.
       keep_period: steps that it divides are kept too; None keeps no others.
+      planned: of which steps `keep` counts; None is all. Another one, as where a run was asked to
+        stop, is deleted when a newer one is whole, unless it is the best.
       create: whether to make the directory, and to remove what an interrupted save left there;
         False is for reading.
       best: what the values given to ``save`` are of: which number, of which examples. The step of
@@ -82,6 +84,7 @@ class Checkpoints:
         *,
         keep: int | None = None,
         keep_period: int | None = None,
+        planned: Callable[[int], bool] | None = None,
         create: bool = True,
         best: Mapping[str, Any] | None = None,
         differences: Mapping[str, Callable[[str], str]] | None = None,
@@ -95,7 +98,7 @@ class Checkpoints:
         self._digests: dict[int, array_digests.Digests] = {}  # of steps that are being written
         self._sound: set[int] = set()  # steps whose files were compared already
         self._best = BestStep(self.directory.parent, best)
-        self._retention = _Retention(keep, keep_period, self._best)
+        self._retention = _Retention(keep, keep_period, self._best, planned)
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
@@ -177,6 +180,7 @@ class Checkpoints:
         if self._best.counts:
             self._best.set(step, value)
             self._best.write(self.all_steps())
+            self._end_deletions()  # of what was the best
 
     def resume(
         self, template: TrainState, *, strict: bool = False, say: Callable[[str], None] = print
@@ -374,11 +378,17 @@ class Checkpoints:
 class _Retention(preservation_policy.PreservationPolicy):
     """What is kept, in orbax's terms; its own `BestN` keeps the latest of equal ones."""
 
-    def __init__(self, newest: int | None, period: int | None, best: BestStep) -> None:
-        self._newest, self._period, self._best = newest, period, best
+    def __init__(
+        self,
+        newest: int | None,
+        period: int | None,
+        best: BestStep,
+        planned: Callable[[int], bool] | None,
+    ) -> None:
+        self._newest, self._period, self._best, self._planned = newest, period, best, planned
 
     def kept(self, steps: Sequence[int]) -> set[int]:
-        return kept(steps, self._newest, self._period, self._best.among(steps))
+        return kept(steps, self._newest, self._period, self._best.among(steps), self._planned)
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
         steps = [info.step for info in checkpoints]
@@ -386,10 +396,18 @@ class _Retention(preservation_policy.PreservationPolicy):
 
 
 def kept(
-    steps: Sequence[int], newest: int | None, period: int | None, best: tuple[int, Any] | None
+    steps: Sequence[int],
+    newest: int | None,
+    period: int | None,
+    best: tuple[int, Any] | None,
+    planned: Callable[[int], bool] | None = None,
 ) -> set[int]:
-    """Of ascending steps those that stay: the `newest` (None: all), each of `period`, the best."""
-    found = set(steps if newest is None else steps[-newest:])
+    """Of ascending steps those that stay: the `newest` (None: all), each of `period`, the best.
+
+    Of the newest only those that are `planned` count, but for the last one.
+    """
+    counted = [step for step in steps if planned is None or planned(step)]
+    found = set(counted if newest is None else counted[-newest:]) | set(steps[-1:])
     if period is not None:
         found |= {step for step in steps if step % period == 0}
     return found | ({best[0]} if best is not None else set())
@@ -430,7 +448,7 @@ def _sealed(
 
 def _move(source: epath.Path, place: epath.Path) -> None:
     place.parent.mkdir(parents=True, exist_ok=True)
-    if "://" not in str(source):
+    if not buckets.is_bucket(source):
         source.rename(place)
         return
     for name in manifest.files_of(source):  # a bucket cannot rename
