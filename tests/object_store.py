@@ -285,10 +285,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _part(self, upload: str, body: bytes) -> None:
         bucket, query, content = self.store.uploads[upload]
-        content += body
-        given = re.fullmatch(r"bytes (?:\d+-\d+|\*)/(\d+|\*)", self.headers["Content-Range"])
+        given = re.fullmatch(r"bytes (?:(\d+)-\d+|\*)/(\d+|\*)", self.headers["Content-Range"])
         assert given, self.headers["Content-Range"]
-        if given[1] == "*" or len(content) < int(given[1]):
+        if given[1] is not None:  # a part that is sent again takes the place of the first
+            content[int(given[1]) :] = body
+        if given[2] == "*" or len(content) < int(given[2]):
             raise _Answer(308, Range=f"bytes=0-{len(content) - 1}")
         self._write(bucket, query["name"], query, bytes(content))
 
