@@ -29,7 +29,7 @@ import interleaved
 import jax
 import jax.numpy as jnp
 import numpy as np
-from step_time import flix, lora
+from adapted import flix, lora
 
 from flix_jax.adapters.fusion import FUNCTIONS, Fusion
 from flix_jax.adapters.injection import AdapterSpec

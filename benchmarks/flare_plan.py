@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from step_time import flix, lora
+from adapted import flix, lora
 
 from flix_jax.adapters.fusion import FUNCTIONS, Fusion
 from flix_jax.adapters.injection import AdapterSpec

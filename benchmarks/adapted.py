@@ -1,0 +1,39 @@
+"""The adapters that benchmarks compare, and gradients that reach a network's inputs."""
+
+import contextlib
+
+import flax.linen as nn
+import jax
+
+from flix_jax.adapters.features import FeatureSpace, FeatureType
+from flix_jax.adapters.injection import AdapterSpec
+
+
+def flix(num_features: int) -> AdapterSpec:
+    """Two types of rank 4: a third of the features are tasks, the rest languages."""
+    tasks = max(2, num_features // 3)
+    names = [tuple(f"v{i}" for i in range(n)) for n in (tasks, num_features - tasks)]
+    return AdapterSpec(
+        FeatureSpace((FeatureType("task", names[0]), FeatureType("language", names[1])))
+    )
+
+
+def lora(rank: int) -> AdapterSpec:
+    return AdapterSpec(FeatureSpace((FeatureType("shared", ("shared",), rank=rank),)))
+
+
+@contextlib.contextmanager
+def perturbed_embeddings(perturbations: tuple[jax.Array, jax.Array]):
+    """Adds to the embedded inputs of encoder and decoder, in the order of the two lookups."""
+    remaining = list(perturbations)
+
+    def interceptor(next_fun, args, kwargs, context):
+        y = next_fun(*args, **kwargs)
+        if context.module.name == "token_embedder" and context.method_name == "__call__":
+            y = y + remaining.pop(0)
+        return y
+
+    with nn.intercept_methods(interceptor):
+        yield
+    if remaining:
+        raise RuntimeError(f"{len(remaining)} embedding lookups were not seen")
