@@ -1,8 +1,8 @@
 """A hundred mistakes and more, each in a process of its own: how soon it ends, and in which line.
 
-Each is a command of tests/hundred_mistakes.py in a folder made for it, after one that warms the caches. A
-mistake counts as answered where the command ends with status 2 in one line that names the culprit
-and, where there is one, the nearest valid name, with its place in a gin file.
+Each is a command of tests/hundred_mistakes.py in a folder made for it, after one that warms the
+caches. A mistake counts as answered where the command ends with status 2 in one line that names the
+culprit and, where there is one, the nearest valid name, with its place in a gin file.
 """
 
 import argparse

@@ -34,8 +34,6 @@ DECODING = ("beams", "alpha", "manner", "sampling", "temperature", "top_k", "top
 
 # Of what a run reads, by names in its description.
 _DATA = ("source", "mixture", "evaluation")
-# In place of a folder that is not named; it is never made.
-_NO_FOLDER = "a folder of its own"
 
 
 class UsageError(ValueError):
@@ -111,13 +109,12 @@ def train(arguments: argparse.Namespace) -> None:
 
 
 def check(arguments: argparse.Namespace) -> None:
-    run_dir = arguments.run_dir or _NO_FOLDER
     config = _configure(arguments, arguments.gin_file)
     if any(binding.name.startswith("Sweep.") for binding in config.bindings):
         sweep = _sweep_of(config)
         trials = _check_trials(arguments, config, sweep)
         print(f"{sweep.name}: {len(trials)} trials")
-        for trial, report in _check_starts(sweep, trials, run_dir):
+        for trial, report in _check_starts(sweep, trials, arguments.run_dir):
             _print_report(report, f"{trial}\n")
         return
     built = config.build("Run")
@@ -125,7 +122,9 @@ def check(arguments: argparse.Namespace) -> None:
     from flix_jax.experiments import checks
 
     with config.placing_errors():
-        _, report = checks.start(built, run_dir, allow_changes=_patterns(arguments.allow_changes))
+        _, report = checks.start(
+            built, arguments.run_dir, allow_changes=_patterns(arguments.allow_changes)
+        )
     _print_report(report)
     for line in unused:
         _warn(line)
@@ -476,7 +475,7 @@ def _check_trials(
 
 
 def _check_starts(
-    sweep: "Sweep", built: Sequence["_TrialRun"], run_dir: str
+    sweep: "Sweep", built: Sequence["_TrialRun"], run_dir: str | None
 ) -> list[tuple["Trial", "Report"]]:
     """Checks one trial of each program, which stands for the others, before the first is trained.
 
@@ -488,15 +487,15 @@ def _check_starts(
     trials, found, read = sweep.trials(), [], set()
     for place, *_ in together.programs([one.run for one in built], len(built)):
         trial, (config, run, _) = trials[place], built[place]
-        if read_record(run_dir, trial).state == "finished":
+        if run_dir is not None and read_record(run_dir, trial).state == "finished":
             continue
         data = "\n".join(f"{k}={v}" for k, v in run.describe().items() if k.startswith(_DATA))
         mistakes = Collected()
         with mistakes.part(), config.placing_errors():
             _, report = checks.start(
                 run,
-                trial_dir(run_dir, trial),
-                bases_dir=os.path.join(run_dir, "bases"),
+                None if run_dir is None else trial_dir(run_dir, trial),
+                bases_dir=None if run_dir is None else os.path.join(run_dir, "bases"),
                 read=data not in read,
             )
             found.append((trial, report))

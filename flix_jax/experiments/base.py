@@ -128,7 +128,7 @@ def load(job: Job) -> Any | None:
 
 def _folded(job: Job, base: Run, template: Any) -> Any:
     """The parameters of a base that trained one LoRA: that is folded into its own base."""
-    of_base = job.of_base(base)
+    of_base = job.of_base(base, job.mesh)
     below = load(of_base)
     shapes, _ = of_base.parameters.templates
     with of_base.checkpoints(below, create=False) as checkpoints:

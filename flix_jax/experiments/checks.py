@@ -25,6 +25,7 @@ from flix_jax.experiments.run_folder import saved_steps
 from flix_jax.mistakes import Collected, Mistake
 
 TRAIN = "train"
+_NO_FOLDER = "a folder of its own"  # where none is named; it is never made
 _FILES = 10  # with bad records, of which the first of each is told
 _STEPS = ("Run.save_every", "Evaluation.every", "Run.log_every")
 
@@ -49,7 +50,7 @@ class Report:
 
 def start(
     run: Run,
-    run_dir: epath.PathLike,
+    run_dir: epath.PathLike | None,
     *,
     bases_dir: epath.PathLike | None = None,
     allow_changes: Sequence[str] = (),
@@ -58,30 +59,39 @@ def start(
     """The job of a run that is to be trained, and what the checks of it and its bases found.
 
     Args:
-      run, run_dir, bases_dir, allow_changes: as of `Job`.
+      run, bases_dir, allow_changes: as of `Job`.
+      run_dir: the run's folder; None where it is not known yet, and nothing of it is checked.
       read: whether the data are read; False where that is done elsewhere.
 
     Raises:
       ValueError: whatever cannot work, in one line with what is at fault; `Mistakes` for several.
     """
     mistakes = Collected()
+    if run_dir is not None:
+        with mistakes.part():
+            check_place(run_dir)
     with mistakes.part():
-        check_place(run_dir)
-    with mistakes.part():
-        job = Job(run, run_dir, bases_dir=bases_dir, allow_changes=allow_changes)
+        folder = _NO_FOLDER if run_dir is None else run_dir
+        job = Job(run, folder, bases_dir=bases_dir, allow_changes=allow_changes)
     mistakes.tell()
-    reports = [_checked(job, mistakes)]
-    # Bases that are trained first: what is wrong with them is told now, and not after one of them.
-    for base in _bases_to_train(job, mistakes):
-        reports.append(_checked(base, mistakes))
+    # Of bases that are trained first, what is wrong is told now, and not after one of them.
+    jobs = [job, *_bases_to_train(job, mistakes)]
+    reports = [_checked(one, mistakes) for one in jobs]
     mistakes.tell()
     need = sum(report.checkpoints for report in reports)
-    with mistakes.part("Run.keep"):
-        space = _check_space(job.run_dir, need)
-    mistakes.tell()
-    rows = [*reports[0].rows, ("disk", space)]
-    with mistakes.part():
-        rows += read_data(job) if read else []
+    rows = list(reports[0].rows)
+    if run_dir is not None:
+        with mistakes.part("Run.keep"):
+            rows.append(("disk", _check_space(run_dir, need)))
+        mistakes.tell()
+    seen: list[tuple[Any, ...]] = []
+    for one in jobs if read else ():
+        data = (one.run.source, one.run.mixture, one.run.evaluation, one.run.source_text)
+        if data not in seen:
+            with mistakes.part():
+                examples = read_data(one)
+                rows += examples if one is job else []
+        seen.append(data)
     mistakes.tell()
     for number, report in enumerate(reports[1:], 1):
         rows += [(f"{'base of ' * (number - 1)}base: {what}", text) for what, text in report.rows]
@@ -122,15 +132,14 @@ def check_place(run_dir: epath.PathLike) -> None:
 
 
 def _checked(job: Job, mistakes: Collected) -> Report:
-    run, base = job.run, ""
+    run, base, steps = job.run, "", saved_steps(job.run_dir)
     with mistakes.part("Run.base"):
         base = base_lib.check(run, job.base_dir)
     starts = ""
     with mistakes.part("Run.adapters_from"):
-        if run.adapters_from is not None and job.start is not None:
+        if not steps and job.start is not None:
             starts = job.start.line()
     trained, frozen = job.parameters.templates
-    steps = saved_steps(job.run_dir)
     size = _bytes(job.parameters.state_template(job.optimizer()))
     need, kept = _checkpoints_to_come(run, steps, size)
     rows = [

@@ -318,10 +318,10 @@ class Job:
         """The parameters of the base, whole; None for random ones. See `base.load`."""
         return base_lib.load(self)
 
-    def of_base(self, base: Run) -> Job:
-        """The job of a base that is a run, where it was trained."""
+    def of_base(self, base: Run, mesh: Any = None) -> Job:
+        """The job of a base that is a run, where it is trained; `mesh` in place of its own."""
         assert self.base_dir is not None
-        return Job(base, self.base_dir, bases_dir=self._bases_dir, mesh=self.mesh)
+        return Job(base, self.base_dir, bases_dir=self._bases_dir, mesh=mesh)
 
     @functools.cached_property
     def comparison(self) -> overlap.Comparison | None:
