@@ -67,7 +67,7 @@ def start(coordinator: str | None, count: int | None = None, index: int | None =
         raise ValueError(f"--coordinator={coordinator!r}: expected HOST:PORT, or auto")
     # Of CPU devices in several processes; others have their own.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    # It would take SIGTERM, which then ended nothing.
+    # It takes SIGTERM, and knows of nothing else; `preemption` does more with it.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         if coordinator == AUTO:
@@ -111,6 +111,11 @@ def index() -> int:
     return _state().process_id or 0
 
 
+def are_connected() -> bool:
+    """Whether there are several processes, and they have met."""
+    return count() > 1 and _state().client is not None
+
+
 def is_first() -> bool:
     """Whether this process is the one that writes and speaks for all."""
     return index() == 0
@@ -135,6 +140,27 @@ def from_first(make: Callable[[], Any]) -> Any:
 def wait_for_first() -> None:
     """Returns once the first process has come here."""
     from_first(lambda: None)
+
+
+def tell(name: str, text: str) -> None:
+    """Leaves a text for all processes; the first of a name stands."""
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        _state().client.key_value_set(f"flix_jax/{name}", text)
+
+
+def told(name: str) -> str | None:
+    """What a process has left under a name; None if there is nothing."""
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        return str(_state().client.key_value_try_get(f"flix_jax/{name}"))
+    return None
+
+
+def wait_told(name: str, seconds: float) -> str | None:
+    """`told`, for which it waits; None if it does not come."""
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        milliseconds = int(1000 * seconds)
+        return str(_state().client.blocking_key_value_get(f"flix_jax/{name}", milliseconds))
+    return None
 
 
 def fail(message: str, status: int) -> Failure:

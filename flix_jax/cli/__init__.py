@@ -1,6 +1,7 @@
 """The command line: `flix train | evaluate | infer | export | convert | sweep | …`."""
 
 import argparse
+import contextlib
 import logging
 import os
 import sys
@@ -8,6 +9,7 @@ import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
+from flix_jax import preemption
 from flix_jax.adapters.suggest import did_you_mean
 from flix_jax.cli.commands import UsageError
 from flix_jax.cli.flags import make_parser
@@ -16,7 +18,7 @@ from flix_jax.mistakes import Mistakes, describe
 DIVERGED = 1
 USER_ERROR = 2
 INTERNAL_ERROR = 70
-INTERRUPTED = 130
+INTERRUPTED = preemption.INTERRUPTED
 MISTAKES = (ValueError, OSError)  # a full disk and what a system refuses are no faults of ours
 
 
@@ -68,7 +70,8 @@ def quiet() -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # it announces itself otherwise
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    # Orbax logs with a traceback what it raises too.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 def _lines(error: BaseException) -> str:
@@ -79,10 +82,17 @@ def _lines(error: BaseException) -> str:
 
 def _explained(error: BaseException) -> tuple[int, str] | None:
     """Exit status and lines of an error that is no fault of the program's; None of any other."""
+    if isinstance(error, preemption.Preempted):
+        return error.status, str(error)
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED, "interrupted"
     if isinstance(error, FloatingPointError):
         return DIVERGED, _lines(error)
+    from flix_jax import buckets
+
+    told = buckets.mistake(error)
+    if told is not None:
+        return USER_ERROR, f"error: {told}"
     return (USER_ERROR, _lines(error)) if isinstance(error, MISTAKES) else None
 
 
@@ -132,7 +142,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line and returns its exit status.
 
     0; 2 after a mistake of the user's; 1 where training diverged; 70 after a fault of the
-    program's.
+    program's; 75 where SIGTERM has stopped what the same command goes on with, and 130 where Ctrl-C
+    has.
     """
     argv = sys.argv[1:] if argv is None else argv
     if not argv:
@@ -141,12 +152,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     quiet()
     try:
         arguments = parse(argv)
-        arguments.run(arguments)
-    except (Exception, KeyboardInterrupt) as error:
+        with contextlib.ExitStack() as stack:
+            if hasattr(arguments, "grace_seconds"):
+                stack.enter_context(preemption.installed(arguments.grace_seconds))
+            arguments.run(arguments)
+    except (Exception, KeyboardInterrupt, preemption.Preempted) as error:
         known, debug = _explained(error), "--debug" in argv
         if _several():
-            _stop_all(error, None if debug else known, debug)
-        if debug and (known is None or known[0] != INTERRUPTED):
+            _stop_all(error, None if debug and isinstance(error, Exception) else known, debug)
+        if debug and isinstance(error, Exception):
             raise
         known = known or _internal(error)
         print(known[1], file=sys.stderr)

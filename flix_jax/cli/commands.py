@@ -105,6 +105,7 @@ def train(arguments: argparse.Namespace) -> None:
             config=configuration.operative_config(),
             profile=arguments.profile,
             allow_changes=_patterns(arguments.allow_changes),
+            strict=arguments.strict,
         )
 
 

@@ -16,8 +16,11 @@ from typing import Any
 import jax
 from etils import epath
 
+from flix_jax import buckets, preemption
 from flix_jax.adapters import injection, text_tables, tree
+from flix_jax.adapters.suggest import did_you_mean
 from flix_jax.data.cells import RETRIEVE, Cell
+from flix_jax.data.cells import columns as columns_of
 from flix_jax.experiments import base as base_lib
 from flix_jax.experiments.job import Job
 from flix_jax.experiments.run import Run
@@ -88,7 +91,7 @@ def start(
     for one in jobs if read else ():
         data = (one.run.source, one.run.mixture, one.run.evaluation, one.run.source_text)
         if data not in seen:
-            with mistakes.part():
+            with mistakes.part(), preemption.phase("reading the data"):
                 examples = read_data(one)
                 rows += examples if one is job else []
         seen.append(data)
@@ -115,12 +118,13 @@ def _bases_to_train(job: Job, mistakes: Collected) -> Iterator[Job]:
 
 
 def check_place(run_dir: epath.PathLike) -> None:
-    """Refuses a folder that cannot be made or written to; of buckets nothing is known beforehand.
+    """Refuses a folder that cannot be made or written to; in a bucket that is tried.
 
     Raises:
       ValueError: with the path that is in the way.
     """
-    if "://" in os.fspath(run_dir):
+    if buckets.is_bucket(run_dir):
+        buckets.check_writable(run_dir)
         return
     place = os.path.abspath(run_dir)
     while not os.path.lexists(place):
@@ -161,7 +165,7 @@ def _checked(job: Job, mistakes: Collected) -> Report:
         ("steps", f"{run.total_steps:,} of batch {run.batch_size}, saved every {run.save_every:,}"),
         ("checkpoints", f"{_size(size)} each, {kept} at a time"),
     ]
-    return Report(tuple(row for row in rows if row[1]), tuple(_warnings(run)), need)
+    return Report(tuple(row for row in rows if row[1]), tuple(_warnings(job)), need)
 
 
 def _standing(job: Job, steps: frozenset[int]) -> str:
@@ -208,6 +212,8 @@ def _checkpoints_to_come(run: Run, steps: frozenset[int], size: int) -> tuple[in
         return 0, len(steps)
     saves = -(-left // run.save_every)
     kept = run.keep + (run.evaluation.keep_best is not None)
+    if run.keep_period is not None:
+        kept += run.total_steps // run.keep_period
     at_most = min(kept + 1, len(steps) + saves)
     return max(at_most - len(steps), 1) * size, at_most
 
@@ -218,7 +224,7 @@ def _check_space(run_dir: epath.Path, need: int) -> str:
     Raises:
       ValueError: it is less than the checkpoints need.
     """
-    if "://" in os.fspath(run_dir):
+    if buckets.is_bucket(run_dir):
         return f"{_size(need)} needed in a bucket"
     place = os.path.abspath(run_dir)
     while not os.path.exists(place):
@@ -241,7 +247,8 @@ def _size(count: float) -> str:
     return f"{count:,.1f} TiB"
 
 
-def _warnings(run: Run) -> Iterator[str]:
+def _warnings(job: Job) -> Iterator[str]:
+    run = job.run
     values = run.save_every, run.evaluation.every, run.log_every
     for name, every in zip(_STEPS, values, strict=True):
         if every is not None and every > run.total_steps:
@@ -251,6 +258,20 @@ def _warnings(run: Run) -> Iterator[str]:
                 "Run.log_every": "metrics are written at the last step alone",
             }[name]
             yield f"{name} = {every} is beyond Run.total_steps = {run.total_steps}: {what}"
+    split = run.evaluation.split
+    known = {s for cell in job.split.cells for s in run.source.splits(cell)}
+    if split not in known:
+        yield f"Evaluation.split: no cell has the split {split!r}; {did_you_mean(split, known)}"
+    if job.space is not None and run.train_values is None and run.adapters_from is None:
+        columns = columns_of(job.split.train)
+        for of in job.space.types:
+            idle = [value for value in of.known_values if value not in columns.get(of.name, ())]
+            if idle:
+                more = f", nor {len(idle) - 1} more values" if idle[1:] else ""
+                yield (
+                    f"FeatureType.values: no cell that is trained on has the {of.name} "
+                    f"{idle[0]!r}{more}"
+                )
 
 
 def read_data(job: Job) -> list[tuple[str, str]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -14,8 +13,9 @@ import numpy as np
 import optax
 from etils import epath
 
+from flix_jax import buckets
 from flix_jax.adapters import injection, tables, text_tables, trained_values, tree
-from flix_jax.adapters.features import FeatureSpace
+from flix_jax.adapters.features import ABSENT, FeatureSpace
 from flix_jax.adapters.suggest import did_you_mean
 from flix_jax.data import cells as cells_lib
 from flix_jax.data import overlap
@@ -67,7 +67,7 @@ def _bases_dir(run_dir: epath.Path, given: epath.PathLike | None) -> epath.Path:
     if given is not None:
         return epath.Path(given)
     noted = run_dir / BASES_FILE
-    return run_dir / (noted.read_text().strip() if noted.exists() else "bases")
+    return buckets.joined(run_dir, noted.read_text().strip() if noted.exists() else "bases")
 
 
 class Job:
@@ -108,6 +108,7 @@ class Job:
         """
         self.run = run
         self.run_dir = epath.Path(run_dir)
+        buckets.check_installed(self.run_dir)
         self._bases_dir = _bases_dir(self.run_dir, bases_dir)
         mistakes = Collected()
         with mistakes.part():
@@ -193,8 +194,13 @@ class Job:
             return None, None
         columns = cells_lib.columns(self.split.train)
         space = run.adapters.space.complete(columns)
-        for cell in self.split.cells:
-            space.encode(cell.annotations())  # an unknown value may be an error
+        # An unknown value may be an error; where all are unknown, no adapter would be trained.
+        ids = {cell: space.encode(cell.annotations()) for cell in self.split.cells}
+        if all((ids[cell] == ABSENT).all() for cell in self.split.train):
+            named = ", ".join(f"{t.name}={value}" for t in space.types for value in t.known_values)
+            raise ValueError(
+                f"FeatureType.values: no cell that is trained on has one of the features {named}"
+            )
         if run.train_values is None:
             return space, None
         try:
@@ -274,7 +280,7 @@ class Job:
         note_changes(self.run_dir, step, self.changes)
         note_folder(self.run, self.run_dir)
         if self.base_dir is not None:
-            path = os.path.relpath(self._bases_dir, self.run_dir)
+            path = buckets.relative(self._bases_dir, self.run_dir)
             files.write_text(self.run_dir / BASES_FILE, path + "\n")
         kinds = {"frozen": self.frozen_template, "trained": self.parameters.templates[0]}
         table = parameter_table.table(kinds, self.parameters.unsplit)
@@ -497,6 +503,8 @@ class Job:
             self.run_dir / "checkpoints",
             identity,
             keep=self.run.keep,
+            keep_period=self.run.keep_period,
+            planned=self.run.saves_at,
             create=create,
             best=best,
             differences={"features": self._features_difference},

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -34,6 +35,8 @@ from flix_jax.training.checkpoints import Checkpoints, digest
 from flix_jax.training.parameters import Parameters
 from flix_jax.training.reporting import Reporter
 from flix_jax.training.step import TrainState
+
+_logger = logging.getLogger(__name__)
 
 # Values of a run, by their names in its description, that may differ within a program.
 MAY_DIFFER = re.compile(
@@ -279,6 +282,8 @@ class _Group:
 
     def _start(self) -> tuple[list[TrainState], Mapping[str, Any] | None]:
         """The states to go on from: of the newest step that all have, or of the beginning."""
+        for checkpoints in self.checkpoints:
+            checkpoints.set_aside_damaged(_logger.warning)
         common = set.intersection(*(set(c.all_steps()) for c in self.checkpoints))
         if not common:
             states: list[TrainState] = []

@@ -95,7 +95,7 @@ def script(*, name: str, extra: str, version: str, train: Sequence[str]) -> str:
 
     Args:
       name: of the launched job.
-      extra: of the installation, 'tpu' or 'gpu'.
+      extra: of the installation, as in `Job`.
       version: of the code.
       train: the command, 'flix' first, which is that of the installation.
     """
