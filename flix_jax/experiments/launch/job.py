@@ -47,6 +47,7 @@ class Job:
     gin_files: tuple[str, ...]
     copies: Mapping[str, str]
     bindings: tuple[str, ...] = ()
+    imports: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_name(self.name)
@@ -64,6 +65,7 @@ class Job:
     def train(self) -> list[str]:
         """The command of every worker, which finds the others by itself."""
         files = [f"--gin_file={name}" for name in self.gin_files]
+        files += [f"--gin_import={module}" for module in self.imports]
         flags = [f"--gin.{text}" for text in self.bindings]
         return ["flix", "train", *files, f"--run_dir={self.run_dir}", "--coordinator=auto", *flags]
 
