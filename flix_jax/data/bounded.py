@@ -21,9 +21,14 @@ def read_bytes(path: epath.PathLike, most: int = DESCRIPTION) -> bytes:
       ValueError: it has more than `most` bytes, of which no more are read.
     """
     path = epath.Path(path)
+    # As much is allocated as is asked for; a pipe or a device has no length, and may have no end.
+    size = path.stat().length
     with path.open("rb") as file:
-        content = file.read(most + 1)
-    if len(content) > most:
+        content = file.read(size + 1) if size <= most else b""
+        while size <= most and (more := file.read(_BLOCK)):
+            content += more
+            size = len(content)
+    if size > most:
         raise ValueError(f"{path}: more than {most:,} bytes, expected a smaller file")
     return content
 

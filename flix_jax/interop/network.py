@@ -27,7 +27,8 @@ from flix_jax.models.t5 import Transformer
 
 RELATIVE = "relpos_bias/rel_embedding"
 _SCANNED = re.compile(r"(encoder|decoder)/\1/(.+)")
-_LAYER = re.compile(r"(encoder|decoder)/layers_(\d+)/(.+)")
+_LAYER = re.compile(r"(encoder|decoder)/layers_([0-9]{1,6})/(.+)")
+_MOST_STACKED = 1024  # layers that a checkpoint may have on an axis
 _NAMED = 4  # names of a kind that a message lists
 
 
@@ -74,7 +75,11 @@ def shapes(config: T5Config) -> dict[str, tuple[int, ...]]:
 
 
 def unscanned(leaves: Mapping[str, Leaf]) -> dict[str, Leaf]:
-    """The leaves with those of scanned layers taken apart."""
+    """The leaves with those of scanned layers taken apart.
+
+    Raises:
+      ValueError: a leaf of scanned layers that has no axis of them.
+    """
     found: dict[str, Leaf] = {}
     for name, leaf in leaves.items():
         scanned = _SCANNED.fullmatch(name)
@@ -82,6 +87,11 @@ def unscanned(leaves: Mapping[str, Leaf]) -> dict[str, Leaf]:
             found[name] = leaf
             continue
         part, rest = scanned.groups()
+        if len(leaf.shape) < 2 or leaf.shape[1] > _MOST_STACKED:
+            raise ValueError(
+                f"{leaf.source}: shape {leaf.shape}, expected at most {_MOST_STACKED} layers on "
+                "axis 1"
+            )
         for layer in range(leaf.shape[1]):
             found[f"{part}/layers_{layer}/{rest}"] = leaf.part(1, layer)
     return found
