@@ -49,7 +49,8 @@ def config_of(path: epath.PathLike) -> T5Config:
     feed-forward block is taken for GELU and a plain one for ReLU, as in all released networks.
     """
     if kind(path) == HUGGINGFACE:
-        return T5Config(**huggingface.read_config(path))
+        fields = huggingface.read_config(path)
+        return network.stated_config(fields, str(epath.Path(path) / "config.json"))
     return network.config_of(t5x_checkpoints.read(path), str(path))
 
 

@@ -19,13 +19,11 @@ from flix_jax.data import bounded
 MOST_BYTES = 2**35  # what is in the file is in memory
 _MOST_CHILDREN = 2**16
 _ARRAY, _SCALAR = 1, 3  # flax's extension types
-_SIZES = (1, 2, 4, 8)
 _CHUNKED = "__msgpack_chunked_array__"
 _DTYPES = {
-    **{np.dtype(t).name: np.dtype(t) for t in (np.float16, np.float32, np.float64, np.bool_)},
-    **{np.dtype(f"{kind}{size}").name: np.dtype(f"{kind}{size}") for kind in "iu" for size in _SIZES},
-    "bfloat16": np.dtype(jnp.bfloat16),
-}
+    np.dtype(kind).name: np.dtype(kind)
+    for kind in ("?", "f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8")
+} | {"bfloat16": np.dtype(jnp.bfloat16)}
 
 
 def read(file: epath.Path) -> Any:

@@ -101,7 +101,7 @@ def through_tensorstore(spec: Mapping[str, Any], source: str) -> Leaf:
     if dtype.kind not in "fiubV":
         raise ValueError(f"{source}: holds {dtype}, expected numbers")
     shape = tuple(int(size) for size in store.shape)
-    _check_chunks(source, shape, store.chunk_layout.read_chunk.shape, dtype.itemsize)
+    _check_chunks(source, shape, store.chunk_layout.read_chunk.shape or (), dtype.itemsize)
 
     def fetch(index: Index) -> np.ndarray:
         try:
@@ -134,8 +134,10 @@ class _Array:
         separator: str,
     ) -> None:
         self.folder, self.shape, self.chunks = folder, shape, chunks
-        self.dtype, self.compressor, self._order = dtype, compressor, order
-        self._fill, self._separator = np.asarray(0 if fill is None else fill).astype(dtype), separator
+        self.compressor, self._order = compressor, order
+        self._separator = separator
+        self._stored, self.dtype = dtype, dtype.newbyteorder("=")
+        self._fill = np.asarray(0 if fill is None else fill).astype(self.dtype)
 
     @classmethod
     def of(cls, metadata: Mapping[str, Any], folder: epath.Path) -> _Array:
@@ -211,7 +213,7 @@ class _Array:
         if len(content) != size:
             more = "more than " if len(content) > size else ""
             raise ValueError(f"{path}: holds {more}{len(content):,} bytes, expected {size:,}")
-        return np.frombuffer(content, self.dtype).reshape(self.chunks, order=self._order)  # type: ignore[call-overload]
+        return np.frombuffer(content, self._stored).reshape(self.chunks, order=self._order)  # type: ignore[call-overload]
 
 
 def inflated(content: bytes, most: int) -> bytes:
