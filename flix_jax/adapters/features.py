@@ -98,6 +98,11 @@ class FeatureType:
         if isinstance(self.values, str | Mapping):
             kind = "string" if isinstance(self.values, str) else "mapping"
             raise ValueError(f"{place}: values is the {kind} {self.values!r}, expected a sequence")
+        for field in ("ranks", "dropouts"):
+            if not isinstance(getattr(self, field), Mapping):
+                raise ValueError(
+                    f"{place}: {field} is {getattr(self, field)!r}, expected a mapping from value"
+                )
         # Frozen containers, so that a type can be hashed and be static under jit.
         if self.values is not None:
             object.__setattr__(self, "values", tuple(self.values))
