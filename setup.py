@@ -25,7 +25,10 @@ def long_description() -> str:
 
 JAX = "jax>=0.10,<0.11.1"  # flax up to 0.12.8 breaks on 0.11.1
 
+GCS = ["gcsfs>=2026.4"]  # brings google-cloud-storage, which orbax asks for buckets
+
 TEST = [
+    *GCS,
     "beartype>=0.20",
     "hypothesis>=6.100",
     "import-linter>=2.1",
@@ -70,6 +73,7 @@ setup(
         "gin-config>=0.5,<0.6",
         "pyyaml>=6.0",
         "etils[epath]>=1.9,<2",
+        "fsspec",  # which comes with epath; its version with gcsfs
         "jaxtyping>=0.3,<0.4",
         "numpy>=2.0,<3",
         "sentencepiece>=0.2,<0.3",
@@ -83,6 +87,7 @@ setup(
         "scipy>=1.13",
         "safetensors>=0.4.5",
         "tensorstore>=0.1.60",
+        "xxhash>=3.4",
     ],
     extras_require={
         "tpu": [JAX.replace("jax", "jax[tpu]", 1)],
@@ -90,6 +95,7 @@ setup(
         # T5X is not on the package index; its own set-up names further git dependencies.
         "t5x": ["t5x @ git+https://github.com/google-research/t5x.git"],
         "wandb": ["wandb>=0.19"],
+        "gcs": GCS,
         "test": TEST,
         "dev": [*TEST, "build>=1.2", "pre-commit>=3.8"],
     },

@@ -32,7 +32,7 @@ MEBIBYTES = 300  # by which an input may raise the peak of memory
 LONGEST = 4096  # bytes of an input, or as long as the longest valid file
 NAMES = (
     *("records", "requests", "features", "gin", "languages", "sentencepiece"),
-    *("adapters", "peft", "huggingface", "t5x", "orbax", "checkpoints"),
+    *("adapters", "peft", "huggingface", "t5x", "orbax", "checkpoints", "forged"),
 )
 _COVERED = re.compile(r"cov: (\d+) ft: (\d+) corp: (\d+)")
 
@@ -142,7 +142,7 @@ def _child(arguments: argparse.Namespace) -> None:
         place.write_bytes(data)
         found["findings"][what] = str(place)
 
-    slow = arguments.target in ("checkpoints", "orbax")
+    slow = arguments.target in ("checkpoints", "forged", "orbax")
 
     def one(data: bytes) -> None:
         if slow or arguments.target in ("sentencepiece", "t5x", "huggingface"):

@@ -8,6 +8,7 @@ that the command line tells in a line; the line must name the file. All else is 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -338,10 +339,12 @@ def orbax(folder: Path) -> Target:
     return _folder(folder, lambda folder: _whole(bases.read(folder, bases.config_of(folder))))
 
 
-def checkpoints(folder: Path) -> Target:
-    """A run's own checkpoints."""
+def checkpoints(folder: Path, *, forged: bool = False) -> Target:
+    """A run's own checkpoints, damaged; forged ones have a manifest that fits what was changed."""
     import jax
+    from etils import epath
 
+    from flix_jax.training import manifest
     from flix_jax.training.checkpoints import Checkpoints
     from flix_jax.training.step import TrainState
 
@@ -352,7 +355,24 @@ def checkpoints(folder: Path) -> Target:
     with Checkpoints(folder / "run" / "checkpoints", identity) as saved:
         saved.save(state, {"position": 7})
 
+    step = epath.Path(folder / "run" / "checkpoints" / "3")
+    written = manifest.read(step)
+
+    def forge() -> None:
+        try:
+            record = dict(json.loads((step / manifest.NAME).read_bytes()))
+        except (ValueError, TypeError, OSError, RecursionError):
+            return
+        if record == written:
+            (step / manifest.NAME).unlink()
+            manifest.write(step, 3, written["arrays"], {})
+            return
+        record["checksum"] = manifest._checksum(record)
+        (step / manifest.NAME).write_text(json.dumps(record))
+
     def read(folder: Path) -> None:
+        if forged:
+            forge()
         with Checkpoints(folder / "run" / "checkpoints", identity, create=False) as there:
             there.restore(state)
 
@@ -361,9 +381,15 @@ def checkpoints(folder: Path) -> Target:
     shutil.copytree(folder, copy)
     target = _folder(folder, read)
 
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+
     def call(data: bytes) -> None:
+        place = (data[0] if data else 0) % len(files)
+        changed = files[place].read_bytes() != data[1:] and files[place].is_relative_to(step)
         try:
             target.read(data)
+            if changed and not forged:
+                raise Finding("a change that was not noticed")
         finally:  # a damaged step may have been set aside
             shutil.rmtree(folder)
             shutil.copytree(copy, folder)
@@ -384,4 +410,5 @@ TARGETS: Mapping[str, Callable[[Path], Target]] = {
     "t5x": t5x,
     "orbax": orbax,
     "checkpoints": checkpoints,
+    "forged": functools.partial(checkpoints, forged=True),
 }

@@ -27,6 +27,7 @@ _POLL = 0.2
 _FOREVER = 10**9  # milliseconds
 
 _values = 0  # that `from_first` has given
+_connected = False  # JAX ends a process that asks its store for something before that
 
 
 class Failure(NamedTuple):
@@ -67,7 +68,7 @@ def start(coordinator: str | None, count: int | None = None, index: int | None =
         raise ValueError(f"--coordinator={coordinator!r}: expected HOST:PORT, or auto")
     # Of CPU devices in several processes; others have their own.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    # It would take SIGTERM, which then ended nothing.
+    # It takes SIGTERM, and knows of nothing else; `preemption` does more with it.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         if coordinator == AUTO:
@@ -84,11 +85,15 @@ def start(coordinator: str | None, count: int | None = None, index: int | None =
     except jax.errors.JaxRuntimeError as error:
         first = str(error).splitlines()[0]
         raise ConnectionError(f"--coordinator={coordinator}: {first}") from None
+    global _connected
+    _connected = True
     done = threading.Event()
     watch = threading.Thread(target=_watch, args=(done,), daemon=True, name="other processes")
     watch.start()
 
     def end_watch() -> None:
+        global _connected
+        _connected = False
         done.set()
         watch.join()
 
@@ -109,6 +114,11 @@ def count() -> int:
 def index() -> int:
     """Which of them this is, from 0."""
     return _state().process_id or 0
+
+
+def are_connected() -> bool:
+    """Whether there are several processes, and they have met."""
+    return _connected and count() > 1
 
 
 def is_first() -> bool:
@@ -135,6 +145,27 @@ def from_first(make: Callable[[], Any]) -> Any:
 def wait_for_first() -> None:
     """Returns once the first process has come here."""
     from_first(lambda: None)
+
+
+def tell(name: str, text: str) -> None:
+    """Leaves a text for all processes; the first of a name stands."""
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        _state().client.key_value_set(f"flix_jax/{name}", text)
+
+
+def told(name: str) -> str | None:
+    """What a process has left under a name; None if there is nothing."""
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        return str(_state().client.key_value_try_get(f"flix_jax/{name}"))
+    return None
+
+
+def wait_told(name: str, seconds: float) -> str | None:
+    """`told`, for which it waits; None if it does not come."""
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        milliseconds = int(1000 * seconds)
+        return str(_state().client.blocking_key_value_get(f"flix_jax/{name}", milliseconds))
+    return None
 
 
 def fail(message: str, status: int) -> Failure:

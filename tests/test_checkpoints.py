@@ -112,7 +112,8 @@ def test_the_best_is_kept_beside_the_newest_through_any_restarts(tmp_path, ends)
         best, steps = keep_best(directory, range(start + 1, stop + 1))
     assert best == (2, 70.25) and steps == (2, 5, 6)
     assert sorted(int(path.name) for path in directory.iterdir()) == [2, 5, 6]
-    assert noted(directory) == {"step": 2, "value": 70.25, "of": BY_SEEN}
+    values = {"1": 10.0, "2": 70.25, "4": 70.25, "5": 60.0}
+    assert noted(directory) == {"step": 2, "value": 70.25, "of": BY_SEEN, "values": values}
     template = a_state(0).trained
     trained, step = Checkpoints(directory, IDENTITY, create=False).restore_trained(template, "best")
     assert step == 2
@@ -133,12 +134,16 @@ def test_a_run_that_ended_before_its_note_finds_the_best_again(tmp_path):
     keep_best(directory, (1,))
     before = noted(directory)
     keep_best(directory, (2, 3, 4))
-    files.write_json(tmp_path / "best.json", before)  # of a step that is gone
+    values = noted(directory)["values"]
+    # The best is of a step that is gone, and a value of one that was never written.
+    before |= {"values": {**values, "9": 99.0}}
+    files.write_json(tmp_path / "best.json", before)
     reader = Checkpoints(directory, IDENTITY, create=False)
     assert reader.restore_trained(a_state(0).trained, "best")[1] == 2
     assert noted(directory) == before  # reading changes nothing
     best, _ = keep_best(directory, ())
-    assert best == (2, 70.25) and noted(directory)["step"] == 2
+    assert best == (2, 70.25)
+    assert noted(directory) == {"step": 2, "value": 70.25, "of": BY_SEEN, "values": values}
 
 
 def test_values_of_another_number_are_not_compared(tmp_path):
@@ -147,7 +152,8 @@ def test_values_of_another_number_are_not_compared(tmp_path):
     other = {**BY_SEEN, "keep_best": "mean_unseen"}
     best, steps = keep_best(directory, (3, 4, 5), best=other, values={3: 1.0, 4: None, 5: 0.5})
     assert best == (3, 1.0) and steps == (3, 4, 5)
-    assert noted(directory) == {"step": 3, "value": 1.0, "of": other}
+    values = {"3": 1.0, "5": 0.5}
+    assert noted(directory) == {"step": 3, "value": 1.0, "of": other, "values": values}
     # Without any, the newest alone are kept, and the folder no longer tells of a best one.
     assert keep_best(directory, (6, 7), best=None, values=dict.fromkeys((6, 7)))[1] == (6, 7)
     assert noted(directory) is None

@@ -80,7 +80,7 @@ def test_the_command_is_installed():
 
 def test_the_extras_are_there():
     extras = set(metadata.metadata("flix_jax").get_all("Provides-Extra"))
-    assert {"tpu", "gpu", "t5x", "test", "dev"} <= extras
+    assert {"tpu", "gpu", "gcs", "t5x", "test", "dev"} <= extras
 
 
 def test_every_package_that_is_imported_is_a_dependency():
@@ -93,7 +93,7 @@ def test_every_package_that_is_imported_is_a_dependency():
     provided = metadata.packages_distributions()
     bundled = {"tensorflow", "tensorflow_datasets"}  # with seqio, which fixes their versions
     # Peers that a module serves where they are installed.
-    served = {"huggingface.py": {"torch"}, "t5x_models.py": {"t5x"}}
+    served = {"buckets.py": {"google"}, "huggingface.py": {"torch"}, "t5x_models.py": {"t5x"}}
     for path in [*(ROOT / "flix_jax").rglob("*.py"), *(ROOT / "tasks").rglob("*.py")]:
         nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
         modules = [a.name for node in nodes if isinstance(node, ast.Import) for a in node.names]

@@ -127,9 +127,9 @@ def test_the_newest_step_with_the_split_is_taken(run, evaluated, tmp_path):
 
 def test_the_best_step_is_taken_on_request(run, evaluated, tmp_path):
     leave(tmp_path / "run" / "evaluations" / "9" / "test", "ner.sw", VALUES["ner.sw"])
-    with pytest.raises(ValueError, match="keeps no best step: there is no best.json"):
+    with pytest.raises(ValueError, match="holds no best checkpoint"):
         write(run, tmp_path, step="best")
-    (tmp_path / "run" / "best.json").write_text(json.dumps({"step": 9}))
+    (tmp_path / "run" / "best.json").write_text(json.dumps({"values": {"9": 5.0, "8": 4.5}}))
     assert write(run, tmp_path, step="best", partial=True).step == 9
 
 

@@ -1,6 +1,7 @@
 """The command line: `flix train | evaluate | infer | export | convert | sweep | …`."""
 
 import argparse
+import contextlib
 import logging
 import os
 import sys
@@ -8,13 +9,14 @@ import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
+from flix_jax import preemption
 from flix_jax.adapters.suggest import did_you_mean
 from flix_jax.cli.commands import UsageError
 from flix_jax.cli.flags import make_parser
 
 DIVERGED = 1
 USER_ERROR = 2
-INTERRUPTED = 130
+INTERRUPTED = preemption.INTERRUPTED
 MISTAKES = (
     ValueError,
     FileNotFoundError,
@@ -74,7 +76,8 @@ def quiet() -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # it announces itself otherwise
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    # Orbax logs with a traceback what it raises too.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 def _describe(error: Exception) -> str:
@@ -85,11 +88,18 @@ def _describe(error: Exception) -> str:
 
 def _explained(error: BaseException) -> tuple[int, str] | None:
     """Exit status and line of an error that is no fault of the program's; None of any other."""
+    if isinstance(error, preemption.Preempted):
+        return error.status, str(error)
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED, "interrupted"
     if isinstance(error, FloatingPointError):
         return DIVERGED, f"error: {_describe(error)}"
-    return (USER_ERROR, f"error: {_describe(error)}") if isinstance(error, MISTAKES) else None
+    if isinstance(error, MISTAKES):
+        return USER_ERROR, f"error: {_describe(error)}"
+    from flix_jax import buckets
+
+    told = buckets.mistake(error)
+    return None if told is None else (USER_ERROR, f"error: {told}")
 
 
 def _several() -> bool:
@@ -123,7 +133,8 @@ def _stop_all(error: BaseException, known: tuple[int, str] | None, debug: bool) 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line and returns its exit status.
 
-    0; 2 after a mistake of the user's; 1 where training diverged.
+    0; 2 after a mistake of the user's; 1 where training diverged; 75 where SIGTERM has stopped what
+    the same command goes on with, and 130 where Ctrl-C has.
     """
     argv = sys.argv[1:] if argv is None else argv
     if not argv:
@@ -132,12 +143,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     quiet()
     try:
         arguments = parse(argv)
-        arguments.run(arguments)
-    except (Exception, KeyboardInterrupt) as error:
+        with contextlib.ExitStack() as stack:
+            if hasattr(arguments, "grace_seconds"):
+                stack.enter_context(preemption.installed(arguments.grace_seconds))
+            arguments.run(arguments)
+    except (Exception, KeyboardInterrupt, preemption.Preempted) as error:
         known, debug = _explained(error), "--debug" in argv
         if _several():
-            _stop_all(error, None if debug else known, debug)
-        if known is None or (debug and known[0] != INTERRUPTED):
+            _stop_all(error, None if debug and isinstance(error, Exception) else known, debug)
+        if known is None or (debug and isinstance(error, Exception)):
             raise
         print(known[1], file=sys.stderr)
         return known[0]

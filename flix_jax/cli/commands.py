@@ -97,6 +97,7 @@ def train(arguments: argparse.Namespace) -> None:
             arguments.run_dir,
             config=configuration.operative_config(),
             profile=arguments.profile,
+            strict=arguments.strict,
         )
 
 

@@ -4,7 +4,8 @@ import argparse
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from flix_jax.cli import commands, launching
+from flix_jax import preemption
+from flix_jax.cli import checkpoint_commands, commands, launching
 from flix_jax.cli.commands import UsageError
 
 if TYPE_CHECKING:
@@ -96,6 +97,18 @@ def _add_processes(parser: Parser) -> None:
     )
     group.add_argument("--processes", type=int, metavar="N", help="how many there are")
     group.add_argument("--process", type=int, metavar="I", help="which this is, from 0")
+
+
+def _add_grace(parser: Parser) -> None:
+    parser.add_argument(
+        "--grace_seconds",
+        type=float,
+        default=preemption.GRACE,
+        metavar="S",
+        help="in which a command that SIGTERM or Ctrl-C asks to stop saves what there is to save; "
+        f"then it is ended, with status {preemption.STATUS} ({preemption.INTERRUPTED} after "
+        f"Ctrl-C; default: {preemption.GRACE:g})",
+    )
 
 
 def _add_step(parser: Parser) -> None:
@@ -287,6 +300,13 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="FIRST:LAST",
         help="steps of which a trace for TensorBoard and xprof is written to the run's profile/",
     )
+    train.add_argument(
+        "--strict",
+        action="store_true",
+        help="refuse to go on where the newest checkpoint is damaged; else it is set aside, and "
+        "the newest sound one is taken",
+    )
+    _add_grace(train)
     _add_processes(train)
     _add_gin(train, required=True)
 
@@ -316,6 +336,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_gin(plan, required=True)
 
     launching.add_launch(parsers, _command, GIN_HELP)
+    checkpoint_commands.add_checkpoints(parsers, _command, Parser)
 
     evaluate = _command(
         parsers,
@@ -345,6 +366,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="add bootstrap intervals, of 0.95 unless another share is given",
     )
     _add_step(evaluate)
+    _add_grace(evaluate)
     _add_processes(evaluate)
     _add_gin(evaluate, required=False)
 
@@ -380,6 +402,7 @@ def make_parser() -> argparse.ArgumentParser:
         "(default: auto, with a float32 base)",
     )
     _add_step(infer)
+    _add_grace(infer)
     _add_gin(infer, required=False)
 
     chat = _command(
@@ -481,6 +504,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="one of N workers on the same folder, which may be on several machines; each takes "
         "trials that no other has",
     )
+    _add_grace(sweep)
     _add_gin(sweep, required=True)
 
     report = _command(

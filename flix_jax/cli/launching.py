@@ -254,6 +254,7 @@ def _slices(arguments: argparse.Namespace) -> "Slices":
 
 
 def _run(arguments: argparse.Namespace, shell: "Shell") -> None:
+    from flix_jax import buckets
     from flix_jax.experiments.launch import checkout, job, slurm
 
     on_slurm = arguments.engine == "slurm"
@@ -276,7 +277,7 @@ def _run(arguments: argparse.Namespace, shell: "Shell") -> None:
         arguments.run_dir,
         arguments.launch_dir,
         checkout.find(arguments.code, allow_dirty=arguments.allow_dirty),
-        "gpu" if on_slurm else "tpu",
+        ("gpu" if on_slurm else "tpu") + (",gcs" if buckets.is_bucket(arguments.run_dir) else ""),
         gin_files,
         copies,
         tuple(arguments.bindings),

@@ -19,7 +19,7 @@ import numpy as np
 import seqio
 from etils import epath
 
-from flix_jax import processes
+from flix_jax import preemption, processes
 from flix_jax.adapters.suggest import did_you_mean
 from flix_jax.data.cells import GENERATE, RETRIEVE, Cell
 from flix_jax.data.pipeline import SOURCES
@@ -174,6 +174,7 @@ class CellEvaluator:
         Raises:
           ValueError: `predict` lacks a kind, returned another shape or no numbers of the kind; a
             task has no metrics.
+          Preempted: asked to stop, after a batch or a cell.
         """
         folder = self.folder(run_dir, step)
         results: dict[str, dict[str, float]] = {}
@@ -200,24 +201,28 @@ class CellEvaluator:
             if progress is not None:
                 done = len(results)
                 progress(Progress(cell.name, done, len(self.tasks), examples_done, before))
+            preemption.check()
 
-        for cell, predicted in self._predict(predict, pending, report):
-            if len(predicted):
+        with preemption.phase("decoding"):
+            for cell, predicted in self._predict(predict, pending, report):
+                if not len(predicted):
+                    missing.add(cell.name)
+                    results[cell.name] = {"examples": 0}
+                    report(cell)
+                    continue
                 loaded = self._load(cell)
-                if self.kind(cell) == RETRIEVE:
-                    index = self.indexes[cell]
-                    if index not in embedded:
-                        embedded[index] = self._embed(index, predict[RETRIEVE])
-                    ids, passages = embedded[index]
-                    rankings = retrieval.rank(predicted, passages, ids, RANKED)
-                    results[cell.name] = loaded.score_rankings(rankings)
-                else:
-                    results[cell.name] = loaded.score(predicted, step)
-                self._write(folder, cell, loaded.lines(), results[cell.name], fingerprint)
-            else:
-                missing.add(cell.name)
-                results[cell.name] = {"examples": 0}
-            report(cell)
+                with preemption.phase("scoring"):
+                    if self.kind(cell) == RETRIEVE:
+                        index = self.indexes[cell]
+                        if index not in embedded:
+                            embedded[index] = self._embed(index, predict[RETRIEVE])
+                        ids, passages = embedded[index]
+                        rankings = retrieval.rank(predicted, passages, ids, RANKED)
+                        results[cell.name] = loaded.score_rankings(rankings)
+                    else:
+                        results[cell.name] = loaded.score(predicted, step)
+                    self._write(folder, cell, loaded.lines(), results[cell.name], fingerprint)
+                report(cell)
         self._warn(missing)
         processes.wait_for_first()  # now what it has written can be read by all
         return {cell.name: results[cell.name] for cell in self.tasks}

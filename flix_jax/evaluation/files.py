@@ -2,12 +2,18 @@
 
 import json
 import os
+import re
+import socket
 from typing import Any
 
 from etils import epath
 
-from flix_jax import processes
+from flix_jax import buckets, preemption, processes
 from flix_jax.data import bounded
+
+# Names of temporary files say whose they are.
+_HERE = socket.gethostname()
+_TEMPORARY = re.compile(rf"\..+\.{re.escape(_HERE)}\.(\d+)\.tmp")
 
 EVALUATIONS = "evaluations"  # in a run's folder
 
@@ -16,22 +22,37 @@ def write_text(path: epath.PathLike, text: str) -> None:
     """Writes `text` (UTF-8) so that a reader finds the old content or the new, never a part.
 
     On a local disk through a neighbouring temporary file; a bucket's objects appear whole anyway
-    and cannot be renamed cheaply. Missing parent folders are made. Of several processes, which all
-    have the same to write, the first one writes.
+    and cannot be renamed. Missing parent folders are made. Of several processes, which all have the
+    same to write, the first one writes.
     """
     if not processes.is_first():
         return
     path = epath.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if "://" in os.fspath(path):
+    if buckets.is_bucket(path):
         path.write_text(text)
         return
-    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
-    try:
-        temporary.write_text(text)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f".{path.name}.{_HERE}.{os.getpid()}.tmp"
+    with preemption.unbroken():
+        try:
+            temporary.write_text(text)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def clear(folder: epath.PathLike) -> None:
+    """Removes what `write_text` has left below a folder in processes of this machine that are gone.
+
+    Of several processes the first one does. A bucket has nothing of the kind.
+    """
+    if not processes.is_first() or buckets.is_bucket(folder) or not os.path.isdir("/proc/self"):
+        return
+    for place, _, names in os.walk(folder):
+        for name in names:
+            found = _TEMPORARY.fullmatch(name)
+            if found and not os.path.isdir(f"/proc/{found[1]}"):
+                os.unlink(os.path.join(place, name))
 
 
 def write_json(path: epath.PathLike, value: Any) -> None:

@@ -101,10 +101,12 @@ class Claims:
 
     def _others(self, place: epath.Path) -> Iterable[str]:
         """Names of the other workers with a claim that has not expired; expired ones go."""
-        if not place.exists():
+        try:
+            paths = list(place.iterdir())
+        except FileNotFoundError:  # in a bucket a folder is gone with the last claim in it
             return []
         found = []
-        for path in place.iterdir():
+        for path in paths:
             if path.name.startswith(".") or path.stem == self.name:
                 continue
             try:

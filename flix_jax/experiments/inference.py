@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from etils import epath
 
+from flix_jax import buckets
 from flix_jax.data import cells as cells_lib
 from flix_jax.evaluation.bootstrap import check_confidence
 from flix_jax.evaluation.scoreboard import Scoreboard
@@ -121,6 +122,7 @@ def evaluate(
     if confidence is not None:
         check_confidence(confidence)
     job = Job(run, run_dir, bases_dir=bases_dir)
+    buckets.check_writable(job.run_dir)
     split = split or run.evaluation.split
     trained, frozen, found = restore(job, step)
     job = ensembles.evaluated(job)

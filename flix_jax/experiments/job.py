@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -14,6 +13,7 @@ import numpy as np
 import optax
 from etils import epath
 
+from flix_jax import buckets
 from flix_jax.adapters import injection, tables, text_tables, trained_values, tree
 from flix_jax.adapters.features import FeatureSpace
 from flix_jax.adapters.suggest import did_you_mean
@@ -63,7 +63,7 @@ def _bases_dir(run_dir: epath.Path, given: epath.PathLike | None) -> epath.Path:
     if given is not None:
         return epath.Path(given)
     noted = run_dir / BASES_FILE
-    return run_dir / (noted.read_text().strip() if noted.exists() else "bases")
+    return buckets.joined(run_dir, noted.read_text().strip() if noted.exists() else "bases")
 
 
 class Job:
@@ -100,6 +100,7 @@ class Job:
         """
         self.run = run
         self.run_dir = epath.Path(run_dir)
+        buckets.check_installed(self.run_dir)
         check_folder(run, self.run_dir)
         check_installed(run.wandb_project)
         self._bases_dir = _bases_dir(self.run_dir, bases_dir)
@@ -235,7 +236,7 @@ class Job:
         """Writes down what is known before training; from now on the folder is this run's."""
         note_folder(self.run, self.run_dir)
         if self.base_dir is not None:
-            path = os.path.relpath(self._bases_dir, self.run_dir)
+            path = buckets.relative(self._bases_dir, self.run_dir)
             files.write_text(self.run_dir / BASES_FILE, path + "\n")
         kinds = {"frozen": self.frozen_template, "trained": self.parameters.templates[0]}
         table = parameter_table.table(kinds, self.parameters.unsplit)
@@ -535,6 +536,8 @@ class Job:
             self.run_dir / "checkpoints",
             identity,
             keep=self.run.keep,
+            keep_period=self.run.keep_period,
+            planned=self.run.saves_at,
             create=create,
             best=best,
             differences={"features": self._features_difference},

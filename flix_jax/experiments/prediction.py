@@ -18,7 +18,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import NamedSharding
 
-from flix_jax import processes
+from flix_jax import buckets, preemption, processes
 from flix_jax.adapters import tree
 from flix_jax.adapters.features import ABSENT
 from flix_jax.adapters.suggest import did_you_mean
@@ -298,6 +298,7 @@ def infer(
         several processes; or as in ``inference.evaluate``.
     """
     job = Job(run, run_dir, bases_dir=bases_dir)
+    buckets.check_writable(epath.Path(output_path).parent)
     asked = requests.read(
         input_path,
         job.space,
@@ -354,7 +355,8 @@ def infer(
                 encoded[part], asked[part], sources[part], strict=True
             )
         ]
-        predictions = predictor(rows, start // run.evaluation.batch_size, watch)
+        with preemption.phase("decoding"):
+            predictions = predictor(rows, start // run.evaluation.batch_size, watch)
         parts.write(start, [_line(*of) for of in zip(asked[part], predictions, strict=True)])
     parts.join(starts)
     return len(asked)

@@ -33,7 +33,7 @@ RANDOM = "random"
 # What may change between two starts of a run, as name=value: it decides what is seen of the result,
 # or where the same data lie, but not what the result is.
 FREE = re.compile(
-    r"(base\.)*((log_every|save_every|keep|wandb_project|evaluation\..*|mesh\..*|tables|source\.(data|cache)_dir"
+    r"(base\.)*((log_every|save_every|keep|keep_period|wandb_project|evaluation\..*|mesh\..*|tables|source\.(data|cache)_dir"
     r"|vocabulary\.path)=.*|mixture\.overlap='(report|ignore)')",
     re.DOTALL,
 )
@@ -159,6 +159,7 @@ class Run:
         the same batches. None is ``seed``.
       save_every, log_every: in steps.
       keep: how many of the newest checkpoints are kept.
+      keep_period: checkpoints of steps that it divides are kept too. None keeps no others.
       evaluation: how the run is evaluated.
       wandb_project: of Weights & Biases, which then gets what TensorBoard gets;
         `WANDB_MODE=offline` keeps it in the run's folder. None does without.
@@ -194,6 +195,7 @@ class Run:
     save_every: int = 1000
     log_every: int = 50
     keep: int = 2
+    keep_period: int | None = None
     evaluation: Evaluation = Evaluation()
     wandb_project: str | None = None
 
@@ -202,6 +204,13 @@ class Run:
         for name in [*sizes.split(), "log_every", "keep"]:
             if getattr(self, name) < 1:
                 raise ValueError(f"Run.{name} must be at least 1, got {getattr(self, name)}")
+        if self.keep_period is not None and (
+            self.keep_period < 1 or self.keep_period % self.save_every
+        ):
+            raise ValueError(
+                f"Run.keep_period = {self.keep_period}: expected a multiple of Run.save_every = "
+                f"{self.save_every}"
+            )
         if self.loss_chunks < 1 or self.targets_length % self.loss_chunks:
             raise ValueError(
                 f"Run.loss_chunks = {self.loss_chunks}: expected a divisor of Run.targets_length "
@@ -317,6 +326,10 @@ class Run:
     def trains_everything(self) -> bool:
         """Whether the checkpoints of this run are whole models."""
         return self.adapters is None and self.trainable is None
+
+    def saves_at(self, step: int) -> bool:
+        """Whether a checkpoint of this step is made in any case."""
+        return step == self.total_steps or step % self.save_every == 0
 
     def describe(self) -> dict[str, str]:
         """Every value of the run by its dotted name, as text."""

@@ -9,22 +9,19 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-import orbax.checkpoint as ocp
 from etils import epath
 
 from flix_jax.data.cells import CellSplit, match, name_some
 from flix_jax.evaluation import files
 from flix_jax.experiments.run import FREE, RANDOM, Run
+from flix_jax.training import checkpoints
 
 TRAINED_ON_FILE = "trained_on.json"
 
 
 def saved_steps(folder: epath.PathLike) -> frozenset[int]:
-    """The steps of a run's whole checkpoints."""
-    directory = epath.Path(folder) / "checkpoints"
-    if not directory.exists():
-        return frozenset()
-    return frozenset(ocp.utils.checkpoint_steps(directory))
+    """The steps of a run's checkpoints."""
+    return checkpoints.saved_steps(epath.Path(folder) / "checkpoints")
 
 
 def check_folder(run: Run, run_dir: epath.Path) -> None:

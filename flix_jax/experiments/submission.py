@@ -23,7 +23,8 @@ from flix_jax.evaluation.batches import GUESSES
 from flix_jax.experiments.run import Run
 from flix_jax.tasks.xtreme_up import XtremeUp, read_records, shorten
 from flix_jax.tasks.xtreme_up_languages import FILES
-from flix_jax.training.checkpoints import BEST_FILE, Step
+from flix_jax.training import best_step
+from flix_jax.training.checkpoints import Step
 
 #: The benchmark's tasks. The scorer reads no others.
 TASKS = tuple(sorted(FILES))
@@ -130,10 +131,7 @@ def write_submission(
 def _evaluation(run_dir: epath.Path, split: str, step: Step) -> tuple[int, epath.Path]:
     """The step, given or the newest, and the folder of its predictions."""
     if step == "best":
-        best = files.read_json(run_dir / BEST_FILE)
-        if best is None:
-            raise ValueError(f"{run_dir} keeps no best step: there is no {BEST_FILE}")
-        step = int(best["step"])
+        step = best_step.find(run_dir)
     root = run_dir / files.EVALUATIONS
     names = [path.name for path in root.iterdir()] if root.exists() else []
     found = {

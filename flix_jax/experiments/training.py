@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import statistics
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -11,7 +12,7 @@ import jax
 import optax
 from etils import epath
 
-from flix_jax import processes
+from flix_jax import buckets, preemption, processes
 from flix_jax.adapters import tree
 from flix_jax.evaluation import files
 from flix_jax.experiments import data_notes, ensembles, flops, inference, scoring, topology
@@ -21,9 +22,11 @@ from flix_jax.experiments.run import Run
 from flix_jax.experiments.run_folder import saved_steps
 from flix_jax.training import partitioning, tracing
 from flix_jax.training.checkpoints import digest
-from flix_jax.training.loop import fit
+from flix_jax.training.loop import REPORT, UNEVALUATED, fit
 from flix_jax.training.reporting import Reporter, read_metrics
 from flix_jax.training.step import TrainState, train_step
+
+_logger = logging.getLogger(__name__)
 
 
 def train(
@@ -35,6 +38,7 @@ def train(
     title: str = "train",
     show_cells: bool = True,
     profile: tuple[int, int] | None = None,
+    strict: bool = False,
 ) -> Job:
     """Trains ``run`` in ``run_dir`` up to its last step, its base first if that is a run.
 
@@ -47,28 +51,35 @@ def train(
       title: what the progress display calls the run.
       show_cells: whether the log has the table of tasks and languages too, beside ``cells.txt``.
       profile: the first and the last step of which a trace is written to ``profile``.
+      strict: whether a damaged checkpoint is an error; else it is set aside, with a warning, and
+        training goes on from the newest sound one.
 
     Raises:
       ValueError: before any compute, in one line, for whatever in the run cannot work.
     """
     job = Job(run, run_dir, bases_dir=bases_dir)
-    job.check_data()  # a mistake is better found before anything is trained than after
+    buckets.check_writable(job.run_dir)
+    files.clear(job.run_dir)
+    with preemption.phase("reading the data"):
+        job.check_data()  # a mistake is better found before anything is trained than after
     saved = saved_steps(job.run_dir)
     start = None if saved else job.start
     if profile is not None:
         _check_profile(profile, max(saved, default=0) + 1, run.total_steps)
     train_base(job, bases_dir=bases_dir, title=title, show_cells=show_cells)
     base = job.load_base()
-    pipeline = job.pipeline()
+    with preemption.phase("reading the data"):
+        pipeline = job.pipeline()
     optimizer = job.optimizer()
     origin = job.base_digest(base)  # hashed once: a base may be large
     template = job.parameters.state_template(optimizer)
 
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(job.checkpoints(base, origin=origin))
-        if checkpoints.latest_step() is not None:
+        resumed = checkpoints.resume(template, strict=strict, say=_logger.warning)
+        if resumed is not None:
+            state, data_state = resumed
             frozen = job.frozen_parameters(base)
-            state, data_state = checkpoints.restore(template)
         else:
             trained, frozen = job.initial_parameters(base, origin=origin)
             state, data_state = job.parameters.create_state(trained, optimizer), None
@@ -93,6 +104,7 @@ def train(
                 title=title,
                 hparams=run.hparams(),
                 wandb_project=run.wandb_project,
+                resumed=(data_state or {}).get(REPORT),
             )
         )
         reporter.say(f"{title}: {_summary(job, state)}, in {job.run_dir}")
@@ -121,10 +133,11 @@ def train(
             checkpoints=checkpoints,
             reporter=reporter,
             total_steps=run.total_steps,
-            save_every=run.save_every,
+            saves_at=run.saves_at,
             eval_every=run.evaluation.every,
             evaluate=evaluate,
             judge=scoring.judge(run, job.split),
+            unevaluated=(data_state or {}).get(UNEVALUATED, False),
         )
     return job
 

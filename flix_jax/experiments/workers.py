@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from etils import epath
 
+from flix_jax import buckets
 from flix_jax.evaluation import files
 from flix_jax.evaluation.scoreboard import GROUPS, Scoreboard, number
 from flix_jax.experiments.claims import Claims
@@ -65,6 +66,7 @@ def run_sweep(
         sweep chooses by and reports.
     """
     run_dir = epath.Path(run_dir)
+    buckets.check_writable(run_dir)
     _claim_folder(sweep, run_dir)
     trials = sweep.trials()
     units = [tuple(unit) for unit in programs or [(place,) for place in range(len(trials))]]

@@ -1,16 +1,17 @@
 """Checkpoints of what is trained, with orbax: never the base, which is named by its digest.
 
 A step's folder holds ``trained`` (parameters), ``optimizer`` (its state), ``data`` (the position
-in the example sequence) and ``identity`` (the feature space, the base's digest and whatever else
-must agree before these arrays mean anything). A step that was evaluated also holds ``metrics``, the
-value by which the best one is kept.
+in the example sequence), ``identity`` (the feature space, the base's digest and whatever else must
+agree before these arrays mean anything) and ``manifest.json``, digests of all of it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import logging
-from collections.abc import Callable, Mapping, Sequence
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -19,15 +20,19 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from flix_jax import processes
-from flix_jax.evaluation import files
+from flix_jax import buckets, processes
+from flix_jax.training import array_digests, best_step, manifest
+from flix_jax.training.best_step import BestStep
 from flix_jax.training.partitioning import gathered
 from flix_jax.training.step import TrainState
 
-logger = logging.getLogger(__name__)
+# Files that orbax writes when it commits a checkpoint.
+_METADATA = "_CHECKPOINT_METADATA"
+_COMMITTED = "commit_success.txt"
+_TEMPORARY = ".orbax-checkpoint-tmp"  # in the name of a folder until then
 
-#: Beside the folder of checkpoints: step and value of the best one, and what the value is of.
-BEST_FILE = "best.json"
+# What a failed write is raised as, by orbax and by tensorstore.
+_WRITING = (OSError, ValueError, RuntimeError)
 
 Step = int | Literal["best"] | None
 
@@ -43,19 +48,31 @@ def digest(params: Any) -> str:
     return total.hexdigest()
 
 
+class Damaged(ValueError):
+    """A checkpoint is not what was written. Says what is changed, and where."""
+
+
 class Checkpoints:
     """The checkpoints of one run, ``<directory>/<step>``.
+
+    A step is there as a whole or not at all: its folder gets its name when all of it is written, a
+    manifest (`training.manifest`) last. What is restored is compared with the manifest, its files
+    before they are read and its arrays where they have come to lie.
 
     Args:
       directory: where they are, local or a bucket.
       identity: name -> text of everything that the arrays depend on. It is saved with each step,
         and what is named here is compared when one is restored.
       keep: how many of the newest steps are kept; None keeps all.
-      create: whether to make the directory; False is for reading.
+      keep_period: steps that it divides are kept too; None keeps no others.
+      planned: of which steps `keep` counts; None is all. Another one, as where a run was asked to
+        stop, is deleted when a newer one is whole, unless it is the best.
+      create: whether to make the directory, and to remove what an interrupted save left there;
+        False is for reading.
       best: what the values given to ``save`` are of: which number, of which examples. The step of
         the greatest value, the earliest of equal ones, is then kept beside the newest, and told in
-        ``best.json`` beside the directory. Values are stored with their steps, and only those of
-        the same description are compared. None keeps the newest alone.
+        ``best.json`` beside the directory. Only values of the same description are compared. None
+        keeps the newest alone.
       differences: name -> what tells how a saved text of the identity differs from the one here;
         where there is none, both are shown.
     """
@@ -66,26 +83,29 @@ class Checkpoints:
         identity: Mapping[str, str],
         *,
         keep: int | None = None,
+        keep_period: int | None = None,
+        planned: Callable[[int], bool] | None = None,
         create: bool = True,
         best: Mapping[str, Any] | None = None,
         differences: Mapping[str, Callable[[str], str]] | None = None,
     ) -> None:
-        self.directory = epath.Path(directory).resolve()
+        self.directory = buckets.resolved(directory)
         if not create and not self.directory.exists():
             raise ValueError(f"{self.directory.parent} holds no trained run: no {self.directory}")
+        self._writes = create
         self._identity = dict(identity)
         self._differences = dict(differences or {})
-        self._best_of = None if best is None else dict(best)
-        self._values: dict[int, float] = {}
+        self._digests: dict[int, array_digests.Digests] = {}  # of steps that are being written
+        self._sound: set[int] = set()  # steps whose files were compared already
+        self._best = BestStep(self.directory.parent, best)
+        self._retention = _Retention(keep, keep_period, self._best, planned)
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
                 create=create,
-                # Makes orbax store metrics; what is kept by them is the policy's to say.
-                best_fn=None if best is None else lambda metrics: metrics["value"],
-                preservation_policy=preservation_policy.AnyPreservationPolicy(
-                    [preservation_policy.LatestN(keep), _TheBest(self)]
-                ),
+                cleanup_tmp_directories=create,
+                preservation_policy=self._retention,
+                temporary_path_class=_sealed(self.directory, self._seal),
             ),
             item_handlers={
                 "trained": ocp.StandardCheckpointHandler(),
@@ -94,13 +114,12 @@ class Checkpoints:
                 "identity": ocp.JsonCheckpointHandler(),
             },
         )
-        if self._best_of is not None:
-            self._values = self._stored_values(self._best_of)
-        if create:
-            self._note_best()  # a run may have ended between a checkpoint and its note
+        if create:  # a run may have ended between a checkpoint and its note
+            self._best.forget_after(self.latest_step() or 0)
+            self._best.write(self.all_steps())
 
     def latest_step(self) -> int | None:
-        """The newest whole checkpoint, None if there is none."""
+        """The newest checkpoint, None if there is none."""
         return self._manager.latest_step()
 
     def all_steps(self) -> tuple[int, ...]:
@@ -110,11 +129,11 @@ class Checkpoints:
     @property
     def best(self) -> tuple[int, float] | None:
         """(step, value) of the best checkpoint, None if none has a value."""
-        return _greatest(self._values)
+        return self._best.among(self.all_steps())
 
     def improves(self, value: float | None) -> bool:
         """Whether a step of this value would be the best; never for None, which is no value."""
-        if value is None or self._best_of is None:
+        if value is None or not self._best.counts:
             return False
         return self.best is None or value > self.best[1]
 
@@ -128,26 +147,103 @@ class Checkpoints:
           data_state: the position in the examples.
           value: by which the best step is kept, higher as better; None where it was not evaluated.
             A step that is the best is on disk when this returns, and noted.
+
+        Raises:
+          ValueError: an earlier step could not be written.
         """
-        step, metrics = int(state.step), None
-        improved = self.improves(value)
-        if self._best_of is not None:  # orbax warns where it gets none
-            metrics = {} if value is None else {"value": value, "of": self._best_of}
-        if self._best_of is not None and value is not None:
-            self._values[step] = value
-        self._manager.save(
-            step,
-            metrics=metrics,
-            args=ocp.args.Composite(
-                trained=ocp.args.StandardSave(state.trained),
-                optimizer=ocp.args.StandardSave(_leaves(state.opt_state)),
-                data=ocp.args.JsonSave(dict(data_state)),
-                identity=ocp.args.JsonSave(self._identity),
-            ),
-        )
+        self.check()
+        step, improved = int(state.step), self.improves(value)
+        if value is not None and self._best.counts:
+            on_disk = self.all_steps()
+            self._best.set(step, value)
+            self._best.write(on_disk)
+        arrays = {"trained": state.trained, "optimizer": _leaves(state.opt_state)}
+        self._digests[step] = array_digests.of(arrays)
+        try:
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    trained=ocp.args.StandardSave(arrays["trained"]),
+                    optimizer=ocp.args.StandardSave(arrays["optimizer"]),
+                    data=ocp.args.JsonSave(dict(data_state)),
+                    identity=ocp.args.JsonSave(self._identity),
+                ),
+            )
+        except _WRITING as error:
+            raise self._unwritten(error) from error
         if improved:
             self.wait()
-            self._note_best()
+            self._best.write(self.all_steps())
+
+    def set_value(self, step: int, value: float) -> None:
+        """Gives a step that was saved without one the value by which the best is kept."""
+        if self._best.counts:
+            self._best.set(step, value)
+            self._best.write(self.all_steps())
+            self._end_deletions()  # of what was the best
+
+    def resume(
+        self, template: TrainState, *, strict: bool = False, say: Callable[[str], None] = print
+    ) -> tuple[TrainState, dict[str, Any]] | None:
+        """The newest sound state and its data position, to train on from; None for no step.
+
+        Args:
+          template: as for `restore`.
+          strict: whether a damaged step is an error; else it is set aside, in the folder
+            ``damaged`` of the run, and the step before it is taken.
+          say: is told of each that is set aside.
+
+        Raises:
+          Damaged: no step is sound, or `strict` and the newest is not.
+          ValueError: as `restore`.
+        """
+        last: Damaged | None = None
+        for step in reversed(self.all_steps()):
+            try:
+                restored = self.restore(template, step)
+                self._end_deletions()
+                return restored
+            except Damaged as error:
+                if strict:
+                    raise Damaged(f"{error}{self._instead(step)}") from None
+                say(f"{error}; set aside in {self.set_aside(step)}")
+                last = error
+        if last is not None:
+            raise Damaged(
+                f"{last}; no sound step is left in {self.directory}: remove "
+                f"{self.directory.parent} to begin again"
+            )
+        return None
+
+    def delete_after(self, step: int) -> None:
+        """Deletes the steps behind one from which training goes on; they will be made again."""
+        for later in self.all_steps():
+            if later > step:
+                self._manager.delete(later)
+        self._best.forget_after(step)
+
+    def set_aside_damaged(self, say: Callable[[str], None] = print) -> None:
+        """Sets aside the newest steps up to one whose files are sound."""
+        for step in reversed(self.all_steps()):
+            try:
+                self._check_files(step)
+                return self._end_deletions()
+            except Damaged as error:
+                say(f"{error}; set aside in {self.set_aside(step)}")
+
+    def set_aside(self, step: int) -> epath.Path:
+        """Moves a step out of the way; the folder where it is now."""
+        source, place = self.directory / str(step), self.directory.parent / "damaged" / str(step)
+        number = 1
+        while place.exists():
+            number += 1
+            place = place.parent / f"{step}-{number}"
+        place = epath.Path(processes.from_first(lambda: str(place)))
+        if processes.is_first():
+            _move(source, place)
+        processes.wait_for_first()
+        self._manager.reload()
+        return place
 
     def restore(self, template: TrainState, step: Step = None) -> tuple[TrainState, dict[str, Any]]:
         """The state and the data position of ``step`` (the newest by default).
@@ -157,6 +253,7 @@ class Checkpoints:
           step: one of ``all_steps()``, or ``'best'``: what the folder's ``best.json`` tells of.
 
         Raises:
+          Damaged: the step is not what was written.
           ValueError: no such step, another identity, or arrays of other names, shapes or dtypes.
         """
         wanted = {"trained": template.trained, "optimizer": _leaves(template.opt_state)}
@@ -172,13 +269,26 @@ class Checkpoints:
         step, items = self._restore(step, {"trained": template})
         return items["trained"], step
 
+    def check(self) -> None:
+        """Raises ValueError if a step could not be written."""
+        try:
+            self._manager.check_for_errors()
+        except _WRITING as error:
+            raise self._unwritten(error) from error
+
     def wait(self) -> None:
-        """Returns when everything that was begun is on disk."""
-        self._manager.wait_until_finished()
+        """Returns when everything that was begun is on disk; raises as `check`."""
+        try:
+            self._manager.wait_until_finished()
+        except _WRITING as error:
+            raise self._unwritten(error) from error
 
     def close(self) -> None:
-        """Waits, then releases the manager's threads."""
-        self._manager.close()
+        """Waits, then releases the manager's threads; raises as `check`."""
+        try:
+            self._manager.close()
+        except _WRITING as error:
+            raise self._unwritten(error) from error
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -186,33 +296,30 @@ class Checkpoints:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _stored_values(self, of: Mapping[str, Any]) -> dict[int, float]:
-        stored = {step: self._manager.metrics(step) or {} for step in self.all_steps()}
-        return {s: metrics["value"] for s, metrics in stored.items() if metrics.get("of") == of}
+    def _end_deletions(self) -> None:
+        """Deletes what is not kept: the run may have ended while it did that."""
+        steps = self.all_steps()
+        for step in set(steps) - self._retention.kept(steps):
+            self._manager.delete(step)
 
-    def _note_best(self) -> None:
-        """Makes `best.json` say what is so; a folder that keeps no best step has none."""
-        path = self.directory.parent / BEST_FILE
-        if self.best is None:
-            if processes.is_first():
-                path.unlink(missing_ok=True)
-            return
-        step, value = self.best
-        record = {"step": step, "value": value, "of": self._best_of}
-        if files.read_json(path) != record:
-            files.write_json(path, record)
+    def _seal(self, folder: epath.Path, announced: Mapping[str, bytes]) -> None:
+        """Writes the manifest of a step that is about to get its name."""
+        step = int(folder.name.partition(".")[0])
+        manifest.write(folder, step, array_digests.texts(self._digests.pop(step)), announced)
 
-    def _best_step(self) -> int:
-        """The step to read as the best one; of the checkpoints, for the note may be behind."""
-        path = self.directory.parent / BEST_FILE
-        record = files.read_json(path)
-        found = record and _greatest(self._stored_values(record["of"]))
-        if not found:
-            raise ValueError(
-                f"{self.directory.parent} holds no best checkpoint: train it with "
-                "Evaluation.keep_best"
-            )
-        return found[0]
+    def _unwritten(self, error: BaseException) -> ValueError:
+        reason = " ".join(str(error).split())
+        # Of tensorstore's long tale the end says why: "…: No space left on device [os_error…]".
+        told = re.search(r"([^:]*) \[os_error_code=", reason)
+        steps = sorted(saved_steps(self.directory))
+        with contextlib.suppress(OSError):  # what there is of it takes space that is needed
+            for path in self.directory.glob(f"*{_TEMPORARY}*"):
+                path.rmtree()
+        return ValueError(
+            f"a checkpoint could not be written to {self.directory}: "
+            f"{told[1].strip() if told else _short(reason)}; "
+            f"the steps before it stand: {', '.join(map(str, steps)) or 'none'}"
+        )
 
     def _restore(
         self, step: Step, wanted: Mapping[str, Any], **others: Any
@@ -221,20 +328,65 @@ class Checkpoints:
         if not steps:
             raise ValueError(f"no checkpoint in {self.directory}")
         if step == "best":
-            step = self._best_step()
+            step = best_step.find(self.directory.parent, steps)
         step = steps[-1] if step is None else step
         if step not in steps:
             raise ValueError(f"no checkpoint of step {step} in {self.directory}, only {steps}")
+        try:
+            self._check_files(step)
+        except Damaged as error:
+            more = "" if self._writes else self._instead(step)
+            raise Damaged(f"{error}{more}") from None
         self._check_identity(step)
-        metadata = self._manager.item_metadata(step)
+        with self._reading(step):
+            metadata = self._manager.item_metadata(step)
         for name, tree in wanted.items():
             _check_arrays(f"{self.directory / str(step) / name}", metadata[name], tree)
         args = {name: ocp.args.StandardRestore(tree) for name, tree in wanted.items()}
-        return step, self._manager.restore(step, args=ocp.args.Composite(**args, **others))
+        with self._reading(step):
+            items = self._manager.restore(step, args=ocp.args.Composite(**args, **others))
+        self._check_digests(step, {name: items[name] for name in wanted})
+        return step, items
+
+    @contextlib.contextmanager
+    def _reading(self, step: int) -> Iterator[None]:
+        """One error for those of orbax that no damage explains, for the manifest fits the files.
+
+        A stranger can write both. It is not `Damaged`: such a step is not set aside.
+        """
+        try:
+            yield
+        except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            folder = self.directory / str(step)
+            raise ValueError(f"checkpoint {folder} cannot be read: {reason}") from error
+
+    def _check_files(self, step: int) -> None:
+        if step in self._sound:
+            return
+        folder = self.directory / str(step)
+        found = processes.from_first(lambda: manifest.damage(folder))
+        if found is not None:
+            raise Damaged(f"checkpoint {folder} is damaged: {found}")
+        self._sound.add(step)
+
+    def _instead(self, step: int) -> str:
+        """What else could be read, if the newest step was to be."""
+        older = [s for s in reversed(self.all_steps()) if s < step]
+        sound = next((s for s in older if manifest.damage(self.directory / str(s)) is None), None)
+        return "" if sound is None else f"; the newest sound one is of step {sound}"
+
+    def _check_digests(self, step: int, items: Mapping[str, Any]) -> None:
+        folder = self.directory / str(step)
+        expected = manifest.read(folder)["arrays"]
+        for name, found in array_digests.texts(array_digests.of(items)).items():
+            if found != expected.get(name):
+                raise Damaged(f"checkpoint {folder} is damaged: array {name} is another one")
 
     def _check_identity(self, step: int) -> None:
         args = ocp.args.Composite(identity=ocp.args.JsonRestore())
-        saved = self._manager.restore(step, args=args)["identity"]
+        with self._reading(step):
+            saved = dict(self._manager.restore(step, args=args)["identity"])
         for name, here in self._identity.items():
             there = saved.get(name)
             if there != here:
@@ -246,20 +398,87 @@ class Checkpoints:
                 )
 
 
-class _TheBest(preservation_policy.PreservationPolicy):
-    """Keeps the best step, in orbax's terms; its own `BestN` keeps the latest of equal ones."""
+class _Retention(preservation_policy.PreservationPolicy):
+    """What is kept, in orbax's terms; its own `BestN` keeps the latest of equal ones."""
 
-    def __init__(self, checkpoints: Checkpoints) -> None:
-        self._checkpoints = checkpoints
+    def __init__(
+        self,
+        newest: int | None,
+        period: int | None,
+        best: BestStep,
+        planned: Callable[[int], bool] | None,
+    ) -> None:
+        self._newest, self._period, self._best, self._planned = newest, period, best, planned
+
+    def kept(self, steps: Sequence[int]) -> set[int]:
+        return kept(steps, self._newest, self._period, self._best.among(steps), self._planned)
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
-        best = self._checkpoints.best
-        return [best is not None and info.step == best[0] for info in checkpoints]
+        steps = [info.step for info in checkpoints]
+        return [step in self.kept(steps) for step in steps]
 
 
-def _greatest(values: Mapping[int, float]) -> tuple[int, float] | None:
-    """(step, value) of the greatest value, of the earliest step among equal ones."""
-    return max(values.items(), key=lambda item: (item[1], -item[0])) if values else None
+def kept(
+    steps: Sequence[int],
+    newest: int | None,
+    period: int | None,
+    best: tuple[int, Any] | None,
+    planned: Callable[[int], bool] | None = None,
+) -> set[int]:
+    """Of ascending steps those that stay: the `newest` (None: all), each of `period`, the best.
+
+    Of the newest only those that are `planned` count, but for the last one.
+    """
+    counted = [step for step in steps if planned is None or planned(step)]
+    found = set(counted if newest is None else counted[-newest:]) | set(steps[-1:])
+    if period is not None:
+        found |= {step for step in steps if step % period == 0}
+    return found | ({best[0]} if best is not None else set())
+
+
+def saved_steps(directory: epath.PathLike) -> frozenset[int]:
+    """The steps of the checkpoints in a folder, which need not be there."""
+    if not epath.Path(directory).exists():
+        return frozenset()
+    return frozenset(ocp.utils.checkpoint_steps(directory))
+
+
+def _sealed(
+    directory: epath.Path, seal: Callable[[epath.Path, Mapping[str, bytes]], None]
+) -> type[Any]:
+    """Orbax's way to name a checkpoint when it is whole, with `seal` just before."""
+    base: Any = ocp.path.atomicity_defaults.get_default_temporary_path_class(directory)
+
+    class Sealed(base):
+        _checkpoint_metadata_store: Any
+
+        async def finalize(self) -> None:
+            if self.get_final().parent != directory:  # a part of a checkpoint
+                return await super().finalize()
+            store, self._checkpoint_metadata_store = self._checkpoint_metadata_store, None
+            if store is not None:  # its last change would come behind the seal
+                store.wait_until_finished()
+                store.update(
+                    file_path=self.get() / _METADATA, commit_timestamp_nsecs=time.time_ns()
+                )
+                store.wait_until_finished()
+            told = f"Checkpoint commit was successful to {self.get_final()}"
+            seal(self.get(), {_COMMITTED: told.encode()})
+            return await super().finalize()
+
+    return Sealed
+
+
+def _move(source: epath.Path, place: epath.Path) -> None:
+    place.parent.mkdir(parents=True, exist_ok=True)
+    if not buckets.is_bucket(source):
+        source.rename(place)
+        return
+    for name in manifest.files_of(source):  # a bucket cannot rename
+        to = place / name
+        to.parent.mkdir(parents=True, exist_ok=True)
+        (source / name).copy(to)
+    source.rmtree()
 
 
 def _leaves(opt_state: Any) -> dict[str, Any]:

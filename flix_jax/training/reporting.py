@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from flix_jax import processes
 from flix_jax.evaluation import files
+from flix_jax.preemption import Preempted
 from flix_jax.training.tensorboard_sink import TensorBoardSink
 from flix_jax.training.wandb_sink import WandbSink
 
@@ -27,17 +28,22 @@ class Reporter:
     """Writes the metrics of a run, averaged over windows of ``log_every`` steps.
 
     Lines of ``metrics.jsonl`` hold ``step``, ``loss``, ``z_loss``, ``accuracy``, ``grad_norm``
-    (means over the window), ``tokens`` (target tokens since the start of this process),
+    (means over the window), ``tokens`` (target tokens since the first step),
     ``tokens_per_second``, ``tokens_per_second_per_chip``, ``steps_per_second``, ``data_wait``
     (share of the window's time spent waiting for data), ``mfu`` (model-FLOPs utilisation, where the
     devices' peak is known) and ``device_memory`` (the most that a device had in use so far, bytes,
     where it tells); lines of evaluations hold ``step`` and ``<cell>/<metric>``. Of several
     processes, which all have the same metrics, the first alone writes and shows them.
 
+    A window ends after ``log_every`` steps, before an evaluation and with the last step. One that a
+    checkpoint finds open goes into it (`state`), so that a run that goes on from there writes the
+    lines that it would have written without an interruption.
+
     Args:
       run_dir: the run's folder.
       total_steps: the last step.
       start_step: the step that the run goes on from; lines of later steps are dropped.
+      resumed: the `state` that was saved with that step; None if there is none.
       log_every: the window in steps.
       wait_seconds: the time so far in which the loop waited for data.
       devices: how many there are, over all processes.
@@ -62,9 +68,15 @@ class Reporter:
         show: bool = True,
         hparams: Mapping[str, str | float] | None = None,
         wandb_project: str | None = None,
+        resumed: Mapping[str, Any] | None = None,
     ) -> None:
         self._path = epath.Path(run_dir) / "metrics.jsonl"
-        self._lines = [x for x in read_metrics(self._path) if x["step"] <= start_step]
+        lines = read_metrics(self._path)
+        if resumed is None:
+            self._lines = [line for line in lines if line["step"] <= start_step]
+            resumed = {"tokens": _last_tokens(self._lines)}
+        else:
+            self._lines = lines[: resumed["lines"]]
         self._sinks: list[TensorBoardSink | WandbSink] = []
         if processes.is_first():
             self._sinks.append(TensorBoardSink(run_dir, start_step, hparams or {}))
@@ -75,8 +87,8 @@ class Reporter:
         self._wait_seconds = wait_seconds
         self._devices = devices
         self._utilization = utilization
-        self._pending: list[tuple[int, Any]] = []
-        self._tokens = 0.0
+        self._pending: list[tuple[int, Any]] = [(s, m) for s, m in resumed.get("window", ())]
+        self._tokens = resumed["tokens"]
         self._written = 0.0
         self._total = total_steps
         self._title = title
@@ -95,6 +107,8 @@ class Reporter:
         )
         self._progress.start()
         self._start_window()
+        self._window_start -= resumed.get("seconds", 0.0)
+        self._window_wait -= resumed.get("waited", 0.0)
         self._started = (start_step, time.monotonic())
 
     def step(self, step: int, metrics: Mapping[str, jax.typing.ArrayLike]) -> None:
@@ -105,27 +119,40 @@ class Reporter:
         if self._progress.live.is_started:
             self._progress.update(self._task, completed=step)
 
-    def flush(self) -> None:
-        """Fetches the window's metrics and writes them.
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint of the step reported last must hold for the lines to go on: json.
 
         Raises:
           FloatingPointError: a loss is not finite, with its step.
         """
-        if not self._pending:
+        self.flush(partial=False)
+        self._fetch()
+        state: dict[str, Any] = {"lines": len(self._lines), "tokens": self._tokens}
+        if self._pending:
+            state["window"] = [[step, metrics] for step, metrics in self._pending]
+            state["seconds"] = time.monotonic() - self._window_start
+            state["waited"] = self._wait_seconds() - self._window_wait
+        return state
+
+    def flush(self, *, partial: bool = True) -> None:
+        """Fetches the window's metrics and writes them; without `partial`, if it is full.
+
+        Raises:
+          FloatingPointError: a loss is not finite, with its step.
+        """
+        if not self._pending or (len(self._pending) < self._log_every and not partial):
             return
+        self._fetch()
         steps, values = zip(*self._pending, strict=True)
         self._pending = []
-        values = jax.device_get(values)
-        for step, value in zip(steps, values, strict=True):
-            if not math.isfinite(value["loss"]):
-                raise FloatingPointError(f"the loss is {value['loss']} at step {step}")
         now = time.monotonic()
         seconds = now - self._window_start
-        tokens = float(sum(value.pop("tokens") for value in values))
+        sums = {name: sum(value[name] for value in values) for name in values[0]}
+        tokens = sums.pop("tokens")
         self._tokens += tokens
         line = {
             "step": steps[-1],
-            **{k: float(sum(v[k] for v in values) / len(values)) for k in values[0]},
+            **{name: total / len(values) for name, total in sums.items()},
             "tokens": self._tokens,
             "tokens_per_second": tokens / seconds,
             "tokens_per_second_per_chip": tokens / seconds / self._devices,
@@ -153,15 +180,15 @@ class Reporter:
         self._console.print(text, highlight=False, soft_wrap=True)
 
     def sync(self) -> None:
-        """Puts all that was reported on disk."""
-        self.flush()
+        """Puts all lines that were written on disk."""
         self._store()
         for sink in self._sinks:
             sink.flush()
 
-    def close(self) -> None:
-        """Writes what is pending and gives the console back."""
+    def close(self, *, partial: bool = True) -> None:
+        """Writes what is pending (`partial`: a window that is open, too), and ends the progress."""
         try:
+            self.flush(partial=partial)
             self.sync()
         finally:
             self._progress.stop()
@@ -171,8 +198,22 @@ class Reporter:
     def __enter__(self) -> Reporter:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # What was saved with a checkpoint is written when the run goes on.
+        self.close(partial=kind is None or not issubclass(kind, Preempted))
+
+    def _fetch(self) -> None:
+        """Brings the window's metrics to the host, as Python's numbers."""
+        fetched = jax.device_get([metrics for _, metrics in self._pending])
+        steps = [step for step, _ in self._pending]
+        self._pending = [
+            (step, {name: float(value) for name, value in metrics.items()})
+            for step, metrics in zip(steps, fetched, strict=True)
+        ]
+        for step, metrics in self._pending:
+            if not math.isfinite(metrics["loss"]):
+                self._pending = []
+                raise FloatingPointError(f"the loss is {metrics['loss']} at step {step}")
 
     def _start_window(self) -> None:
         self._window_start = time.monotonic()
@@ -205,6 +246,10 @@ class Reporter:
         rate = (line["step"] - first) / (time.monotonic() - then)
         left = (self._total - line["step"]) / rate
         self.say(f"{self._title}: step {line['step']}/{self._total}  {values}  {left:.0f} s left")
+
+
+def _last_tokens(lines: Sequence[Mapping[str, Any]]) -> float:
+    return next((line["tokens"] for line in reversed(lines) if "tokens" in line), 0.0)
 
 
 def read_metrics(path: epath.PathLike) -> list[dict[str, Any]]:

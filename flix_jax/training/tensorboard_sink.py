@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Mapping
+from pathlib import Path
 
 from etils import epath
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
@@ -14,9 +16,18 @@ from tensorboard.compat.proto.types_pb2 import DT_FLOAT
 from tensorboard.plugins.hparams import plugin_data_pb2
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
+from flix_jax import buckets
+
+_EVERY = 60.0  # seconds between two copies to a bucket, beside those that are asked for
+_PART = 1 << 20  # bytes of a file in a bucket, behind which another is begun
+
 
 class TensorBoardSink:
     """Events in the folder ``tensorboard`` of a run.
+
+    On a local disk they are appended to a file. In a bucket they are files that are written anew as
+    a whole until they hold a megabyte, and what was added since the last `flush` or the last minute
+    is lost with the process.
 
     Args:
       run_dir: the run's folder.
@@ -28,7 +39,9 @@ class TensorBoardSink:
     def __init__(
         self, run_dir: epath.PathLike, start_step: int, hparams: Mapping[str, str | float]
     ) -> None:
-        self._events = EventFileWriter(str(epath.Path(run_dir) / "tensorboard"))
+        folder = epath.Path(run_dir) / "tensorboard"
+        made = _PartsInBucket(folder) if buckets.is_bucket(folder) else EventFileWriter(str(folder))
+        self._events: EventFileWriter | _PartsInBucket = made
         restart = SessionLog(status=SessionLog.START)
         self._events.add_event(
             Event(wall_time=time.time(), step=start_step + 1, session_log=restart)
@@ -51,6 +64,39 @@ class TensorBoardSink:
     def close(self) -> None:
         """Ends the file."""
         self._events.close()
+
+
+class _PartsInBucket:
+    """An `EventFileWriter` for a bucket: of a local folder, whose files are copied as they are."""
+
+    def __init__(self, folder: epath.Path) -> None:
+        self._folder = folder
+        self._local = tempfile.TemporaryDirectory(prefix="flix_tensorboard")
+        self._part = EventFileWriter(self._local.name)
+        self._copied = time.monotonic()
+
+    def add_event(self, event: Event) -> None:
+        """Adds an event, and copies what there is once a minute."""
+        self._part.add_event(event)
+        if time.monotonic() - self._copied > _EVERY:
+            self.flush()
+
+    def flush(self) -> None:
+        """Copies the part that is written, and begins another where that is large."""
+        self._part.flush()
+        (path,) = Path(self._local.name).iterdir()
+        (self._folder / path.name).write_bytes(path.read_bytes())
+        self._copied = time.monotonic()
+        if path.stat().st_size > _PART:
+            self._part.close()
+            path.unlink()
+            self._part = EventFileWriter(self._local.name)
+
+    def close(self) -> None:
+        """Copies the rest."""
+        self.flush()
+        self._part.close()
+        self._local.cleanup()
 
 
 def _hparams_summary(hparams: Mapping[str, str | float], group: str) -> Summary:

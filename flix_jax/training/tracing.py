@@ -5,11 +5,15 @@ Both are steps around a step, so that the loop knows neither.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 from etils import epath
+
+from flix_jax import buckets
 
 StepFn = Callable[..., Any]
 
@@ -49,7 +53,7 @@ def traced(
       start_step: how many were made before.
       folder: where the trace is written, ``plugins/profile/<time>``.
     """
-    number = start_step
+    number, stack = start_step, contextlib.ExitStack()
 
     def step(*arguments: Any) -> Any:
         nonlocal number
@@ -58,15 +62,28 @@ def traced(
             return step_fn(*arguments)
         if number == first:
             jax.block_until_ready(arguments)  # of steps before it nothing is in the trace
-            jax.profiler.start_trace(folder)
+            stack.enter_context(_trace(folder))
         with jax.profiler.StepTraceAnnotation("train", step_num=number):
             result = step_fn(*arguments)
         if number == last:
             jax.block_until_ready(result)
-            jax.profiler.stop_trace()
+            stack.close()
         return result
 
     return step
+
+
+@contextlib.contextmanager
+def _trace(folder: epath.PathLike) -> Iterator[None]:
+    """A trace of what is computed in the block, in a folder; the profiler knows local ones only."""
+    with contextlib.ExitStack() as stack:
+        local = folder
+        if buckets.is_bucket(folder):
+            local = stack.enter_context(tempfile.TemporaryDirectory(prefix="flix_trace"))
+        with jax.profiler.trace(local):
+            yield
+        if local != folder:
+            buckets.put(local, folder)
 
 
 def _signature(arguments: tuple[Any, ...]) -> dict[str, str]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from etils import epath
 
+from flix_jax import buckets
 from flix_jax.evaluation import files
 
 ID_FILE = "wandb_id.txt"  # in the run's folder: a run that goes on is one W&B run
@@ -51,7 +52,7 @@ class WandbSink:
             id=place.read_text().strip(),
             resume="allow",
             config=dict(hparams),
-            dir=str(folder),
+            dir=None if buckets.is_bucket(folder) else str(folder),  # its own files are local
             reinit="create_new",
         )
 

@@ -33,7 +33,7 @@ class Job:
       run_dir: the run's folder.
       folder: the launched folder on this machine, which `write` fills.
       checkout: the code.
-      extra: of the installation, 'tpu' or 'gpu'.
+      extra: of the installation, 'tpu' or 'gpu', and 'gcs' for a bucket: 'tpu,gcs'.
       gin_files: as the workers name them.
       copies: files of this machine by their names in the launched folder's `gin/`.
       bindings: what followed each `--gin.`.
