@@ -53,7 +53,8 @@ def _json(body: bytes, draw: random.Random) -> bytes | None:
             continue
         rest = text[skip:].decode(errors="surrogateescape")[end:]
         for _ in range(draw.choice((1, 1, 2, 4))):
-            value = _changed(value, draw)
+            # Written and read again, for swapped fields may lie in each other.
+            value = json.loads(json.dumps(_changed(value, draw)))
         written = json.dumps(value, ensure_ascii=draw.random() < 0.5).encode(errors="replace")
         if skip:
             written = len(written).to_bytes(8, "little") + written
