@@ -79,6 +79,8 @@ setup(
         "sentencepiece>=0.2,<0.3",
         "sacrebleu>=2.4,<3",
         "rapidfuzz>=3.9,<4",
+        "regex>=2023.0",  # with a time limit, which `re` has not
+        "msgpack>=1.0,<2",
         "rich>=13.7",
         "tensorboard>=2.18",  # TensorFlow no longer brings it along
         "matplotlib>=3.9,<4",

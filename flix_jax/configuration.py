@@ -24,6 +24,7 @@ from flix_jax.gin_reader import (
     ConfigurationError,
     Reader,
     Reference,
+    import_module,
     references,
     replace,
     resolve,
@@ -297,18 +298,26 @@ def _one_line(message: str) -> str:
     return " ".join(message.split())
 
 
-def load(gin_files: Sequence[str] = (), bindings: Sequence[str] = ()) -> Configuration:
+def load(
+    gin_files: Sequence[str] = (),
+    bindings: Sequence[str] = (),
+    imports: Sequence[str] = (),
+) -> Configuration:
     """Reads gin files, then flags (`'NAME=VALUE'`, as after `--gin.`), and puts them in force.
 
     Args:
       gin_files: names for `find_file`, read in order; later bindings replace earlier ones.
       bindings: texts such as `"DATA_DIR='data'"` or `"AdapterSpec.alpha=8"`; they win over files.
+      imports: modules that are imported first, and that files may import, with what is in them.
+        Without one a file can execute nothing but this package.
 
     Raises:
       ConfigurationError: in one line, for an unknown name, parameter, macro or file, a syntax
-        error and a wrong reference.
+        error, a wrong reference and an import that is not allowed.
     """
-    reader = Reader(NAMES)
+    for module in imports:
+        import_module(module, f"--gin_import={module}")
+    reader = Reader(NAMES, imports)
     for name in gin_files:
         reader.read_file(name)
     for text in bindings:

@@ -14,7 +14,7 @@ import re
 import tokenize
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 import gin
@@ -24,11 +24,16 @@ from gin import config_parser
 
 from flix_jax.adapters.suggest import did_you_mean
 from flix_jax.configs import find_config
+from flix_jax.data import bounded
 from flix_jax.mistakes import Collected, Mistake
 
 _LISTS = (tuple, list, collections.abc.Sequence)
 MACRO = "gin.macro"
 MODULE = "flix"  # what gin files every name of ours under; never needs writing
+PACKAGE = "flix_jax"  # what every gin file may import from
+MOST_BYTES = 2**20  # of a gin file
+MOST_FILES = 1000  # that are read for a configuration, as often as they are included
+MOST_VALUES = 10**6  # in the value of a macro, with those of the macros in it
 
 
 class ConfigurationError(Mistake):
@@ -240,7 +245,9 @@ def _statements(text: str, place: Callable[[int], str], flag: bool) -> Iterator[
     except tokenize.TokenError as error:
         message, (line, _) = error.args
         fail(place(min(line, text.count("\n") + 1)), f"syntax error: {message}")
-    except (SyntaxError, ValueError) as error:
+    except (RecursionError, MemoryError):
+        fail(place(1), "syntax error: nested too deeply, somewhere in the file")
+    except (SyntaxError, ValueError, TypeError) as error:
         message = str(getattr(error, "msg", None) or error)
         message = " ".join(message.split("\n")[-1].split())
         name, _, value = (part.strip() for part in text.partition("="))
@@ -260,11 +267,26 @@ def find_file(name: str, place: str = "") -> epath.Path:
         fail(place, str(error))
 
 
-class Reader:
-    """Collects the bindings of files and flags; a later binding of a name replaces an earlier."""
+def import_module(module: str, place: str) -> None:
+    """Executes a module that is allowed to be; ConfigurationError, at `place`, where it cannot."""
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        fail(place, f"import {module}: {error}")
 
-    def __init__(self, names: Mapping[str, str]) -> None:
+
+class Reader:
+    """Collects the bindings of files and flags; a later binding of a name replaces an earlier.
+
+    Args:
+      names: what may be configured.
+      modules: what files may import beside this package, each with all that is in it.
+    """
+
+    def __init__(self, names: Mapping[str, str], modules: Sequence[str] = ()) -> None:
         self.names = names
+        self.modules = (PACKAGE, *modules)
+        self._reads = 0
         self.bindings: dict[tuple[str, str, str], Binding] = {}
         self.files: dict[str, epath.Path] = {}  # what was read, by the names that asked for it
         self._mistakes = Collected()
@@ -277,10 +299,15 @@ class Reader:
         if identity in within:
             fail(place, f"'{name}' includes itself")
         within = (*within, identity)
+        self._reads += 1
+        if self._reads > MOST_FILES:
+            fail(place, f"'{name}': more than {MOST_FILES:,} files are included, each time it is")
         try:
-            text = path.read_text(encoding="utf-8")
+            text = bounded.read_bytes(path, MOST_BYTES).decode()
         except UnicodeDecodeError:
             fail(place, f"'{name}' is not a text file in UTF-8")
+        except ValueError as error:
+            fail(place, str(error))
 
         def at(line: int) -> str:
             return f"{path}:{line}"
@@ -289,7 +316,7 @@ class Reader:
             for statement in _statements(text, at, flag=False):
                 where = at(statement.location.line_num)
                 if isinstance(statement, config_parser.ImportStatement):
-                    _import(statement.module, where)  # without it, names below would be unknown
+                    self._import(statement, where)  # without it, names below would be unknown
                     continue
                 with self._mistakes.part():
                     self._take(statement, where, within)
@@ -303,6 +330,18 @@ class Reader:
             self._unknown.remove(statement.selector)
         elif statement.selector not in self._unknown:
             self._bind(statement, where)
+
+    def _import(self, statement: config_parser.ImportStatement, place: str) -> None:
+        """`import my.module`, for names that a user registers with gin: the module is executed."""
+        module = statement.module
+        allowed = any(module == name or module.startswith(f"{name}.") for name in self.modules)
+        if not allowed or "__" in module:  # __main__ would be a command
+            fail(
+                place,
+                f"{statement.format()}: executes code outside {PACKAGE}; if you trust it, allow it "
+                f"with --gin_import={module.partition('.')[0]}",
+            )
+        import_module(module, place)
 
     def read_flag(self, text: str) -> None:
         with self._mistakes.part():
@@ -362,7 +401,7 @@ class Reader:
             fail(place, f"{reference} is the class itself; write {reference}() for an object")
 
     def check(self) -> None:
-        """Tells what is wrong with what was read, macros that are not set or refer to themselves.
+        """Tells what is wrong: macros not set, that refer to themselves, or huge by each other.
 
         Raises:
           ConfigurationError: a mistake.
@@ -370,11 +409,14 @@ class Reader:
         """
         self._mistakes.tell()  # what is missing for their sake is no mistake of its own
         macros = {key[0]: b for key, b in self.bindings.items() if key[1] == MACRO}
+        sizes: dict[str, int] = {}  # of macros that were visited: values in them, through others
 
         circle: set[str] = set()
 
-        def visit(binding: Binding, path: tuple[str, ...]) -> None:
+        def visit(binding: Binding, path: tuple[str, ...]) -> int:
+            size = 1
             for reference in references(binding.value):
+                size += 1
                 if not reference.macro or reference.required or reference.name in circle:
                     continue
                 if reference.name in path:
@@ -387,7 +429,16 @@ class Reader:
                         f" VALUE, or the flag --gin.{reference.name}=VALUE);"
                         f" {did_you_mean(reference.name, macros)}",
                     )
-                visit(macros[reference.name], (*path, reference.name))
+                if reference.name not in sizes:
+                    inner = visit(macros[reference.name], (*path, reference.name))
+                    sizes[reference.name] = inner
+                size += sizes[reference.name]
+            if size > MOST_VALUES:
+                fail(
+                    binding.place,
+                    f"{binding.name} has more than {MOST_VALUES:,} values by the macros in it",
+                )
+            return size
 
         for binding in self.bindings.values():
             with self._mistakes.part():
@@ -403,11 +454,3 @@ class Reader:
                 with self._mistakes.part():
                     _check_type(binding.selector, binding.name, binding.parameter, value, place)
         self._mistakes.tell()
-
-
-def _import(module: str, place: str) -> None:
-    """A gin file's `import my.module`, for names that a user registers with gin."""
-    try:
-        importlib.import_module(module)
-    except ImportError as error:
-        fail(place, f"import {module}: {error}")

@@ -152,7 +152,26 @@ MISTAKES = {
     "a flag that is an include": ("", ["include 'a=b'"], "expected --gin.NAME=VALUE"),
     "missing include": ("include 'y.gin'\n", [], "x.gin:1: no gin file 'y.gin'"),
     "circular include": ("include 'x.gin'\n", [], "x.gin:1: 'x.gin' includes itself"),
-    "failing import": ("import no.such_module\n", [], "x.gin:1: import no.such_module: No module"),
+    "failing import": (
+        "import flix_jax.no_such\n", [], "x.gin:1: import flix_jax.no_such: No module named"),
+    "foreign import": (
+        "\nimport os.path\n", [], "x.gin:2: import os.path: executes code outside flix_jax; if you"
+        " trust it, allow it with --gin_import=os"),
+    "foreign import of a name": (
+        "from os import path\n", [], "x.gin:1: from os import path: executes code outside"),
+    "import that begins as an allowed one": (
+        "import flix_jaxx\n", [], "x.gin:1: import flix_jaxx: executes code outside"),
+    "import of a command": (
+        "import flix_jax.cli.__main__\n", [], "x.gin:1: import flix_jax.cli.__main__: executes"),
+    "nesting": ("A = " + "[" * 5000 + "\n", [], "syntax error: nested too deeply"),
+    "a list as a key": ("A = {[1]: 2}\n", [], "x.gin:1: syntax error: "),
+    "macros that multiply": (
+        "A0 = 1\n" + "".join(f"A{i + 1} = [{f'%A{i}, ' * 10}]\n" for i in range(30)),
+        [], "x.gin:7: A6 has more than 1,000,000 values by the macros in it"),
+    "includes that multiply": (
+        "".join("include 'y.gin'\n" for _ in range(2000)), [],
+        "'y.gin': more than 1,000 files are included"),
+    "a large file": ("# " + "x" * 2**20, [], "x.gin: more than 1,048,576 bytes"),
     "required": (
         RAILWAY, [], "required and not given: POWER (of the engine, in horses, x.gin:2); give"),
     "required in a container": (
@@ -203,6 +222,8 @@ MISTAKES = {
 @pytest.mark.parametrize("text, flags, expected", MISTAKES.values(), ids=MISTAKES.keys())
 def test_a_mistake_is_one_line_with_its_place(text, flags, expected):
     write("x.gin", text)
+    if text.count("include") > 2:
+        write("y.gin", "")
     with pytest.raises(ConfigurationError) as raised:
         config = load(["x.gin"], flags)
         config.build("Train" if "Train" in text else "Engine")
@@ -264,7 +285,14 @@ def test_a_name_that_a_user_registers_is_known_after_its_import(tmp_path, monkey
     )
     monkeypatch.syspath_prepend(tmp_path)
     write("x.gin", "import my_railway\nsignal.colour = 'red'\n")
-    assert load(["x.gin"]).build("signal") == "red"
+    with pytest.raises(ConfigurationError, match=r"^x\.gin:1: .* with --gin_import=my_railway$"):
+        load(["x.gin"])
+    assert "my_railway" not in sys.modules
+    assert load(["x.gin"], imports=["my_railway"]).build("signal") == "red"
+    write("y.gin", "signal.colour = 'green'\n")  # as a run's config.gin, which has no imports
+    assert load(["y.gin"], imports=["my_railway"]).build("signal") == "green"
+    with pytest.raises(ConfigurationError, match="^--gin_import=no_such: import no_such: No mod"):
+        load(["y.gin"], imports=["no_such"])
 
 
 @pytest.mark.parametrize("name", configuration.NAMES)

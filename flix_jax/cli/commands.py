@@ -49,7 +49,7 @@ class _TrialRun(NamedTuple):
 def _configure(arguments: argparse.Namespace, gin_files: Sequence[str]) -> "Configuration":
     from flix_jax import configuration
 
-    return configuration.load(gin_files, arguments.bindings)
+    return configuration.load(gin_files, arguments.bindings, arguments.gin_import)
 
 
 def _build(
@@ -440,7 +440,7 @@ def _trial(arguments: argparse.Namespace, bindings: "Bindings", seed: int) -> "C
     from flix_jax import configuration
 
     flags = [*arguments.bindings, *bindings, f"SEED={seed}"]
-    return configuration.load(arguments.gin_file, flags)
+    return configuration.load(arguments.gin_file, flags, arguments.gin_import)
 
 
 def _check_trials(
@@ -511,6 +511,7 @@ def report(arguments: argparse.Namespace) -> None:
     more = ""
     if getattr(arguments, "gin_file", None):
         files = [f"--gin_file={name}" for name in arguments.gin_file]
+        files += [f"--gin_import={module}" for module in arguments.gin_import]
         flags = [f"--gin.{text}" for text in arguments.bindings if not text.startswith("SEEDS=")]
         more = shlex.join(
             [

@@ -77,6 +77,7 @@ def _add_gin(parser: Parser, *, required: bool) -> None:
         required=required,
         help=f"gin file ({note})" if required else f"default: the run's own config.gin ({note})",
     )
+    launching.add_gin_import(group)
 
 
 def _add_run_dir(parser: Parser, text: str) -> None:
@@ -614,6 +615,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="gin file, in place of --data_dir (repeatable, later files win)",
     )
+    launching.add_gin_import(group)
 
     download = parsers.add_parser(
         "download",

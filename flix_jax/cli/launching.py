@@ -90,6 +90,19 @@ def add_launch(parsers: Any, command: Callable[..., Any], gin_help: str) -> None
     group.add_argument(
         "--gin_file", action="append", default=[], metavar="FILE", help="gin file (repeatable)"
     )
+    add_gin_import(group)
+
+
+def add_gin_import(group: Any) -> None:
+    """The flag without which gin files can execute nothing but this package."""
+    group.add_argument(
+        "--gin_import",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="import a module of yours, with what it registers with gin, and let gin files import "
+        "it (repeatable)",
+    )
 
 
 def _add_machines(group: Any) -> None:
@@ -198,6 +211,7 @@ def _run_here(arguments: argparse.Namespace) -> None:
     from flix_jax.experiments.launch.shell import written
 
     train = ["train", *(f"--gin_file={name}" for name in arguments.gin_file)]
+    train += [f"--gin_import={module}" for module in arguments.gin_import]
     train += [f"--run_dir={arguments.run_dir}", *(f"--gin.{b}" for b in arguments.bindings)]
     if arguments.grace is not None:
         train.append(f"--grace_seconds={arguments.grace:g}")
@@ -277,6 +291,7 @@ def _run(arguments: argparse.Namespace, shell: "Shell") -> None:
         copies,
         tuple(arguments.bindings),
         arguments.grace,
+        tuple(arguments.gin_import),
     )
     shell.say(f"machines: {machines}")
     shell.say(f"code: commit {launched.checkout.version} of {launched.checkout.folder}")

@@ -135,8 +135,10 @@ def _load_model(path: str) -> _Model:
     import sentencepiece
     from etils import epath
 
+    from flix_jax.data import bounded
+
     try:
-        content = epath.Path(path).read_bytes()
+        content = bounded.read_bytes(epath.Path(path))
     except FileNotFoundError:
         raise ValueError(
             f"SentencePieceVocabulary.path={path!r}: no such file{nearest_path(path)}"
@@ -157,8 +159,13 @@ def _load_model(path: str) -> _Model:
             f"expected {PAD_ID} (train the model with --pad_id=0 --eos_id=1 --unk_id=2)"
         )
     sentinels = 0
-    while sentinels < pieces and "<extra_id_" in processor.IdToPiece(pieces - 1 - sentinels):
-        sentinels += 1
+    try:
+        while sentinels < pieces and "<extra_id_" in processor.IdToPiece(pieces - 1 - sentinels):
+            sentinels += 1
+    except UnicodeDecodeError:
+        raise ValueError(
+            f"SentencePieceVocabulary.path={path!r}: a piece of it is not UTF-8"
+        ) from None
     return _Model(pieces, sentinels, processor.eos_id(), hashlib.sha256(content).hexdigest())
 
 

@@ -56,7 +56,8 @@ def config_of(path: epath.PathLike) -> T5Config:
     if found is None:
         raise ValueError(_nothing(path))
     if found == HUGGINGFACE:
-        return T5Config(**huggingface.read_config(path))
+        fields = huggingface.read_config(path)
+        return network.stated_config(fields, str(epath.Path(path) / "config.json"))
     return network.config_of(t5x_checkpoints.read(path), str(path))
 
 

@@ -49,6 +49,7 @@ class Job:
     copies: Mapping[str, str]
     bindings: tuple[str, ...] = ()
     grace_seconds: float | None = None
+    imports: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_name(self.name)
@@ -66,6 +67,7 @@ class Job:
     def train(self) -> list[str]:
         """The command of every worker, which finds the others by itself."""
         files = [f"--gin_file={name}" for name in self.gin_files]
+        files += [f"--gin_import={module}" for module in self.imports]
         flags = [f"--gin.{text}" for text in self.bindings]
         if self.grace_seconds is not None:
             flags.insert(0, f"--grace_seconds={self.grace_seconds:g}")
