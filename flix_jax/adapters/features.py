@@ -103,6 +103,10 @@ class FeatureType:
                 raise ValueError(
                     f"{place}: {field} is {getattr(self, field)!r}, expected a mapping from value"
                 )
+        for value, rank in self.ranks.items():
+            _check_rank(rank, f"{place}, value {value!r}")
+        for value, rate in self.dropouts.items():
+            _check_dropout(rate, f"{place}, value {value!r}")
         # Frozen containers, so that a type can be hashed and be static under jit.
         if self.values is not None:
             object.__setattr__(self, "values", tuple(self.values))
@@ -111,10 +115,6 @@ class FeatureType:
         self._check_values(place)
         _check_rank(self.rank, place)
         _check_dropout(self.dropout, place)
-        for value, rank in self.ranks.items():
-            _check_rank(rank, f"{place}, value {value!r}")
-        for value, rate in self.dropouts.items():
-            _check_dropout(rate, f"{place}, value {value!r}")
         if self.unknown not in _UNKNOWN:
             raise ValueError(
                 f"{place}: unknown is {self.unknown!r}, expected 'absent' or 'error'; "
@@ -461,6 +461,9 @@ class FeatureSpace:
         except ValueError as error:
             raise ValueError(f"feature space: not the json of one: {error}") from None
         try:
+            _check_fields(cls, whole)
+            for record in whole["types"]:
+                _check_fields(FeatureType, record)
             types = tuple(FeatureType(**t) for t in whole.pop("types"))
             return cls(types=types, **whole)
         except KeyError as error:
@@ -491,6 +494,15 @@ class FeatureSpace:
                     f"{option} is {getattr(self, option)} here and {getattr(other, option)} there"
                 )
         return None
+
+
+def _check_fields(of: Any, record: Any) -> None:
+    """TypeError for what is no object of a dataclass's fields."""
+    known = [field.name for field in dataclasses.fields(of)]
+    for name in record.keys() if isinstance(record, dict) else ("",):
+        if name not in known:
+            got = f"has {name!r}; {did_you_mean(name, known)}" if name else "an object is expected"
+            raise TypeError(f"{of.__name__} {got}")
 
 
 def _values_difference(mine: Sequence[str] | None, theirs: Sequence[str] | None) -> str:
