@@ -50,12 +50,14 @@ def first_values(values: Sequence[str], count: int) -> tuple[str, ...]:
 def _check_rank(rank: Any, place: str) -> None:
     if isinstance(rank, bool) or not isinstance(rank, numbers.Integral) or rank < 1:
         raise ValueError(f"{place}: rank is {rank!r}, expected an integer of at least 1")
-    if rank > MOST_RANK:
+    if int(rank) > MOST_RANK:
         raise ValueError(f"{place}: rank is {rank!r}, expected at most {MOST_RANK:,}")
 
 
 def _check_dropout(rate: Any, place: str) -> None:
-    if isinstance(rate, bool) or not isinstance(rate, numbers.Real) or not 0 <= rate < 1:
+    # No float(rate): a whole number may be too large for one.
+    real = isinstance(rate, numbers.Real) and not isinstance(rate, bool)
+    if not real or not 0 <= rate < 1:  # type: ignore[operator]
         raise ValueError(f"{place}: dropout is {rate!r}, expected a number in [0, 1)")
 
 
