@@ -95,6 +95,7 @@ setup(
         # T5X is not on the package index; its own set-up names further git dependencies.
         "t5x": ["t5x @ git+https://github.com/google-research/t5x.git"],
         "wandb": ["wandb>=0.19"],
+        "fuzz": ["atheris>=3.0"],  # benchmarks/fuzz.py; Linux and macOS alone
         "gcs": GCS,
         "test": TEST,
         "dev": [*TEST, "build>=1.2", "pre-commit>=3.8"],

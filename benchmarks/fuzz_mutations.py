@@ -41,7 +41,7 @@ def mutate(
 def _json(body: bytes, draw: random.Random) -> bytes | None:
     """Some line of it, or the whole, with a change; None where neither is json."""
     lines = body.split(b"\n")
-    places = [(None, body)] if len(lines) > 3 else []
+    places: list[tuple[int | None, bytes]] = [(None, body)] if len(lines) > 3 else []
     places += [(i, line) for i, line in enumerate(lines) if line.strip()]
     draw.shuffle(places)
     for place, text in places[:3]:

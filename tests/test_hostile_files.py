@@ -203,7 +203,10 @@ def test_lines_are_those_of_the_whole_file(tmp_path, monkeypatch):
         ({"values": ["\ud800"]}, "holds half of a surrogate pair"),
         ({"values": {"a": 1}}, "values is the mapping"),
         ({"values": 7}, "not the json of one: 'int' object is not iterable"),
-        ({"no": 7}, "unexpected keyword argument 'no'"),
+        ({"no": 7}, "FeatureType has 'no'; there is: 'name'"),
+        ({"ran\nk": 7}, "FeatureType has 'ran\\nk'; did you mean 'rank'"),
+        ({"ranks": {"a": {"b": 1}}}, "value 'a': rank is {'b': 1}, expected an integer"),
+        ({"ranks": ["a"]}, "ranks is ['a'], expected a mapping from value"),
     ],
 )
 def test_a_space_that_would_take_the_memory_is_refused(change, message):

@@ -50,12 +50,14 @@ def first_values(values: Sequence[str], count: int) -> tuple[str, ...]:
 def _check_rank(rank: Any, place: str) -> None:
     if isinstance(rank, bool) or not isinstance(rank, numbers.Integral) or rank < 1:
         raise ValueError(f"{place}: rank is {rank!r}, expected an integer of at least 1")
-    if rank > MOST_RANK:
+    if int(rank) > MOST_RANK:
         raise ValueError(f"{place}: rank is {rank!r}, expected at most {MOST_RANK:,}")
 
 
 def _check_dropout(rate: Any, place: str) -> None:
-    if isinstance(rate, bool) or not isinstance(rate, numbers.Real) or not 0 <= rate < 1:
+    # No float(rate): a whole number may be too large for one.
+    real = isinstance(rate, numbers.Real) and not isinstance(rate, bool)
+    if not real or not 0 <= rate < 1:  # type: ignore[operator]
         raise ValueError(f"{place}: dropout is {rate!r}, expected a number in [0, 1)")
 
 
@@ -103,6 +105,10 @@ class FeatureType:
                 raise ValueError(
                     f"{place}: {field} is {getattr(self, field)!r}, expected a mapping from value"
                 )
+        for value, rank in self.ranks.items():
+            _check_rank(rank, f"{place}, value {value!r}")
+        for value, rate in self.dropouts.items():
+            _check_dropout(rate, f"{place}, value {value!r}")
         # Frozen containers, so that a type can be hashed and be static under jit.
         if self.values is not None:
             object.__setattr__(self, "values", tuple(self.values))
@@ -111,10 +117,6 @@ class FeatureType:
         self._check_values(place)
         _check_rank(self.rank, place)
         _check_dropout(self.dropout, place)
-        for value, rank in self.ranks.items():
-            _check_rank(rank, f"{place}, value {value!r}")
-        for value, rate in self.dropouts.items():
-            _check_dropout(rate, f"{place}, value {value!r}")
         if self.unknown not in _UNKNOWN:
             raise ValueError(
                 f"{place}: unknown is {self.unknown!r}, expected 'absent' or 'error'; "
@@ -461,6 +463,9 @@ class FeatureSpace:
         except ValueError as error:
             raise ValueError(f"feature space: not the json of one: {error}") from None
         try:
+            _check_fields(cls, whole)
+            for record in whole["types"]:
+                _check_fields(FeatureType, record)
             types = tuple(FeatureType(**t) for t in whole.pop("types"))
             return cls(types=types, **whole)
         except KeyError as error:
@@ -491,6 +496,15 @@ class FeatureSpace:
                     f"{option} is {getattr(self, option)} here and {getattr(other, option)} there"
                 )
         return None
+
+
+def _check_fields(of: Any, record: Any) -> None:
+    """TypeError for what is no object of a dataclass's fields."""
+    known = [field.name for field in dataclasses.fields(of)]
+    for name in record.keys() if isinstance(record, dict) else ("",):
+        if name not in known:
+            got = f"has {name!r}; {did_you_mean(name, known)}" if name else "an object is expected"
+            raise TypeError(f"{of.__name__} {got}")
 
 
 def _values_difference(mine: Sequence[str] | None, theirs: Sequence[str] | None) -> str:

@@ -76,8 +76,8 @@ def read_language_table(path: str) -> LanguageTable:
     try:
         content = bounded.read_bytes(file).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise ValueError(f"{file}:{line}: not UTF-8") from None
+        wrong = error.object[: error.start].count(b"\n") + 1
+        raise ValueError(f"{file}:{wrong}: not UTF-8") from None
     header: list[str] | None = None
     rows: dict[str, dict[str, str]] = {}
     lines: dict[str, int] = {}

@@ -279,7 +279,7 @@ class _Bounded(io.RawIOBase):
     def __init__(self, archive: Path) -> None:
         with archive.open("rb") as file:
             magic = file.read(3)
-        opened = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open}.get(magic[:2], open)
+        opened: Any = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open}.get(magic[:2], open)
         self._most = archive.stat().st_size * _INFLATION + _SMALL
         self._stream: Any = opened(archive, "rb")
 
