@@ -310,7 +310,7 @@ class Checkpoints:
     def _unwritten(self, error: BaseException) -> ValueError:
         reason = " ".join(str(error).split())
         # Of tensorstore's long tale the end says why: "…: No space left on device [os_error…]".
-        told = re.search(r"([^:]*) \[os_error_code=", reason)
+        told = re.search(r"([^:]*) \[(os_error|http_)", reason)
         steps = sorted(saved_steps(self.directory))
         with contextlib.suppress(OSError):  # what there is of it takes space that is needed
             for path in self.directory.glob(f"*{_TEMPORARY}*"):
