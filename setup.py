@@ -79,6 +79,8 @@ setup(
         "sentencepiece>=0.2,<0.3",
         "sacrebleu>=2.4,<3",
         "rapidfuzz>=3.9,<4",
+        "regex>=2023.0",  # with a time limit, which `re` has not
+        "msgpack>=1.0,<2",
         "rich>=13.7",
         "tensorboard>=2.18",  # TensorFlow no longer brings it along
         "matplotlib>=3.9,<4",
@@ -93,6 +95,7 @@ setup(
         # T5X is not on the package index; its own set-up names further git dependencies.
         "t5x": ["t5x @ git+https://github.com/google-research/t5x.git"],
         "wandb": ["wandb>=0.19"],
+        "fuzz": ["atheris>=3.0"],  # benchmarks/fuzz.py; Linux and macOS alone
         "gcs": GCS,
         "test": TEST,
         "dev": [*TEST, "build>=1.2", "pre-commit>=3.8"],

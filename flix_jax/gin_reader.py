@@ -4,6 +4,7 @@ Names are looked up and references checked while reading, so nothing is built fr
 holds a mistake. What may be configured is given by a table of names.
 """
 
+import collections.abc
 import dataclasses
 import importlib
 import inspect
@@ -13,7 +14,7 @@ import re
 import tokenize
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 import gin
@@ -23,13 +24,19 @@ from gin import config_parser
 
 from flix_jax.adapters.suggest import did_you_mean
 from flix_jax.configs import find_config
+from flix_jax.data import bounded
+from flix_jax.mistakes import Collected, Mistake
 
-_SCALARS = (int, float, str, bool, type(None))
+_LISTS = (tuple, list, collections.abc.Sequence)
 MACRO = "gin.macro"
 MODULE = "flix"  # what gin files every name of ours under; never needs writing
+PACKAGE = "flix_jax"  # what every gin file may import from
+MOST_BYTES = 2**20  # of a gin file
+MOST_FILES = 1000  # that are read for a configuration, as often as they are included
+MOST_VALUES = 10**6  # in the value of a macro, with those of the macros in it
 
 
-class ConfigurationError(ValueError):
+class ConfigurationError(Mistake):
     """A mistake in a gin file or flag; the message is one line and names the place."""
 
 
@@ -79,8 +86,8 @@ def _parameters(selector: str) -> tuple[list[str], bool]:
     )
 
 
-def _scalar_types(selector: str, parameter: str) -> tuple[type, ...]:
-    """The types that a parameter takes, where its annotation says no more than plain ones."""
+def _types(selector: str, parameter: str) -> tuple[type, ...]:
+    """The classes of which a parameter's value must be one; none where its annotation is open."""
     target = gin_config._REGISTRY[selector].wrapped
     try:
         hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
@@ -89,18 +96,58 @@ def _scalar_types(selector: str, parameter: str) -> tuple[type, ...]:
     hint = hints.get(parameter)
     union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
     found = typing.get_args(hint) if union else (hint,)
-    return found if all(item in _SCALARS for item in found) else ()
+    classes = tuple(typing.get_origin(item) or item for item in found)
+    closed = all(isinstance(item, type) and item is not typing.Any for item in classes)
+    return classes if closed else ()
 
 
 def _check_type(selector: str, name: str, parameter: str, value: Any, place: str) -> None:
-    """An error for a literal of a type that the parameter does not take."""
-    allowed = _scalar_types(selector, parameter)
-    if not allowed or isinstance(value, Reference):
+    """An error for a value of a class that the parameter does not take."""
+    allowed = _types(selector, parameter)
+    if not allowed or (isinstance(value, Reference) and (value.macro or not value.evaluate)):
         return
-    fits = type(value) in allowed or (type(value) is int and float in allowed)
-    if not fits:
-        names = " or ".join("None" if t is type(None) else t.__name__ for t in allowed)
-        fail(place, f"{name} is {value!r}, expected {names}")
+    if isinstance(value, Reference):
+        (complete,) = gin_config._REGISTRY.matching_selectors(value.name.rsplit("/", 1)[-1])
+        given = gin_config._REGISTRY[complete].wrapped
+        if not inspect.isclass(given) or any(_is_protocol(item) for item in allowed):
+            return
+        fits = issubclass(given, allowed)
+    else:
+        fits = any(_fits(value, item) for item in allowed)
+    if fits:
+        return
+    if isinstance(value, str) and tuple in allowed:
+        fail(place, f"{name} is {value!r}, expected a list of texts, such as ({value!r},)")
+    fail(place, f"{name} is {value!r}, expected {' or '.join(map(_type_name, allowed))}")
+
+
+def _fits(value: Any, allowed: type) -> bool:
+    """Whether a literal, which may hold references, is of a class."""
+    if allowed in _LISTS:
+        # A text is a sequence, too: what takes sequences says better what it expects.
+        return isinstance(value, tuple | list | allowed)
+    if _is_protocol(allowed):
+        return False
+    if isinstance(value, bool):
+        return allowed in (bool, object)
+    return isinstance(value, allowed) or (type(value) is int and allowed is float)
+
+
+def _is_protocol(item: type) -> bool:
+    return bool(getattr(item, "_is_protocol", False))
+
+
+def _type_name(item: type) -> str:
+    """As one writes it in a gin file."""
+    if item is type(None):
+        return "None"
+    if item in _LISTS:
+        return "a list"
+    if item is collections.abc.Mapping:
+        return "a mapping {…}"
+    if item.__module__ == "builtins":
+        return item.__name__
+    return f"a {item.__name__}, @Name()" if _is_protocol(item) else f"@{item.__name__}()"
 
 
 def short(selector: str) -> str:
@@ -198,7 +245,9 @@ def _statements(text: str, place: Callable[[int], str], flag: bool) -> Iterator[
     except tokenize.TokenError as error:
         message, (line, _) = error.args
         fail(place(min(line, text.count("\n") + 1)), f"syntax error: {message}")
-    except (SyntaxError, ValueError) as error:
+    except (RecursionError, MemoryError):
+        fail(place(1), "syntax error: nested too deeply, somewhere in the file")
+    except (SyntaxError, ValueError, TypeError) as error:
         message = str(getattr(error, "msg", None) or error)
         message = " ".join(message.split("\n")[-1].split())
         name, _, value = (part.strip() for part in text.partition("="))
@@ -218,13 +267,30 @@ def find_file(name: str, place: str = "") -> epath.Path:
         fail(place, str(error))
 
 
-class Reader:
-    """Collects the bindings of files and flags; a later binding of a name replaces an earlier."""
+def import_module(module: str, place: str) -> None:
+    """Executes a module that is allowed to be; ConfigurationError, at `place`, where it cannot."""
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        fail(place, f"import {module}: {error}")
 
-    def __init__(self, names: Mapping[str, str]) -> None:
+
+class Reader:
+    """Collects the bindings of files and flags; a later binding of a name replaces an earlier.
+
+    Args:
+      names: what may be configured.
+      modules: what files may import beside this package, each with all that is in it.
+    """
+
+    def __init__(self, names: Mapping[str, str], modules: Sequence[str] = ()) -> None:
         self.names = names
+        self.modules = (PACKAGE, *modules)
+        self._reads = 0
         self.bindings: dict[tuple[str, str, str], Binding] = {}
         self.files: dict[str, epath.Path] = {}  # what was read, by the names that asked for it
+        self._mistakes = Collected()
+        self._unknown: set[str] = set()  # names of blocks, told once and not for every line
 
     def read_file(self, name: str, place: str = "", within: tuple[str, ...] = ()) -> None:
         path = find_file(name, place)
@@ -233,26 +299,55 @@ class Reader:
         if identity in within:
             fail(place, f"'{name}' includes itself")
         within = (*within, identity)
+        self._reads += 1
+        if self._reads > MOST_FILES:
+            fail(place, f"'{name}': more than {MOST_FILES:,} files are included, each time it is")
         try:
-            text = path.read_text(encoding="utf-8")
+            text = bounded.read_bytes(path, MOST_BYTES).decode()
         except UnicodeDecodeError:
             fail(place, f"'{name}' is not a text file in UTF-8")
+        except ValueError as error:
+            fail(place, str(error))
 
         def at(line: int) -> str:
             return f"{path}:{line}"
 
-        for statement in _statements(text, at, flag=False):
-            where = at(statement.location.line_num)
-            if isinstance(statement, config_parser.IncludeStatement):
-                self.read_file(statement.filename, where, within)
-            elif isinstance(statement, config_parser.ImportStatement):
-                _import(statement.module, where)
-            elif isinstance(statement, config_parser.BlockDeclaration):
-                resolve(statement.selector, where, self.names)
-            else:
-                self._bind(statement, where)
+        with self._mistakes.part():
+            for statement in _statements(text, at, flag=False):
+                where = at(statement.location.line_num)
+                if isinstance(statement, config_parser.ImportStatement):
+                    self._import(statement, where)  # without it, names below would be unknown
+                    continue
+                with self._mistakes.part():
+                    self._take(statement, where, within)
+
+    def _take(self, statement: Any, where: str, within: tuple[str, ...]) -> None:
+        if isinstance(statement, config_parser.IncludeStatement):
+            self.read_file(statement.filename, where, within)
+        elif isinstance(statement, config_parser.BlockDeclaration):
+            self._unknown.add(statement.selector)
+            resolve(statement.selector, where, self.names)
+            self._unknown.remove(statement.selector)
+        elif statement.selector not in self._unknown:
+            self._bind(statement, where)
+
+    def _import(self, statement: config_parser.ImportStatement, place: str) -> None:
+        """`import my.module`, for names that a user registers with gin: the module is executed."""
+        module = statement.module
+        allowed = any(module == name or module.startswith(f"{name}.") for name in self.modules)
+        if not allowed or "__" in module:  # __main__ would be a command
+            fail(
+                place,
+                f"{statement.format()}: executes code outside {PACKAGE}; if you trust it, allow it "
+                f"with --gin_import={module.partition('.')[0]}",
+            )
+        import_module(module, place)
 
     def read_flag(self, text: str) -> None:
+        with self._mistakes.part():
+            self._read_flag(text)
+
+    def _read_flag(self, text: str) -> None:
         flag = f"--gin.{text}"
         if not text.partition("=")[2].strip():
             fail(flag, "expected --gin.NAME=VALUE or --gin.Name.parameter=VALUE")
@@ -282,11 +377,12 @@ class Reader:
                     f"{short(selector)} has no parameter '{parameter}'"
                     f"; {did_you_mean(parameter, names)}",
                 )
-            name = f"{short(selector)}.{parameter}"
-            _check_type(selector, scoped(scope, name), parameter, value, place)
         for reference in references(value):
             if not reference.macro:
                 self._check_reference(reference, place)
+        if selector != MACRO:
+            name = f"{short(selector)}.{parameter}"
+            _check_type(selector, scoped(scope, name), parameter, value, place)
         comment = location.line_content.rpartition(" # ")[2].strip()
         binding = Binding(
             scope,
@@ -305,14 +401,26 @@ class Reader:
             fail(place, f"{reference} is the class itself; write {reference}() for an object")
 
     def check(self) -> None:
-        """Macros that are not set and macros that refer to themselves."""
-        macros = {key[0]: b for key, b in self.bindings.items() if key[1] == MACRO}
+        """Tells what is wrong: macros not set, that refer to themselves, or huge by each other.
 
-        def visit(binding: Binding, path: tuple[str, ...]) -> None:
+        Raises:
+          ConfigurationError: a mistake.
+          Mistakes: several.
+        """
+        self._mistakes.tell()  # what is missing for their sake is no mistake of its own
+        macros = {key[0]: b for key, b in self.bindings.items() if key[1] == MACRO}
+        sizes: dict[str, int] = {}  # of macros that were visited: values in them, through others
+
+        circle: set[str] = set()
+
+        def visit(binding: Binding, path: tuple[str, ...]) -> int:
+            size = 1
             for reference in references(binding.value):
-                if not reference.macro or reference.required:
+                size += 1
+                if not reference.macro or reference.required or reference.name in circle:
                     continue
                 if reference.name in path:
+                    circle.update(path)  # one mistake, wherever one enters it
                     fail(binding.place, f"macro %{reference.name} refers to itself")
                 if reference.name not in macros:
                     fail(
@@ -321,23 +429,28 @@ class Reader:
                         f" VALUE, or the flag --gin.{reference.name}=VALUE);"
                         f" {did_you_mean(reference.name, macros)}",
                     )
-                visit(macros[reference.name], (*path, reference.name))
+                if reference.name not in sizes:
+                    inner = visit(macros[reference.name], (*path, reference.name))
+                    sizes[reference.name] = inner
+                size += sizes[reference.name]
+            if size > MOST_VALUES:
+                fail(
+                    binding.place,
+                    f"{binding.name} has more than {MOST_VALUES:,} values by the macros in it",
+                )
+            return size
 
         for binding in self.bindings.values():
-            visit(binding, (binding.scope,) if binding.selector == MACRO else ())
+            with self._mistakes.part():
+                visit(binding, (binding.scope,) if binding.selector == MACRO else ())
+        self._mistakes.tell()
         for binding in self.bindings.values():
             value = binding.value
             if binding.selector == MACRO or not isinstance(value, Reference) or not value.macro:
                 continue
             while isinstance(value, Reference) and value.macro and value.name in macros:
                 place, value = macros[value.name].place, macros[value.name].value
-            if not isinstance(value, Reference):
-                _check_type(binding.selector, binding.name, binding.parameter, value, place)
-
-
-def _import(module: str, place: str) -> None:
-    """A gin file's `import my.module`, for names that a user registers with gin."""
-    try:
-        importlib.import_module(module)
-    except ImportError as error:
-        fail(place, f"import {module}: {error}")
+            if not isinstance(value, Reference) or not value.macro:
+                with self._mistakes.part():
+                    _check_type(binding.selector, binding.name, binding.parameter, value, place)
+        self._mistakes.tell()

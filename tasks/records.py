@@ -9,9 +9,14 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from flix_jax.adapters import plain_json
+from flix_jax.adapters.plain_json import shorten
 from flix_jax.data.cells import Cell
 
 Record = Mapping[str, Any]
+#: Bytes of a line. Nothing that a model reads comes near it, and json takes up to forty times as
+#: much memory as its text.
+MOST_BYTES = 2**23
 LINES_SHOWN = 5
 _PEEKED = 20  # records whose fields a template is checked against before anything is read
 
@@ -27,19 +32,21 @@ def read_records(
 
     Raises:
       ValueError: with file and line, for text that is not UTF-8, malformed JSON or a line that is
-        no object; for a file with blank lines only, or none.
+        no object; for a line of more than `MOST_BYTES`, whatever `on_error` is; for a file with
+        blank lines only, or none.
     """
-    from etils import epath
+    from flix_jax.data import bounded
 
     empty = True
-    content = epath.Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")
     # Lines end at \n alone: the texts hold characters that str.splitlines takes for ends of lines.
-    for number, line in enumerate(content.split(b"\n"), start=1):
+    for number, line in enumerate(bounded.lines(path, MOST_BYTES), start=1):
+        if number == 1:
+            line = line.removeprefix(b"\xef\xbb\xbf")
         if not line.strip():
             continue
         empty = False
         try:
-            record = _parse(line)
+            record = plain_json.parse_object(line)
         except ValueError as error:
             if on_error is None:
                 raise ValueError(f"{path}:{number}: {error}") from None
@@ -54,22 +61,6 @@ def first_fields(path: Any) -> list[str]:
     """The fields that the first records of a file have; none where no line is a record."""
     records = itertools.islice(read_records(path, lambda line, error: None), _PEEKED)
     return list(dict.fromkeys(name for _, record in records for name in record))
-
-
-def _parse(line: bytes) -> Record:
-    try:
-        record = json.loads(line.decode())
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"not UTF-8: byte {line[error.start]:#04x} at column {error.start + 1}"
-        ) from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"malformed JSON: {error.msg} at column {error.colno}") from None
-    except RecursionError:
-        raise ValueError("malformed JSON: nested too deeply") from None
-    if not isinstance(record, dict):
-        raise ValueError(f"expected a JSON object, got {shorten(record)}")
-    return record
 
 
 def text(record: Record, name: str, *, numbers: bool = False) -> str:
@@ -100,12 +91,6 @@ def integer(record: Record, name: str) -> int:
     if type(value) is not int:
         raise ValueError(f"field {name!r}: expected a whole number, got {shorten(value)}")
     return value
-
-
-def shorten(value: Any) -> str:
-    """`value` as JSON, cut to fit an error message."""
-    shown = json.dumps(value, ensure_ascii=True)
-    return shown if len(shown) <= 40 else shown[:37] + "..."
 
 
 @dataclass(frozen=True)

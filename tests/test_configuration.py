@@ -10,6 +10,7 @@ import pytest
 
 from flix_jax import configs, configuration
 from flix_jax.configuration import ConfigurationError, load, operative_config
+from flix_jax.mistakes import Mistakes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +152,26 @@ MISTAKES = {
     "a flag that is an include": ("", ["include 'a=b'"], "expected --gin.NAME=VALUE"),
     "missing include": ("include 'y.gin'\n", [], "x.gin:1: no gin file 'y.gin'"),
     "circular include": ("include 'x.gin'\n", [], "x.gin:1: 'x.gin' includes itself"),
-    "failing import": ("import no.such_module\n", [], "x.gin:1: import no.such_module: No module"),
+    "failing import": (
+        "import flix_jax.no_such\n", [], "x.gin:1: import flix_jax.no_such: No module named"),
+    "foreign import": (
+        "\nimport os.path\n", [], "x.gin:2: import os.path: executes code outside flix_jax; if you"
+        " trust it, allow it with --gin_import=os"),
+    "foreign import of a name": (
+        "from os import path\n", [], "x.gin:1: from os import path: executes code outside"),
+    "import that begins as an allowed one": (
+        "import flix_jaxx\n", [], "x.gin:1: import flix_jaxx: executes code outside"),
+    "import of a command": (
+        "import flix_jax.cli.__main__\n", [], "x.gin:1: import flix_jax.cli.__main__: executes"),
+    "nesting": ("A = " + "[" * 5000 + "\n", [], "syntax error: nested too deeply"),
+    "a list as a key": ("A = {[1]: 2}\n", [], "x.gin:1: syntax error: "),
+    "macros that multiply": (
+        "A0 = 1\n" + "".join(f"A{i + 1} = [{f'%A{i}, ' * 10}]\n" for i in range(30)),
+        [], "x.gin:7: A6 has more than 1,000,000 values by the macros in it"),
+    "includes that multiply": (
+        "".join("include 'y.gin'\n" for _ in range(2000)), [],
+        "'y.gin': more than 1,000 files are included"),
+    "a large file": ("# " + "x" * 2**20, [], "x.gin: more than 1,048,576 bytes"),
     "required": (
         RAILWAY, [], "required and not given: POWER (of the engine, in horses, x.gin:2); give"),
     "required in a container": (
@@ -167,6 +187,15 @@ MISTAKES = {
         " least 1 (in scope 'big')"),
     "refused, from a block": (
         RAILWAY.replace("power = 3", "power = -3"), ["POWER=1"], "x.gin:9: Engine: power is -3"),
+    "an object of another class": (
+        "Train.engine = @whistle()\nTrain.engine = @Train()\n", [],
+        "x.gin:2: Train.engine is @Train(), expected @Engine()"),
+    "a text for a list": (
+        "Engine.power = 1\nEngine.fuels = 'oil'\n", [],
+        "x.gin:2: Engine.fuels is 'oil', expected a list of texts, such as ('oil',)"),
+    "an object for a list": (
+        "Engine.power = 1\nEngine.fuels = @Engine()\n", [],
+        "x.gin:2: Engine.fuels is @Engine(), expected a list"),
     "of the wrong type": (
         "Engine.power = 'much'\n", [], "x.gin:1: Engine.power is 'much', expected int"),
     "a file that is not there": (
@@ -175,7 +204,9 @@ MISTAKES = {
         "Train.engine = @big/Engine()\n", [],
         "x.gin:1: big/Engine.power has no value; add big/Engine.power = VALUE to a gin file or"
         " give --gin.big/Engine.power=VALUE"),
-    "an object within itself": ("Train.engine = @Train()\n", [], "Train is configured to contain"),
+    "an object within itself": (
+        "Train.engine = @Engine()\nEngine.power = 1\nTrain.wagons = (@Train(),)\n", [],
+        "Train is configured to contain"),
     "a flag without effect": (
         RAILWAY, ["POWER=1", "POWR=2"],
         "--gin.POWR=2: nothing that is used refers to %POWR; did you mean 'POWER'"),
@@ -191,6 +222,8 @@ MISTAKES = {
 @pytest.mark.parametrize("text, flags, expected", MISTAKES.values(), ids=MISTAKES.keys())
 def test_a_mistake_is_one_line_with_its_place(text, flags, expected):
     write("x.gin", text)
+    if text.count("include") > 2:
+        write("y.gin", "")
     with pytest.raises(ConfigurationError) as raised:
         config = load(["x.gin"], flags)
         config.build("Train" if "Train" in text else "Engine")
@@ -198,6 +231,19 @@ def test_a_mistake_is_one_line_with_its_place(text, flags, expected):
     message = str(raised.value)
     assert expected in message
     assert "\n" not in message and "configurable" not in message and "0x" not in message
+
+
+def test_several_mistakes_are_told_at_once_and_none_that_follows_from_another():
+    write("x.gin", "Engin:\n  power = 1\n  fuel = 'a'\nA = @Engin()\nEngine.power = %A\n")
+    write("y.gin", "include 'x.gin'\nEngine.pwoer = 2\n")
+    with pytest.raises(Mistakes) as raised:
+        load(["y.gin"], ["Engine.fuel=1", "Engine.power=%B"])
+    assert [str(error).partition(";")[0] for error in raised.value.errors] == [
+        "x.gin:1: unknown name 'Engin'",
+        "x.gin:4: unknown name 'Engin'",
+        "y.gin:2: Engine has no parameter 'pwoer'",
+        "--gin.Engine.fuel=1: Engine.fuel is 1, expected str",
+    ]
 
 
 def test_only_what_is_built_has_to_be_given():
@@ -239,7 +285,14 @@ def test_a_name_that_a_user_registers_is_known_after_its_import(tmp_path, monkey
     )
     monkeypatch.syspath_prepend(tmp_path)
     write("x.gin", "import my_railway\nsignal.colour = 'red'\n")
-    assert load(["x.gin"]).build("signal") == "red"
+    with pytest.raises(ConfigurationError, match=r"^x\.gin:1: .* with --gin_import=my_railway$"):
+        load(["x.gin"])
+    assert "my_railway" not in sys.modules
+    assert load(["x.gin"], imports=["my_railway"]).build("signal") == "red"
+    write("y.gin", "signal.colour = 'green'\n")  # as a run's config.gin, which has no imports
+    assert load(["y.gin"], imports=["my_railway"]).build("signal") == "green"
+    with pytest.raises(ConfigurationError, match="^--gin_import=no_such: import no_such: No mod"):
+        load(["y.gin"], imports=["no_such"])
 
 
 @pytest.mark.parametrize("name", configuration.NAMES)

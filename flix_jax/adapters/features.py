@@ -17,6 +17,7 @@ import dataclasses
 import json
 import numbers
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -24,9 +25,12 @@ import numpy as np
 from flax.core import FrozenDict
 from jaxtyping import Float, Int
 
+from flix_jax.adapters import plain_json
 from flix_jax.adapters.suggest import did_you_mean
 
 ABSENT = -1
+MOST_RANK = 2**16
+MOST_SLOTS = 1024
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_\-]*")
 _UNKNOWN = ("absent", "error")
 _COMBINE = ("sum", "mean")
@@ -46,10 +50,14 @@ def first_values(values: Sequence[str], count: int) -> tuple[str, ...]:
 def _check_rank(rank: Any, place: str) -> None:
     if isinstance(rank, bool) or not isinstance(rank, numbers.Integral) or rank < 1:
         raise ValueError(f"{place}: rank is {rank!r}, expected an integer of at least 1")
+    if int(rank) > MOST_RANK:
+        raise ValueError(f"{place}: rank is {rank!r}, expected at most {MOST_RANK:,}")
 
 
 def _check_dropout(rate: Any, place: str) -> None:
-    if isinstance(rate, bool) or not isinstance(rate, numbers.Real) or not 0 <= float(rate) < 1:
+    # No float(rate): a whole number may be too large for one.
+    real = isinstance(rate, numbers.Real) and not isinstance(rate, bool)
+    if not real or not 0 <= rate < 1:  # type: ignore[operator]
         raise ValueError(f"{place}: dropout is {rate!r}, expected a number in [0, 1)")
 
 
@@ -89,8 +97,18 @@ class FeatureType:
                 f"feature type: name is {self.name!r}, expected letters, digits, '_' or '-'"
             )
         place = f"feature type {self.name!r}"
-        if isinstance(self.values, str):
-            raise ValueError(f"{place}: values is the string {self.values!r}, expected a sequence")
+        if isinstance(self.values, str | Mapping):
+            kind = "string" if isinstance(self.values, str) else "mapping"
+            raise ValueError(f"{place}: values is the {kind} {self.values!r}, expected a sequence")
+        for field in ("ranks", "dropouts"):
+            if not isinstance(getattr(self, field), Mapping):
+                raise ValueError(
+                    f"{place}: {field} is {getattr(self, field)!r}, expected a mapping from value"
+                )
+        for value, rank in self.ranks.items():
+            _check_rank(rank, f"{place}, value {value!r}")
+        for value, rate in self.dropouts.items():
+            _check_dropout(rate, f"{place}, value {value!r}")
         # Frozen containers, so that a type can be hashed and be static under jit.
         if self.values is not None:
             object.__setattr__(self, "values", tuple(self.values))
@@ -99,10 +117,6 @@ class FeatureType:
         self._check_values(place)
         _check_rank(self.rank, place)
         _check_dropout(self.dropout, place)
-        for value, rank in self.ranks.items():
-            _check_rank(rank, f"{place}, value {value!r}")
-        for value, rate in self.dropouts.items():
-            _check_dropout(rate, f"{place}, value {value!r}")
         if self.unknown not in _UNKNOWN:
             raise ValueError(
                 f"{place}: unknown is {self.unknown!r}, expected 'absent' or 'error'; "
@@ -110,6 +124,8 @@ class FeatureType:
             )
         if isinstance(self.slots, bool) or not isinstance(self.slots, int) or self.slots < 1:
             raise ValueError(f"{place}: slots is {self.slots!r}, expected an integer >= 1")
+        if self.slots > MOST_SLOTS:
+            raise ValueError(f"{place}: slots is {self.slots!r}, expected at most {MOST_SLOTS:,}")
         if self.combine not in _COMBINE:
             raise ValueError(
                 f"{place}: combine is {self.combine!r}, expected 'sum' or 'mean'; "
@@ -124,12 +140,19 @@ class FeatureType:
         for value in self.values:
             if not isinstance(value, str) or not value:
                 raise ValueError(f"{place}: value {value!r}, expected a non-empty string")
-        if len(set(self.values)) != len(self.values):
-            twice = next(v for v in self.values if self.known_values.count(v) > 1)
+            try:
+                value.encode()
+            except UnicodeEncodeError:
+                raise ValueError(
+                    f"{place}: value {value!r} holds half of a surrogate pair"
+                ) from None
+        counts = Counter(self.values)
+        if len(counts) != len(self.values):
+            twice = next(value for value, count in counts.items() if count > 1)
             raise ValueError(f"{place}: value {twice!r} is named more than once")
         for field in ("ranks", "dropouts"):
             for value in getattr(self, field):
-                if value not in self.values:
+                if value not in counts:
                     raise ValueError(
                         f"{place}: {field} names {value!r}, which is not one of its values; "
                         + did_you_mean(value, self.values)
@@ -241,6 +264,11 @@ class FeatureSpace:
         if len(set(names)) != len(names):
             twice = next(n for n in names if names.count(n) > 1)
             raise ValueError(f"feature space: type {twice!r} is named more than once")
+        for name in ("rescale", "keep_one"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(
+                    f"feature space: {name} is {getattr(self, name)!r}, expected True or False"
+                )
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -331,6 +359,9 @@ class FeatureSpace:
 
         The parameters do not depend on the slots: what was trained with one language in an example
         can be applied with two.
+
+        Raises:
+          ValueError: for an example of more values than `MOST_SLOTS`.
         """
         slots = {t.name: t.slots for t in self.types}
         for annotations in examples:
@@ -428,10 +459,18 @@ class FeatureSpace:
     def from_json(cls, text: str) -> "FeatureSpace":
         """Reads what `to_json` wrote; ValueError for anything else."""
         try:
-            whole = dict(json.loads(text))
+            whole = plain_json.parse_object(text)
+        except ValueError as error:
+            raise ValueError(f"feature space: not the json of one: {error}") from None
+        try:
+            _check_fields(cls, whole)
+            for record in whole["types"]:
+                _check_fields(FeatureType, record)
             types = tuple(FeatureType(**t) for t in whole.pop("types"))
             return cls(types=types, **whole)
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
+        except KeyError as error:
+            raise ValueError(f"feature space: not the json of one: no {error}") from error
+        except TypeError as error:
             raise ValueError(f"feature space: not the json of one: {error}") from error
 
     def difference(self, other: "FeatureSpace") -> str | None:
@@ -457,6 +496,15 @@ class FeatureSpace:
                     f"{option} is {getattr(self, option)} here and {getattr(other, option)} there"
                 )
         return None
+
+
+def _check_fields(of: Any, record: Any) -> None:
+    """TypeError for what is no object of a dataclass's fields."""
+    known = [field.name for field in dataclasses.fields(of)]
+    for name in record.keys() if isinstance(record, dict) else ("",):
+        if name not in known:
+            got = f"has {name!r}; {did_you_mean(name, known)}" if name else "an object is expected"
+            raise TypeError(f"{of.__name__} {got}")
 
 
 def _values_difference(mine: Sequence[str] | None, theirs: Sequence[str] | None) -> str:

@@ -1,7 +1,13 @@
 """The tail of an error message: the valid names nearest to a name that is not."""
 
 import difflib
+import os
 from collections.abc import Iterable
+
+# Names are short and few. Those of a stranger's file need not be, and comparing takes the product
+# of their lengths.
+_COMPARED = 10_000
+_LETTERS = 80
 
 
 def did_you_mean(name: str, candidates: Iterable[str], *, at_most: int = 3) -> str:
@@ -19,12 +25,27 @@ def did_you_mean(name: str, candidates: Iterable[str], *, at_most: int = 3) -> s
     candidates = list(dict.fromkeys(str(c) for c in candidates))
     lower: dict[str, list[str]] = {}
     for candidate in candidates:
-        lower.setdefault(candidate.lower(), []).append(candidate)
-    close = difflib.get_close_matches(str(name).lower(), lower, n=at_most, cutoff=0.5)
+        if len(candidate) <= _LETTERS and len(lower) < _COMPARED:
+            lower.setdefault(candidate.lower(), []).append(candidate)
+    asked = str(name)[:_LETTERS].lower()
+    close = difflib.get_close_matches(asked, lower, n=at_most, cutoff=0.5)
     near = [candidate for key in close for candidate in lower[key]][:at_most]
     if near:
         return "did you mean " + " or ".join(repr(n) for n in near) + "?"
     if not candidates:
         return "there is none"
-    shown = ", ".join(repr(c) for c in candidates[: 2 * at_most])
+    shown = ", ".join(repr(c[:_LETTERS]) for c in candidates[: 2 * at_most])
     return f"there is: {shown}" + (", …" if len(candidates) > 2 * at_most else "")
+
+
+def nearest_path(path: str) -> str:
+    """ "; did you mean 'data'?" for a local path that is not there, '' where nothing is near it."""
+    folder, name = os.path.split(path.rstrip("/"))
+    try:
+        there = os.listdir(folder or ".")
+    except OSError:
+        return ""
+    hint = did_you_mean(name, there, at_most=1)
+    if not hint.startswith("did you mean"):
+        return ""
+    return f"; {hint.replace(chr(39), chr(39) + os.path.join(folder, ''), 1)}"

@@ -90,6 +90,19 @@ def add_launch(parsers: Any, command: Callable[..., Any], gin_help: str) -> None
     group.add_argument(
         "--gin_file", action="append", default=[], metavar="FILE", help="gin file (repeatable)"
     )
+    add_gin_import(group)
+
+
+def add_gin_import(group: Any) -> None:
+    """The flag without which gin files can execute nothing but this package."""
+    group.add_argument(
+        "--gin_import",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="import a module of yours, with what it registers with gin, and let gin files import "
+        "it (repeatable)",
+    )
 
 
 def _add_machines(group: Any) -> None:
@@ -132,6 +145,13 @@ def _add_course(group: Any) -> None:
         metavar="N",
         help="start again after N preemptions or losses of a machine, from the last checkpoint; "
         "preempted machines are deleted for it (default: 0)",
+    )
+    group.add_argument(
+        "--grace_seconds",
+        dest="grace",
+        type=float,
+        metavar="S",
+        help="of flix train, after SIGTERM (default: its own)",
     )
     group.add_argument("--detach", action="store_true", help="return when training has started")
     group.add_argument("--fetch", metavar="DIR", help="copy the results there afterwards")
@@ -191,7 +211,10 @@ def _run_here(arguments: argparse.Namespace) -> None:
     from flix_jax.experiments.launch.shell import written
 
     train = ["train", *(f"--gin_file={name}" for name in arguments.gin_file)]
+    train += [f"--gin_import={module}" for module in arguments.gin_import]
     train += [f"--run_dir={arguments.run_dir}", *(f"--gin.{b}" for b in arguments.bindings)]
+    if arguments.grace is not None:
+        train.append(f"--grace_seconds={arguments.grace:g}")
     count, devices = arguments.local_processes, arguments.devices_per_process
     started = local.commands(train, count, devices)
     if arguments.dry_run:
@@ -267,6 +290,8 @@ def _run(arguments: argparse.Namespace, shell: "Shell") -> None:
         gin_files,
         copies,
         tuple(arguments.bindings),
+        arguments.grace,
+        tuple(arguments.gin_import),
     )
     shell.say(f"machines: {machines}")
     shell.say(f"code: commit {launched.checkout.version} of {launched.checkout.folder}")

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 
 from flix_jax.adapters.suggest import did_you_mean
 from flix_jax.configs import find_config
+from flix_jax.data import bounded
 from flix_jax.data.cells import Cell
 
 KEY = "language"
@@ -73,10 +74,10 @@ def read_language_table(path: str) -> LanguageTable:
     """
     file = find_config(path)
     try:
-        content = file.read_bytes().decode("utf-8-sig")
+        content = bounded.read_bytes(file).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise ValueError(f"{file}:{line}: not UTF-8") from None
+        wrong = error.object[: error.start].count(b"\n") + 1
+        raise ValueError(f"{file}:{wrong}: not UTF-8") from None
     header: list[str] | None = None
     rows: dict[str, dict[str, str]] = {}
     lines: dict[str, int] = {}

@@ -11,6 +11,8 @@ import hashlib
 from dataclasses import dataclass
 from typing import Any
 
+from flix_jax.adapters.suggest import nearest_path
+
 PAD_ID = 0
 
 
@@ -133,10 +135,14 @@ def _load_model(path: str) -> _Model:
     import sentencepiece
     from etils import epath
 
+    from flix_jax.data import bounded
+
     try:
-        content = epath.Path(path).read_bytes()
+        content = bounded.read_bytes(epath.Path(path))
     except FileNotFoundError:
-        raise ValueError(f"SentencePieceVocabulary.path={path!r}: no such file") from None
+        raise ValueError(
+            f"SentencePieceVocabulary.path={path!r}: no such file{nearest_path(path)}"
+        ) from None
     except OSError as error:
         raise ValueError(f"SentencePieceVocabulary.path={path!r}: {error.strerror}") from None
     processor = sentencepiece.SentencePieceProcessor()
@@ -153,8 +159,13 @@ def _load_model(path: str) -> _Model:
             f"expected {PAD_ID} (train the model with --pad_id=0 --eos_id=1 --unk_id=2)"
         )
     sentinels = 0
-    while sentinels < pieces and "<extra_id_" in processor.IdToPiece(pieces - 1 - sentinels):
-        sentinels += 1
+    try:
+        while sentinels < pieces and "<extra_id_" in processor.IdToPiece(pieces - 1 - sentinels):
+            sentinels += 1
+    except UnicodeDecodeError:
+        raise ValueError(
+            f"SentencePieceVocabulary.path={path!r}: a piece of it is not UTF-8"
+        ) from None
     return _Model(pieces, sentinels, processor.eos_id(), hashlib.sha256(content).hexdigest())
 
 
@@ -175,6 +186,7 @@ def _sentinel_id(vocabulary: Vocabulary, index: int) -> int:
 def _check_fits(vocabulary: Vocabulary, model_vocab_size: int) -> None:
     if vocabulary.vocab_size > model_vocab_size:
         raise ValueError(
-            f"{vocabulary} has {vocabulary.vocab_size} ids, but the model's embedding has only "
+            f"{vocabulary} has {vocabulary.vocab_size} ids ({type(vocabulary).__name__}.extra_ids "
+            f"among them), but the model's embedding has only "
             f"T5Config.vocab_size={model_vocab_size} rows"
         )

@@ -9,6 +9,7 @@ from typing import Any
 from etils import epath
 
 from flix_jax import buckets, preemption, processes
+from flix_jax.data import bounded
 
 # Names of temporary files say whose they are.
 _HERE = socket.gethostname()
@@ -63,15 +64,9 @@ def read_json(path: epath.PathLike) -> Any | None:
     """The json value in a file; None where there is no such file.
 
     Raises:
-      ValueError: the file is no json; names the file.
+      ValueError: the file is no json, or larger than any that is written here; names the file.
     """
-    path = epath.Path(path)
-    if not path.exists():
-        return None
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid json ({error})") from None
+    return bounded.read_json(path) if epath.Path(path).exists() else None
 
 
 def evaluation_folder(run_dir: epath.PathLike, step: int, split: str) -> epath.Path:

@@ -25,7 +25,7 @@ from flix_jax.adapters import tree
 from flix_jax.adapters.activation import FeatureSettings
 from flix_jax.adapters.features import FeatureSpace
 from flix_jax.data.pipeline import PrefetchIterator, check_state
-from flix_jax.experiments import data_notes, inference, scoring, training
+from flix_jax.experiments import checks, data_notes, inference, scoring, training
 from flix_jax.experiments.job import Job
 from flix_jax.experiments.run import FREE, RANDOM, Run
 from flix_jax.experiments.run_folder import saved_steps
@@ -231,14 +231,15 @@ class _Group:
     ) -> None:
         if processes.count() > 1:
             raise ValueError("trials of one program run in one process; got several")
+        # They share their data: the first reads them.
         self.jobs = [
-            Job(run, folder, bases_dir=bases_dir) for run, folder in zip(runs, folders, strict=True)
+            checks.start(run, folder, bases_dir=bases_dir, read=place == 0)[0]
+            for place, (run, folder) in enumerate(zip(runs, folders, strict=True))
         ]
         self.lead = self.jobs[0]
         self.run = self.lead.run
         self.title = title
         self.errors = [""] * len(runs)
-        self.lead.check_data()
         training.train_base(self.lead, bases_dir=bases_dir, title=title)
         self.base = self.lead.load_base()
         self.pipeline = self.lead.pipeline()

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import base64
+import bz2
 import contextlib
 import dataclasses
+import gzip
 import hashlib
 import http.client
+import io
 import json
 import os
 import re
@@ -30,6 +33,9 @@ TRIES = 4  # broken attempts in a row, counted anew from each that gets further
 PAUSE = 1.0  # seconds before the second of them, doubled before each further one
 TIMEOUT = 60.0  # seconds without any byte
 _CHUNK = 1 << 18
+_INFLATION = 100  # text becomes a tenth, repetitive text a fiftieth
+_SMALL = 1 << 26
+_MOST_MEMBERS = 100_000
 _TRANSIENT = (OSError, http.client.HTTPException)  # of a connection
 _BUSY = (408, 425, 429, 500, 502, 503, 504)  # HTTP statuses that may pass
 
@@ -231,7 +237,8 @@ def unpacked(archive: Path, beside: Path) -> Iterator[Path]:
 
     Only plain files and folders are accepted, with names below the folder: an archive with an
     absolute name, `..`, a link, a device or a name that occurs twice is refused. Owners,
-    permissions and times are not taken over.
+    permissions and times are not taken over. So is one that becomes more than `_INFLATION` times as
+    long, has more members than any data, or a header that would fill the memory.
 
     Raises:
       ValueError: in one line, with the archive and the member, for such an archive, one that is
@@ -242,15 +249,17 @@ def unpacked(archive: Path, beside: Path) -> Iterator[Path]:
     folder.mkdir()  # a temporary folder's own permissions are for its owner alone
     try:
         try:
-            with tarfile.open(archive) as tar:
-                for member in tar:
-                    _unpack(tar, member, folder)
+            with _Bounded(archive) as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
+                for number, member in enumerate(tar, start=1):
+                    if number > _MOST_MEMBERS:
+                        raise _Refused(f"it has more than {_MOST_MEMBERS:,} members")
+                    _unpack(tar, member, folder, stream.left())
                 # A gzip's checksum is compared when its end is read, which tar may not reach.
-                while tar.fileobj is not None and tar.fileobj.read(_CHUNK):
+                while stream.read(_CHUNK):
                     pass
         except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
             reason = str(getattr(error, "strerror", None) or error)
-            if reason.startswith("file could not be opened"):  # followed by a line per format
+            if reason in ("bad checksum", "invalid header", "truncated header", "empty file"):
                 reason = "it is no tar archive"
             raise ValueError(f"{archive} cannot be unpacked: {reason}") from None
         except _Refused as error:
@@ -264,7 +273,42 @@ class _Refused(Exception):
     """A member of an archive that is not unpacked."""
 
 
-def _unpack(tar: tarfile.TarFile, member: tarfile.TarInfo, folder: Path) -> None:
+class _Bounded(io.RawIOBase):
+    """What an archive inflates to, in parts that fit into memory, and up to a length."""
+
+    def __init__(self, archive: Path) -> None:
+        with archive.open("rb") as file:
+            magic = file.read(3)
+        opened: Any = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open}.get(magic[:2], open)
+        self._most = archive.stat().st_size * _INFLATION + _SMALL
+        self._stream: Any = opened(archive, "rb")
+
+    def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= _SMALL:  # headers of tar are read at once, however long
+            raise _Refused(f"a header of {size:,} bytes")
+        content: bytes = self._stream.read(size)
+        if self.left() < 0:
+            raise _Refused(f"it becomes more than {_INFLATION} times as long")
+        return content
+
+    def left(self) -> int:
+        """How many bytes may still be read."""
+        return self._most - int(self._stream.tell())
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        if whence == io.SEEK_SET and offset > self._most:
+            raise _Refused(f"it becomes more than {_INFLATION} times as long")
+        return int(self._stream.seek(offset, whence))
+
+    def tell(self) -> int:
+        return int(self._stream.tell())
+
+    def close(self) -> None:
+        self._stream.close()
+        super().close()
+
+
+def _unpack(tar: tarfile.TarFile, member: tarfile.TarInfo, folder: Path, left: int) -> None:
     name = PurePosixPath(member.name)
     shown = repr(member.name)
     if name.is_absolute():
@@ -273,7 +317,7 @@ def _unpack(tar: tarfile.TarFile, member: tarfile.TarInfo, folder: Path) -> None
         raise _Refused(f"{shown} may lie outside the folder")
     if member.issym() or member.islnk():
         raise _Refused(f"{shown} is a link")
-    if not (member.isreg() or member.isdir()):
+    if not (member.isreg() or member.isdir()) or member.issparse():
         raise _Refused(f"{shown} is a device or the like")
     path = folder.joinpath(*name.parts)
     try:
@@ -281,6 +325,8 @@ def _unpack(tar: tarfile.TarFile, member: tarfile.TarInfo, folder: Path) -> None
             path.mkdir(parents=True, exist_ok=True)
             return
         path.parent.mkdir(parents=True, exist_ok=True)
+        if member.size > left:
+            raise _Refused(f"{shown} has {member.size:,} bytes, {_INFLATION} times the archive's")
         if member.size > (free := shutil.disk_usage(folder).free):
             raise _Refused(f"{shown} has {member.size:,} bytes, the disk has room for {free:,}")
         source = tar.extractfile(member)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import re
 import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -19,12 +20,15 @@ import numpy as np
 from etils import epath
 
 from flix_jax.adapters.suggest import did_you_mean
+from flix_jax.data import bounded
 from flix_jax.interop import network
 from flix_jax.interop.leaves import Index, Leaf
 from flix_jax.models.config import T5Config
 
 MODEL_TYPES = ("t5", "mt5", "umt5")  # ByT5 is a t5
 SHARD_BYTES = 2**30
+_TORCH = (2, 6)  # before it, loading weights alone could be made to execute code
+_FILE = re.compile(r"[^/\\\0]*[^/\\\0.][^/\\\0]*")  # a name, and not '..'
 _COMPARED_ROWS = 4096  # of the output layer and the embedding, at a time
 _FEED_FORWARD = {
     "relu": ("relu",),
@@ -95,7 +99,7 @@ def read_config(folder: epath.PathLike) -> dict[str, Any]:
     path, record = epath.Path(folder) / "config.json", _record(epath.Path(folder))
     family = record["model_type"]
     feed_forward = record.get("feed_forward_proj", "relu")
-    if feed_forward not in _FEED_FORWARD:
+    if not isinstance(feed_forward, str) or feed_forward not in _FEED_FORWARD:
         raise ValueError(
             f"{path}: feed_forward_proj is {feed_forward!r}, expected one of "
             f"{', '.join(_FEED_FORWARD)}; {did_you_mean(str(feed_forward), _FEED_FORWARD)}"
@@ -128,10 +132,7 @@ def read_config(folder: epath.PathLike) -> dict[str, Any]:
 
 def _record(folder: epath.Path) -> dict[str, Any]:
     path = folder / "config.json"
-    try:
-        record = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    record = dict(bounded.read_object(path))
     family = record.get("model_type")
     if family not in MODEL_TYPES:
         raise ValueError(
@@ -148,7 +149,8 @@ def _output(record: Mapping[str, Any], there: Mapping[str, Leaf]) -> tuple[bool,
     weights are tied: whether they are is told by the file.
     """
     tied = bool(record.get("tie_word_embeddings", True)) and _same_output(there)
-    newer = int(str(record.get("transformers_version", "4")).partition(".")[0]) > 4
+    version = re.match(r"[0-9]{1,4}", str(record.get("transformers_version", "4")))
+    newer = version is not None and int(version[0]) > 4
     if record["model_type"] == "mt5" and newer:
         return tied, False
     if "scale_decoder_outputs" in record:
@@ -161,10 +163,14 @@ def _same_output(there: Mapping[str, Leaf]) -> bool:
     output, shared = there.get("lm_head.weight"), there.get("shared.weight")
     if output is None or shared is None:
         return output is None
-    return output.shape == shared.shape and all(
-        np.array_equal(output.read(part), shared.read(part))
-        for start in range(0, shared.shape[0], _COMPARED_ROWS)
-        for part in [(slice(start, start + _COMPARED_ROWS), slice(None))]
+    return (
+        len(shared.shape) == 2
+        and output.shape == shared.shape
+        and all(
+            np.array_equal(output.read(part), shared.read(part))
+            for start in range(0, shared.shape[0], _COMPARED_ROWS)
+            for part in [(slice(start, start + _COMPARED_ROWS), slice(None))]
+        )
     )
 
 
@@ -294,10 +300,14 @@ def weights(folder: epath.Path, stem: str = "") -> dict[str, Leaf]:
 
 
 def _indexed(index: epath.Path, reader: Callable[[epath.Path], dict[str, Leaf]]) -> dict[str, Leaf]:
-    try:
-        of_file = json.loads(index.read_text())["weight_map"]
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"{index}: {error!r}, expected an index of weights") from None
+    of_file = bounded.read_object(index).get("weight_map")
+    if not isinstance(of_file, dict):
+        raise ValueError(f"{index}: no weight_map, expected an index of weights")
+    for name, file in of_file.items():
+        if not isinstance(file, str) or not _FILE.fullmatch(file):
+            raise ValueError(
+                f"{index}: {name} lies in {str(file)[:80]!r}, expected the name of a file beside it"
+            )
     there = {file: reader(index.parent / file) for file in dict.fromkeys(of_file.values())}
     for name, file in of_file.items():
         if name not in there[file]:
@@ -334,6 +344,8 @@ def _safetensors(path: epath.Path) -> dict[str, Leaf]:
         file = safe_open(_local(path), framework="numpy")
     except SafetensorError as error:
         raise ValueError(f"{path}: {error}") from None
+    except OSError as error:
+        raise ValueError(f"{path}: {error}") from None
     leaves = {}
     for name in file.keys():  # noqa: SIM118, it is no mapping
         part = file.get_slice(name)
@@ -358,16 +370,38 @@ def _pytorch(path: epath.Path) -> dict[str, Leaf]:
             "model as safetensors"
         ) from None
 
-    tensors = torch.load(_local(path), map_location="cpu", mmap=True, weights_only=True)
+    version = tuple(map(int, re.findall(r"[0-9]+", torch.__version__)[:2]))
+    if version < _TORCH:
+        raise ValueError(
+            f"{path}: is a pickle, which PyTorch {torch.__version__} does not read safely "
+            "(CVE-2025-32434): install 2.6 or newer, or save the model as safetensors"
+        )
+    try:  # weights alone: a pickle may name any code
+        tensors = torch.load(_local(path), map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:  # of any kind, for what it is given
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{path}: refused or damaged: {reason[:200]}") from None
     leaves = {}
-    for name, tensor in tensors.items():
+    for name, tensor in tensors.items() if isinstance(tensors, dict) else ((None, tensors),):
+        source = f"{path}: {name}"
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+            raise ValueError(f"{source}: expected tensors by their names")
+        if tensor.layout != torch.strided or tensor.dtype not in (
+            torch.float64,
+            torch.float32,
+            torch.float16,
+            torch.bfloat16,
+        ):
+            raise ValueError(f"{source}: is {tensor.layout} {tensor.dtype}, expected floats")
+        if tensor.nbytes > tensor.untyped_storage().nbytes():
+            raise ValueError(f"{source}: claims {tensor.nbytes:,} bytes, but fewer are stored")
 
         def fetch(index: Index, tensor: Any = tensor) -> np.ndarray:
             part = tensor[index]
             return part.float().numpy() if part.dtype == torch.bfloat16 else part.numpy()
 
         dtype = np.dtype(np.float32 if tensor.dtype == torch.bfloat16 else _dtype(tensor))
-        leaves[name] = Leaf(tuple(tensor.shape), dtype, fetch, f"{path}: {name}")
+        leaves[name] = Leaf(tuple(tensor.shape), dtype, fetch, source)
     return leaves
 
 

@@ -27,7 +27,8 @@ from flix_jax.models.t5 import Transformer
 
 RELATIVE = "relpos_bias/rel_embedding"
 _SCANNED = re.compile(r"(encoder|decoder)/\1/(.+)")
-_LAYER = re.compile(r"(encoder|decoder)/layers_(\d+)/(.+)")
+_LAYER = re.compile(r"(encoder|decoder)/layers_([0-9]{1,6})/(.+)")
+_MOST_STACKED = 1024  # layers that a checkpoint may have on an axis
 _NAMED = 4  # names of a kind that a message lists
 
 
@@ -37,7 +38,15 @@ def flat(params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """The nested mappings of `flat`."""
+    """The nested mappings of `flat`.
+
+    Raises:
+      ValueError: a name that is the beginning of another's path.
+    """
+    for name in leaves:
+        for end in range(len(name)):
+            if name[end] == "/" and name[:end] in leaves:
+                raise ValueError(f"{name}: beside an array {name[:end]}")
     return tree.from_named([(tuple(name.split("/")), leaf) for name, leaf in leaves.items()])
 
 
@@ -74,7 +83,11 @@ def shapes(config: T5Config) -> dict[str, tuple[int, ...]]:
 
 
 def unscanned(leaves: Mapping[str, Leaf]) -> dict[str, Leaf]:
-    """The leaves with those of scanned layers taken apart."""
+    """The leaves with those of scanned layers taken apart.
+
+    Raises:
+      ValueError: a leaf of scanned layers that has no axis of them.
+    """
     found: dict[str, Leaf] = {}
     for name, leaf in leaves.items():
         scanned = _SCANNED.fullmatch(name)
@@ -82,6 +95,11 @@ def unscanned(leaves: Mapping[str, Leaf]) -> dict[str, Leaf]:
             found[name] = leaf
             continue
         part, rest = scanned.groups()
+        if len(leaf.shape) < 2 or leaf.shape[1] > _MOST_STACKED:
+            raise ValueError(
+                f"{leaf.source}: shape {leaf.shape}, expected at most {_MOST_STACKED} layers on "
+                "axis 1"
+            )
         for layer in range(leaf.shape[1]):
             found[f"{part}/layers_{layer}/{rest}"] = leaf.part(1, layer)
     return found
@@ -108,7 +126,9 @@ def fit(leaves: Mapping[str, Leaf], config: T5Config, where: str) -> dict[str, L
     found, missing, wrong = {}, [], []
     used: set[str] = set()
     for name, shape in wanted.items():
-        leaf = _relative(name, given, used, where) if name.endswith(RELATIVE) else given.get(name)
+        leaf = given.get(name)
+        if name.endswith(RELATIVE) and leaf is None:
+            leaf = _relative(name, shape, given, used, where)
         if leaf is None:
             missing.append(name)
             continue
@@ -140,10 +160,10 @@ def _some(names: Sequence[str]) -> str:
     return text + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
 
 
-def _relative(name: str, given: Mapping[str, Leaf], used: set[str], where: str) -> Leaf | None:
+def _relative(
+    name: str, shape: tuple[int, ...], given: Mapping[str, Leaf], used: set[str], where: str
+) -> Leaf | None:
     """Relative positions: the stack's for a layer, those of equal layers for the stack."""
-    if name in given:
-        return given[name]
     part = name.partition("/")[0]
     if name != f"{part}/{RELATIVE}":  # of a layer
         shared = f"{part}/{RELATIVE}"
@@ -151,8 +171,8 @@ def _relative(name: str, given: Mapping[str, Leaf], used: set[str], where: str) 
         return given.get(shared)
     layers = sorted(other for other in given if other.startswith(f"{part}/layers_"))
     layers = [other for other in layers if other.endswith(f"/{RELATIVE}")]
-    if not layers:
-        return None
+    if not layers or any(given[other].shape != shape for other in layers):
+        return None if not layers else given[layers[0]]
     first = given[layers[0]].read()
     for other in layers[1:]:
         if not np.array_equal(given[other].read(), first):
@@ -212,23 +232,35 @@ def config_of(leaves: Mapping[str, Leaf], where: str) -> T5Config:
     def shape(name: str) -> tuple[int, ...]:
         if name not in given:
             raise ValueError(f"{where}: no {name}; {did_you_mean(name, given)}")
-        return given[name].shape
+        found = given[name].shape
+        if len(found) < 2 or 0 in found:
+            raise ValueError(f"{where}: {name} is {list(found)}, expected a matrix")
+        return found
 
     own = f"encoder/layers_0/{RELATIVE}" in given
-    heads, buckets = shape(f"encoder/layers_0/{RELATIVE}" if own else f"encoder/{RELATIVE}")
-    vocabulary, width = shape("token_embedder/embedding")
+    heads, buckets, *_ = shape(f"encoder/layers_0/{RELATIVE}" if own else f"encoder/{RELATIVE}")
+    vocabulary, width, *_ = shape("token_embedder/embedding")
     query = shape("encoder/layers_0/attention/query/kernel")
     gated = "encoder/layers_0/mlp/wi_0/kernel" in given
-    return T5Config(
-        vocab_size=vocabulary,
-        emb_dim=width,
-        num_heads=heads,
-        head_dim=math.prod(query) // width // heads,
-        mlp_dim=shape("encoder/layers_0/mlp/wo/kernel")[0],
-        num_encoder_layers=layers["encoder"],
-        num_decoder_layers=layers["decoder"],
-        mlp_activations=("gelu", "linear") if gated else ("relu",),
-        logits_via_embedding="decoder/logits_dense/kernel" not in given,
-        relative_attention_num_buckets=buckets,
-        relative_attention_per_layer=True if own else None,
-    )
+    fields = {
+        "vocab_size": vocabulary,
+        "emb_dim": width,
+        "num_heads": heads,
+        "head_dim": math.prod(query) // width // heads,
+        "mlp_dim": shape("encoder/layers_0/mlp/wo/kernel")[0],
+        "num_encoder_layers": layers["encoder"],
+        "num_decoder_layers": layers["decoder"],
+        "mlp_activations": ("gelu", "linear") if gated else ("relu",),
+        "logits_via_embedding": "decoder/logits_dense/kernel" not in given,
+        "relative_attention_num_buckets": buckets,
+        "relative_attention_per_layer": True if own else None,
+    }
+    return stated_config(fields, where)
+
+
+def stated_config(fields: Mapping[str, Any], place: str) -> T5Config:
+    """The network that a file states; ValueError, which opens with `place`, where it is none."""
+    try:
+        return T5Config(**fields)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{place}: {error}") from None

@@ -15,15 +15,18 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import regex
 from etils import epath
 
 from flix_jax.adapters.suggest import did_you_mean
+from flix_jax.data import bounded
 from flix_jax.interop import huggingface
 from flix_jax.models.config import T5Config
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _KEY = re.compile(rf"{re.escape(_PREFIX)}(?P<module>.+)\.lora_(?P<side>[AB])(\.[^.]+)?\.weight")
+_PATTERN_SECONDS = 1.0  # a stranger's regular expression may take for ever
 # Methods of PEFT's that are no plain product of two matrices beside a frozen weight.
 _OTHERS = ("use_dora", "fan_in_fan_out", "lora_bias", "use_qalora", "trainable_token_indices")
 
@@ -114,6 +117,8 @@ def read(folder: epath.PathLike, config: T5Config) -> dict[str, LowRank]:
         if found is None or found["module"] not in ours:
             near = did_you_mean(key, [f"{_PREFIX}{m}.lora_A.weight" for m in ours])
             raise ValueError(f"{folder}: {key} belongs to no dense layer of the network; {near}")
+        if len(leaf.shape) != 2 or 0 in leaf.shape:
+            raise ValueError(f"{folder}: {key} is {list(leaf.shape)}, expected a matrix")
         halves.setdefault(found["module"], {})[found["side"]] = leaf.read()
     updates = {}
     for module, pair in halves.items():
@@ -126,7 +131,8 @@ def read(folder: epath.PathLike, config: T5Config) -> dict[str, LowRank]:
                 f"{folder}: {module}: lora_A is {list(a.shape[::-1])} and lora_B "
                 f"{list(b.shape[::-1])}, expected [r, {d_in}] and [{d_out}, r]"
             )
-        updates[ours[module]] = LowRank(a, b * np.float32(_scale(record, module, a.shape[1])))
+        scale = _scale(record, module, a.shape[1], folder / CONFIG)
+        updates[ours[module]] = LowRank(a, b * np.float32(scale))
     if not updates:
         raise ValueError(f"{folder}: holds no LoRA weights")
     return updates
@@ -145,10 +151,7 @@ def _config(folder: epath.Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.exists():
         raise ValueError(f"{folder}: no {CONFIG}, expected a folder of PEFT's")
-    try:
-        record = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    record = dict(bounded.read_object(path))
     if record.get("peft_type") != "LORA":
         raise ValueError(f"{path}: peft_type is {record.get('peft_type')!r}, expected 'LORA'")
     for name in _OTHERS:
@@ -159,11 +162,24 @@ def _config(folder: epath.Path) -> dict[str, Any]:
     return record
 
 
-def _scale(record: Mapping[str, Any], module: str, rank: int) -> float:
-    """alpha / r, or alpha / √r, with the alpha of the module's pattern."""
+def _scale(record: Mapping[str, Any], module: str, rank: int, path: epath.Path) -> float:
+    """alpha / r, or alpha / √r, with the alpha of the module's pattern.
+
+    Raises:
+      ValueError: an alpha that is no number, or patterns that are none or take too long.
+    """
     alpha = record.get("lora_alpha", rank)
-    for pattern, value in (record.get("alpha_pattern") or {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", module):
+    patterns = record.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise ValueError(f"{path}: alpha_pattern is {patterns!r}, expected an object")
+    for pattern, value in patterns.items():
+        try:
+            matches = regex.fullmatch(rf"(.*\.)?({pattern})", module, timeout=_PATTERN_SECONDS)
+        except (regex.error, TimeoutError, RecursionError, OverflowError) as error:
+            raise ValueError(f"{path}: alpha_pattern {pattern[:80]!r}: {error}") from None
+        if matches:
             alpha = value
             break
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) < math.inf:
+        raise ValueError(f"{path}: lora_alpha of {module} is {alpha!r}, expected a number")
     return alpha / (math.sqrt(rank) if record.get("use_rslora") else rank)

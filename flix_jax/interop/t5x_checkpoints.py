@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from flix_jax.interop import network
+from flix_jax.data import bounded
+from flix_jax.interop import msgpack_trees, network, zarr_arrays
 from flix_jax.interop.leaves import Index, Leaf
 from flix_jax.models.config import T5Config
 
@@ -30,6 +31,7 @@ VERSION = 3
 _PLACEHOLDER = "PLACEHOLDER://"
 _STEP = re.compile(r"checkpoint_(\d+)")
 _CHUNK_BYTES = 2**26
+_MOST_LEVELS = 64
 
 
 def find(path: epath.PathLike) -> epath.Path | None:
@@ -59,12 +61,14 @@ def layout(path: epath.PathLike) -> str:
     path = epath.Path(path)
     if not (path / MSGPACK).is_file():
         return "current"
-    kinds = {type(leaf) for leaf in _flat(_target(path)).values()}
+    kinds = {type(leaf) for leaf in _flat(_target(path), str(path)).values()}
     return "middle" if str in kinds else "legacy"
 
 
 def read(path: epath.PathLike) -> dict[str, Leaf]:
     """The parameters of a checkpoint by T5X's names, layers scanned or not; see `network.fit`.
+
+    Nothing in it is evaluated, and no name in it leads out of its folder.
 
     Raises:
       ValueError: no checkpoint, or one that is damaged.
@@ -75,39 +79,41 @@ def read(path: epath.PathLike) -> dict[str, Leaf]:
     if not (found / MSGPACK).is_file():
         return _read_orbax(found / STATE)
     leaves = {}
-    for name, leaf in _flat(_target(found)).items():
+    for name, leaf in _flat(_target(found), str(found / MSGPACK)).items():
         source = f"{found}: {name}"
         if isinstance(leaf, str):
             if not leaf.startswith(_PLACEHOLDER):
-                raise ValueError(f"{source}: is the text {leaf!r}, expected {_PLACEHOLDER}…")
-            leaves[name] = _zarr(found / leaf.removeprefix(_PLACEHOLDER), source)
+                raise ValueError(f"{source}: is the text {leaf[:40]!r}, expected {_PLACEHOLDER}…")
+            inside = leaf.removeprefix(_PLACEHOLDER)
+            leaves[name] = zarr_arrays.read(found / _checked(inside, source), source)
         elif isinstance(leaf, Mapping):
-            leaves[name] = _zarr(found / _spec_path(leaf, source), source)
+            leaves[name] = zarr_arrays.read(found / _spec_path(leaf, source), source)
+        elif isinstance(leaf, np.ndarray):
+            leaves[name] = Leaf.of(leaf, source)
         else:
-            leaves[name] = Leaf.of(np.asarray(leaf), source)
+            raise ValueError(f"{source}: is {str(leaf)[:40]!r}, expected an array")
     return leaves
 
 
-def _target(folder: epath.Path) -> Any:
-    from flax import serialization
-
+def _target(folder: epath.Path) -> Mapping[str, Any]:
     file = folder / MSGPACK
-    try:
-        record = serialization.msgpack_restore(file.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from None
+    record = msgpack_trees.read(file)
     record = record.get("optimizer", record) if isinstance(record, Mapping) else None
     if not isinstance(record, Mapping) or not isinstance(record.get("target"), Mapping):
         raise ValueError(f"{file}: holds no 'target', expected a checkpoint of T5X's")
     return record["target"]
 
 
-def _flat(record: Mapping[str, Any], path: tuple[str, ...] = ()) -> dict[str, Any]:
+def _flat(record: Mapping[str, Any], place: str, path: tuple[str, ...] = ()) -> dict[str, Any]:
     """By name; a mapping of a driver is a spec, and so a leaf."""
+    if len(path) > _MOST_LEVELS:
+        raise ValueError(f"{place}: nested too deeply: more than {_MOST_LEVELS} levels")
     found: dict[str, Any] = {}
     for name, child in record.items():
+        if not isinstance(name, str) or not name or "/" in name:
+            raise ValueError(f"{place}: {str(name)[:40]!r} among the names, expected no slashes")
         if isinstance(child, Mapping) and "driver" not in child:
-            found |= _flat(child, (*path, name))
+            found |= _flat(child, place, (*path, name))
         else:
             found["/".join((*path, name))] = child
     return found
@@ -119,51 +125,47 @@ def _spec_path(spec: Mapping[str, Any], source: str) -> str:
     path = spec.get("path") or (store.get("path") if isinstance(store, Mapping) else None)
     if not isinstance(path, str) or not path.strip("/"):
         raise ValueError(f"{source}: a tensorstore spec without a path")
-    return path.strip("/").rpartition("/")[2]
+    return _checked(path.strip("/").rpartition("/")[2], source)
 
 
-def _kvstore(path: epath.Path) -> dict[str, str]:
-    text = str(path)
-    if text.startswith("gs://"):
-        bucket, _, rest = text.removeprefix("gs://").partition("/")
-        return {"driver": "gcs", "bucket": bucket, "path": f"{rest}/"}
-    return {"driver": "file", "path": f"{text}/"}
-
-
-def _open(spec: Mapping[str, Any], source: str) -> Leaf:
-    import tensorstore as ts
-
-    try:
-        store = ts.open(dict(spec), open=True, read=True).result()
-    except ValueError as error:
-        message = str(error).partition(" [")[0]
-        raise ValueError(f"{source}: cannot be opened: {message}") from None
-
-    def fetch(index: Index) -> np.ndarray:
-        return store[index].read().result() if index else np.asarray(store.read().result())
-
-    return Leaf(tuple(store.shape), np.dtype(store.dtype.numpy_dtype), fetch, source)
-
-
-def _zarr(path: epath.Path, source: str) -> Leaf:
-    return _open({"driver": "zarr", "kvstore": _kvstore(path)}, source)
+def _checked(name: str, source: str) -> str:
+    """The name of a folder in the checkpoint; ValueError for one that leads elsewhere."""
+    name = name.rstrip("/")
+    if name in ("", ".", "..") or any(character in name for character in "/\\\0"):
+        raise ValueError(f"{source}: lies in {name[:80]!r}, expected the name of a folder")
+    return name
 
 
 def _read_orbax(folder: epath.Path) -> dict[str, Leaf]:
     import orbax.checkpoint as ocp
 
-    metadata = ocp.PyTreeCheckpointHandler().metadata(folder)
-    entries = metadata.tree if hasattr(metadata, "tree") else metadata
-    if "target" not in entries:
-        raise ValueError(f"{folder}: holds no 'target', expected a checkpoint of T5X's")
+    file = folder / "_METADATA"
+    if file.exists():
+        bounded.read_object(file)  # orbax would tell neither the file nor the place
+    try:
+        metadata = ocp.PyTreeCheckpointHandler().metadata(folder)
+        entries = metadata.tree if hasattr(metadata, "tree") else metadata
+        if "target" not in entries:
+            raise ValueError("holds no 'target', expected a checkpoint of T5X's")
+        names = list(_flat(entries["target"], "target"))
+    except Exception as error:  # of any kind, for what it is given
+        message = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{folder}: {message[:400]}") from None
     ocdbt = (folder / "manifest.ocdbt").exists()
     leaves = {}
-    for name in _flat(entries["target"]):
-        key = ".".join(("target", *name.split("/")))
-        store: dict[str, Any] = _kvstore(folder / key)
+    for name in names:
+        source = f"{folder}: {name}"
+        key = _checked(".".join(("target", *name.split("/"))), source)
         if ocdbt:
-            store = {"driver": "ocdbt", "base": _kvstore(folder), "path": f"{key}/"}
-        leaves[name] = _open({"driver": "zarr", "kvstore": store}, f"{folder}: {name}")
+            store = {"driver": "ocdbt", "base": zarr_arrays.kvstore(folder), "path": f"{key}/"}
+            leaves[name] = zarr_arrays.through_tensorstore(
+                {"driver": "zarr", "kvstore": store}, source
+            )
+        else:
+            leaves[name] = zarr_arrays.read(folder / key, source)
+    if ocdbt and zarr_arrays.local(folder):
+        claimed = sum(leaf.nbytes for leaf in leaves.values())
+        zarr_arrays.check_claim(str(folder), claimed, zarr_arrays.stored_bytes(folder))
     return leaves
 
 
@@ -200,7 +202,7 @@ def write(
         chunks = _chunks(leaf.shape, _CHUNK_BYTES // kind.itemsize)
         metadata = {"compressor": {"id": "gzip"}, "shape": list(leaf.shape), "chunks": chunks}
         spec = {"driver": "zarr", "dtype": kind.name, "metadata": metadata}
-        store = ts.open({**spec, "kvstore": _kvstore(made / key)}, create=True).result()
+        store = ts.open({**spec, "kvstore": zarr_arrays.kvstore(made / key)}, create=True).result()
         for index in _parts(leaf.shape, chunks):
             store[index] = leaf.read(index).astype(kind, copy=False)
         node = target

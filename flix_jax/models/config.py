@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,8 @@ from flix_jax.adapters.suggest import did_you_mean
 REMAT_POLICIES = ("none", "minimal", "full")
 _ACTIVATIONS = ("linear", "gelu", "relu", "silu", "swish", "tanh", "sigmoid")
 _DTYPES = ("float32", "bfloat16", "float16")
+_MOST_LAYERS = 1024  # of a stack; a stranger's file may say anything
+_MOST = 2**31 - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,12 +76,25 @@ class T5Config:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"T5Config.{name} = {value!r}: expected a positive integer")
-        if not 0.0 <= self.dropout_rate < 1.0:
-            raise ValueError(f"T5Config.dropout_rate = {self.dropout_rate!r}: expected [0, 1)")
-        if not math.isfinite(self.relative_attention_neighbours):
+            most = _MOST_LAYERS if name.endswith("_layers") else _MOST
+            if value > most:
+                raise ValueError(f"T5Config.{name} = {value!r}: expected at most {most:,}")
+        for name in ("logits_via_embedding", "scan_layers", "one_hot_embedding"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(
+                    f"T5Config.{name} = {getattr(self, name)!r}: expected True or False"
+                )
+        own = self.relative_attention_per_layer
+        if own is not None and not isinstance(own, bool):
             raise ValueError(
-                f"T5Config.relative_attention_neighbours = {self.relative_attention_neighbours!r}: "
-                "expected a finite number"
+                f"T5Config.relative_attention_per_layer = {own!r}: expected True, False or None"
+            )
+        rate, neighbours = self.dropout_rate, self.relative_attention_neighbours
+        if not isinstance(rate, numbers.Real) or not 0.0 <= rate < 1.0:
+            raise ValueError(f"T5Config.dropout_rate = {rate!r}: expected [0, 1)")
+        if not isinstance(neighbours, numbers.Real) or not abs(neighbours) < math.inf:
+            raise ValueError(
+                f"T5Config.relative_attention_neighbours = {neighbours!r}: expected a finite number"
             )
         buckets = self.relative_attention_num_buckets
         if buckets % 4 or self.relative_attention_max_distance <= buckets // 2:
@@ -87,7 +103,8 @@ class T5Config:
                 f"below twice relative_attention_max_distance ="
                 f" {self.relative_attention_max_distance!r}"
             )
-        if isinstance(self.mlp_activations, str) or not self.mlp_activations:
+        given = self.mlp_activations
+        if isinstance(given, str) or not isinstance(given, Sequence) or not given:
             raise ValueError(
                 f"T5Config.mlp_activations = {self.mlp_activations!r}: expected names, such as "
                 "('gelu', 'linear')"

@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -310,7 +310,7 @@ class Checkpoints:
     def _unwritten(self, error: BaseException) -> ValueError:
         reason = " ".join(str(error).split())
         # Of tensorstore's long tale the end says why: "…: No space left on device [os_error…]".
-        told = re.search(r"([^:]*) \[os_error_code=", reason)
+        told = re.search(r"([^:]*) \[(os_error|http_)", reason)
         steps = sorted(saved_steps(self.directory))
         with contextlib.suppress(OSError):  # what there is of it takes space that is needed
             for path in self.directory.glob(f"*{_TEMPORARY}*"):
@@ -338,13 +338,28 @@ class Checkpoints:
             more = "" if self._writes else self._instead(step)
             raise Damaged(f"{error}{more}") from None
         self._check_identity(step)
-        metadata = self._manager.item_metadata(step)
+        with self._reading(step):
+            metadata = self._manager.item_metadata(step)
         for name, tree in wanted.items():
             _check_arrays(f"{self.directory / str(step) / name}", metadata[name], tree)
         args = {name: ocp.args.StandardRestore(tree) for name, tree in wanted.items()}
-        items = self._manager.restore(step, args=ocp.args.Composite(**args, **others))
+        with self._reading(step):
+            items = self._manager.restore(step, args=ocp.args.Composite(**args, **others))
         self._check_digests(step, {name: items[name] for name in wanted})
         return step, items
+
+    @contextlib.contextmanager
+    def _reading(self, step: int) -> Iterator[None]:
+        """One error for those of orbax that no damage explains, for the manifest fits the files.
+
+        A stranger can write both. It is not `Damaged`: such a step is not set aside.
+        """
+        try:
+            yield
+        except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            folder = self.directory / str(step)
+            raise ValueError(f"checkpoint {folder} cannot be read: {reason}") from error
 
     def _check_files(self, step: int) -> None:
         if step in self._sound:
@@ -370,7 +385,8 @@ class Checkpoints:
 
     def _check_identity(self, step: int) -> None:
         args = ocp.args.Composite(identity=ocp.args.JsonRestore())
-        saved = self._manager.restore(step, args=args)["identity"]
+        with self._reading(step):
+            saved = dict(self._manager.restore(step, args=args)["identity"])
         for name, here in self._identity.items():
             there = saved.get(name)
             if there != here:

@@ -75,8 +75,12 @@ def read(folder: epath.Path) -> dict[str, Any]:
         sound = False
     if not sound:
         raise ValueError(f"{NAME} is damaged: its own checksum does not match")
-    if record["format"] != FORMAT:
-        raise ValueError(f"{NAME} has the format {record['format']}; this version reads {FORMAT}")
+    if record.get("format") != FORMAT:
+        raise ValueError(
+            f"{NAME} has the format {record.get('format')}; this version reads {FORMAT}"
+        )
+    if not _is_one(record):
+        raise ValueError(f"{NAME} has a checksum, but is none of flix_jax's")
     return record
 
 
@@ -122,6 +126,17 @@ def _digests(folder: epath.Path, names: list[str]) -> dict[str, list[Any]]:
 
     with ThreadPoolExecutor(_THREADS) as pool:
         return dict(zip(names, pool.map(digest, names), strict=True))
+
+
+def _is_one(record: Mapping[str, Any]) -> bool:
+    """Whether a record names files in the folder, with size and digest, and digests of arrays."""
+    found, arrays = record.get("files"), record.get("arrays")
+    if not isinstance(found, dict) or not isinstance(arrays, dict):
+        return False
+    parts = [part for name in found for part in name.split("/")]
+    return not {"", ".", ".."} & set(parts) and all(
+        isinstance(value, list) and list(map(type, value)) == [int, str] for value in found.values()
+    )
 
 
 def _checksum(record: Mapping[str, Any]) -> str:
