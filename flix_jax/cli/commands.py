@@ -98,6 +98,7 @@ def train(arguments: argparse.Namespace) -> None:
             config=configuration.operative_config(),
             profile=arguments.profile,
             strict=arguments.strict,
+            check_parity=arguments.check_parity,
         )
 
 

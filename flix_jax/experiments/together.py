@@ -27,9 +27,10 @@ from flix_jax.adapters.features import FeatureSpace
 from flix_jax.data.pipeline import PrefetchIterator, check_state
 from flix_jax.experiments import data_notes, inference, scoring, training
 from flix_jax.experiments.job import Job
-from flix_jax.experiments.run import FREE, RANDOM, Run
+from flix_jax.experiments.run import FREE, RANDOM, SKIP, Run
 from flix_jax.experiments.run_folder import saved_steps
 from flix_jax.experiments.trial_records import Outcome
+from flix_jax.training import not_finite
 from flix_jax.training import trials as trials_lib
 from flix_jax.training.checkpoints import Checkpoints, digest
 from flix_jax.training.parameters import Parameters
@@ -72,6 +73,8 @@ def alone(run: Run) -> str:
         return "its adapters start from a folder"
     if run.train_values is not None:
         return "some values alone are trained"
+    if run.not_finite == SKIP:
+        return "steps that are not finite are skipped"
     return "an ensemble is evaluated" if run.evaluation.ensemble is not None else ""
 
 
@@ -205,7 +208,7 @@ def train_alone(
     bases_dir: epath.PathLike,
     config: str | None,
 ) -> Outcome:
-    """One run by itself; raises FloatingPointError where its loss is not finite."""
+    """One run by itself; raises NotFinite where its loss or gradient is not finite."""
     job = training.train(
         run, folder, bases_dir=bases_dir, config=config, title=folder.name, show_cells=False
     )
@@ -332,7 +335,7 @@ class _Group:
                 evaluating = every and (last or step % every == 0)
                 if last or evaluating or step % self.run.save_every == 0:
                     self._report(pending, reporters, overall)
-                    self._save(state, step, batches.state(), reporters, bool(evaluating))
+                    self._save(state, step, batches.state(), reporters, overall, bool(evaluating))
             for checkpoints in self.checkpoints:
                 checkpoints.wait()
             return list(self.program.unstack(state))
@@ -384,9 +387,9 @@ class _Group:
             alive = [i for i in range(len(self.jobs)) if not self.errors[i]]
             for i in alive:
                 values = {name: float(value[i]) for name, value in metrics.items()}
-                if not np.isfinite(values["loss"]):
-                    self.errors[i] = f"the loss is {values['loss']} at step {step}"
-                    overall.say(f"{self.jobs[i].run_dir.name}: {self.errors[i]}; the others go on")
+                problem = not_finite.found_in(values)
+                if problem is not None:
+                    self._fail(i, f"{problem} at step {step}", overall)
                     continue
                 reporters[i].step(step, values)
             well = [i for i in alive if not self.errors[i]]
@@ -400,16 +403,26 @@ class _Group:
                 reporter.flush()
         overall.flush()
 
+    def _fail(self, index: int, error: str, overall: Reporter) -> None:
+        self.errors[index] = error
+        overall.say(f"{self.jobs[index].run_dir.name}: {error}; the others go on")
+
     def _save(
         self,
         state: trials_lib.TrialsState,
         step: int,
         data_state: Mapping[str, Any],
         reporters: Sequence[Reporter],
+        overall: Reporter,
         evaluating: bool,
     ) -> None:
         for i, own in enumerate(self.program.unstack(state)):
             if self.errors[i]:
+                continue
+            try:
+                not_finite.check_state(own)
+            except not_finite.NotFinite as error:
+                self._fail(i, str(error), overall)
                 continue
             job, checkpoints, value = self.jobs[i], self.checkpoints[i], None
             if evaluating:
