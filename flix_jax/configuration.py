@@ -30,6 +30,7 @@ from flix_jax.gin_reader import (
     scoped,
     short,
 )
+from flix_jax.mistakes import Mistake, Mistakes, describe
 
 NAMES: dict[str, str] = {
     "T5Config": "flix_jax.models.config:T5Config",
@@ -96,20 +97,39 @@ class Configuration:
         """Puts the file and line of the values that a ValueError names before its message."""
         try:
             yield
+        except Mistakes as error:
+            raise Mistakes([self._placed(one) for one in error.errors]) from error
         except ConfigurationError:
             raise
         except ValueError as error:
-            message = _one_line(str(error))
-            named = [
-                b
-                for b in self.bindings
-                if b.selector != MACRO
-                and re.search(rf"\b{short(b.selector)}\.{b.parameter}\b", message)
-            ]
-            if not named:
+            placed = self._placed(error)
+            if placed is error:
                 raise
-            places = ", ".join(dict.fromkeys(self._origin(b) for b in named))
-            raise ConfigurationError(f"{places}: {message}") from error
+            raise placed from error
+
+    def _placed(self, error: ValueError | OSError) -> ValueError | OSError:
+        if isinstance(error, ConfigurationError):
+            return error
+        message = describe(error)
+        named = self._named_in(message)
+        if not named and isinstance(error, Mistake):
+            named = [
+                b for b in self.bindings if f"{short(b.selector)}.{b.parameter}" in error.names
+            ]
+            named = [b for b in named if _shows(message, b)] or named
+        if not named:
+            return error
+        places = ", ".join(dict.fromkeys(self._origin(b) for b in named))
+        return ConfigurationError(f"{places}: {message}")
+
+    def _named_in(self, message: str) -> list[Binding]:
+        """The bindings whose parameters a message names in full."""
+        return [
+            b
+            for b in self.bindings
+            if b.selector != MACRO
+            and re.search(rf"\b{short(b.selector)}\.{b.parameter}\b", message)
+        ]
 
     def check_used(self) -> list[str]:
         """A line for each binding of a file that nothing built since `load` has used.
@@ -214,9 +234,23 @@ class Configuration:
             for b in self.bindings
             if short(b.selector).rsplit(".", 1)[-1] == name and _within(scope, b.scope)
         ]
-        named = [b for b in mine if re.search(rf"\b{re.escape(b.parameter)}\b", message)]
-        deepest = max(named or mine, key=lambda b: len(b.scope), default=None)  # the one that holds
-        where = f"{self._origin(deepest)}: " if deepest else self._referring(name, scope)
+        # Of values that are named in full, shown, or named in part, the first that there are.
+        found = self._named_in(message)
+        shown = [b for b in mine if _shows(message, b)]
+        words = [b for b in mine if re.search(rf"\b{re.escape(b.parameter)}\b", message)]
+        named = (
+            [b for b in found if b in mine]
+            or (shown and [*shown, *(b for b in words if b not in shown)])
+            or [b for b in found if _within(scope, b.scope)]
+            or words
+            or mine
+        )
+        inner = {b.key[1:]: b for b in sorted(named, key=lambda b: len(b.scope))}  # those that hold
+        deepest = max((len(b.scope) for b in inner.values()), default=0)
+        chosen = [b for b in inner.values() if named is not mine or len(b.scope) == deepest]
+        chosen = chosen[:1] if named is mine else chosen[:3]
+        places = ", ".join(dict.fromkeys(map(self._origin, chosen)))
+        where = f"{places}: " if chosen else self._referring(name, scope)
         label = "" if name in message else f"{name}: "
         suffix = f" (in scope '{scope}')" if scope else ""
         return f"{where}{label}{_one_line(message)}{suffix}"
@@ -235,6 +269,23 @@ class Configuration:
                 if reference.name in (scoped(scope, name), name) and not reference.macro:
                     return f"{binding.place}: "
         return ""
+
+
+def _shows(message: str, binding: Binding) -> bool:
+    """Whether a message shows a text of a binding's value."""
+    return any(repr(text) in message for text in _texts(binding.value))
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """The texts in a value, keys of mappings too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in (*value.keys(), *value.values()):
+            yield from _texts(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _texts(item)
 
 
 def _within(scope: str, outer: str) -> bool:

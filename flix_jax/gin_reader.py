@@ -4,6 +4,7 @@ Names are looked up and references checked while reading, so nothing is built fr
 holds a mistake. What may be configured is given by a table of names.
 """
 
+import collections.abc
 import dataclasses
 import importlib
 import inspect
@@ -23,13 +24,14 @@ from gin import config_parser
 
 from flix_jax.adapters.suggest import did_you_mean
 from flix_jax.configs import find_config
+from flix_jax.mistakes import Collected, Mistake
 
-_SCALARS = (int, float, str, bool, type(None))
+_LISTS = (tuple, list, collections.abc.Sequence)
 MACRO = "gin.macro"
 MODULE = "flix"  # what gin files every name of ours under; never needs writing
 
 
-class ConfigurationError(ValueError):
+class ConfigurationError(Mistake):
     """A mistake in a gin file or flag; the message is one line and names the place."""
 
 
@@ -79,8 +81,8 @@ def _parameters(selector: str) -> tuple[list[str], bool]:
     )
 
 
-def _scalar_types(selector: str, parameter: str) -> tuple[type, ...]:
-    """The types that a parameter takes, where its annotation says no more than plain ones."""
+def _types(selector: str, parameter: str) -> tuple[type, ...]:
+    """The classes of which a parameter's value must be one; none where its annotation is open."""
     target = gin_config._REGISTRY[selector].wrapped
     try:
         hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
@@ -89,18 +91,58 @@ def _scalar_types(selector: str, parameter: str) -> tuple[type, ...]:
     hint = hints.get(parameter)
     union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
     found = typing.get_args(hint) if union else (hint,)
-    return found if all(item in _SCALARS for item in found) else ()
+    classes = tuple(typing.get_origin(item) or item for item in found)
+    closed = all(isinstance(item, type) and item is not typing.Any for item in classes)
+    return classes if closed else ()
 
 
 def _check_type(selector: str, name: str, parameter: str, value: Any, place: str) -> None:
-    """An error for a literal of a type that the parameter does not take."""
-    allowed = _scalar_types(selector, parameter)
-    if not allowed or isinstance(value, Reference):
+    """An error for a value of a class that the parameter does not take."""
+    allowed = _types(selector, parameter)
+    if not allowed or (isinstance(value, Reference) and (value.macro or not value.evaluate)):
         return
-    fits = type(value) in allowed or (type(value) is int and float in allowed)
-    if not fits:
-        names = " or ".join("None" if t is type(None) else t.__name__ for t in allowed)
-        fail(place, f"{name} is {value!r}, expected {names}")
+    if isinstance(value, Reference):
+        (complete,) = gin_config._REGISTRY.matching_selectors(value.name.rsplit("/", 1)[-1])
+        given = gin_config._REGISTRY[complete].wrapped
+        if not inspect.isclass(given) or any(_is_protocol(item) for item in allowed):
+            return
+        fits = issubclass(given, allowed)
+    else:
+        fits = any(_fits(value, item) for item in allowed)
+    if fits:
+        return
+    if isinstance(value, str) and tuple in allowed:
+        fail(place, f"{name} is {value!r}, expected a list of texts, such as ({value!r},)")
+    fail(place, f"{name} is {value!r}, expected {' or '.join(map(_type_name, allowed))}")
+
+
+def _fits(value: Any, allowed: type) -> bool:
+    """Whether a literal, which may hold references, is of a class."""
+    if allowed in _LISTS:
+        # A text is a sequence, too: what takes sequences says better what it expects.
+        return isinstance(value, tuple | list | allowed)
+    if _is_protocol(allowed):
+        return False
+    if isinstance(value, bool):
+        return allowed in (bool, object)
+    return isinstance(value, allowed) or (type(value) is int and allowed is float)
+
+
+def _is_protocol(item: type) -> bool:
+    return bool(getattr(item, "_is_protocol", False))
+
+
+def _type_name(item: type) -> str:
+    """As one writes it in a gin file."""
+    if item is type(None):
+        return "None"
+    if item in _LISTS:
+        return "a list"
+    if item is collections.abc.Mapping:
+        return "a mapping {…}"
+    if item.__module__ == "builtins":
+        return item.__name__
+    return f"a {item.__name__}, @Name()" if _is_protocol(item) else f"@{item.__name__}()"
 
 
 def short(selector: str) -> str:
@@ -225,6 +267,8 @@ class Reader:
         self.names = names
         self.bindings: dict[tuple[str, str, str], Binding] = {}
         self.files: dict[str, epath.Path] = {}  # what was read, by the names that asked for it
+        self._mistakes = Collected()
+        self._unknown: set[str] = set()  # names of blocks, told once and not for every line
 
     def read_file(self, name: str, place: str = "", within: tuple[str, ...] = ()) -> None:
         path = find_file(name, place)
@@ -241,18 +285,30 @@ class Reader:
         def at(line: int) -> str:
             return f"{path}:{line}"
 
-        for statement in _statements(text, at, flag=False):
-            where = at(statement.location.line_num)
-            if isinstance(statement, config_parser.IncludeStatement):
-                self.read_file(statement.filename, where, within)
-            elif isinstance(statement, config_parser.ImportStatement):
-                _import(statement.module, where)
-            elif isinstance(statement, config_parser.BlockDeclaration):
-                resolve(statement.selector, where, self.names)
-            else:
-                self._bind(statement, where)
+        with self._mistakes.part():
+            for statement in _statements(text, at, flag=False):
+                where = at(statement.location.line_num)
+                if isinstance(statement, config_parser.ImportStatement):
+                    _import(statement.module, where)  # without it, names below would be unknown
+                    continue
+                with self._mistakes.part():
+                    self._take(statement, where, within)
+
+    def _take(self, statement: Any, where: str, within: tuple[str, ...]) -> None:
+        if isinstance(statement, config_parser.IncludeStatement):
+            self.read_file(statement.filename, where, within)
+        elif isinstance(statement, config_parser.BlockDeclaration):
+            self._unknown.add(statement.selector)
+            resolve(statement.selector, where, self.names)
+            self._unknown.remove(statement.selector)
+        elif statement.selector not in self._unknown:
+            self._bind(statement, where)
 
     def read_flag(self, text: str) -> None:
+        with self._mistakes.part():
+            self._read_flag(text)
+
+    def _read_flag(self, text: str) -> None:
         flag = f"--gin.{text}"
         if not text.partition("=")[2].strip():
             fail(flag, "expected --gin.NAME=VALUE or --gin.Name.parameter=VALUE")
@@ -282,11 +338,12 @@ class Reader:
                     f"{short(selector)} has no parameter '{parameter}'"
                     f"; {did_you_mean(parameter, names)}",
                 )
-            name = f"{short(selector)}.{parameter}"
-            _check_type(selector, scoped(scope, name), parameter, value, place)
         for reference in references(value):
             if not reference.macro:
                 self._check_reference(reference, place)
+        if selector != MACRO:
+            name = f"{short(selector)}.{parameter}"
+            _check_type(selector, scoped(scope, name), parameter, value, place)
         comment = location.line_content.rpartition(" # ")[2].strip()
         binding = Binding(
             scope,
@@ -305,14 +362,23 @@ class Reader:
             fail(place, f"{reference} is the class itself; write {reference}() for an object")
 
     def check(self) -> None:
-        """Macros that are not set and macros that refer to themselves."""
+        """Tells what is wrong with what was read, macros that are not set or refer to themselves.
+
+        Raises:
+          ConfigurationError: a mistake.
+          Mistakes: several.
+        """
+        self._mistakes.tell()  # what is missing for their sake is no mistake of its own
         macros = {key[0]: b for key, b in self.bindings.items() if key[1] == MACRO}
+
+        circle: set[str] = set()
 
         def visit(binding: Binding, path: tuple[str, ...]) -> None:
             for reference in references(binding.value):
-                if not reference.macro or reference.required:
+                if not reference.macro or reference.required or reference.name in circle:
                     continue
                 if reference.name in path:
+                    circle.update(path)  # one mistake, wherever one enters it
                     fail(binding.place, f"macro %{reference.name} refers to itself")
                 if reference.name not in macros:
                     fail(
@@ -324,15 +390,19 @@ class Reader:
                 visit(macros[reference.name], (*path, reference.name))
 
         for binding in self.bindings.values():
-            visit(binding, (binding.scope,) if binding.selector == MACRO else ())
+            with self._mistakes.part():
+                visit(binding, (binding.scope,) if binding.selector == MACRO else ())
+        self._mistakes.tell()
         for binding in self.bindings.values():
             value = binding.value
             if binding.selector == MACRO or not isinstance(value, Reference) or not value.macro:
                 continue
             while isinstance(value, Reference) and value.macro and value.name in macros:
                 place, value = macros[value.name].place, macros[value.name].value
-            if not isinstance(value, Reference):
-                _check_type(binding.selector, binding.name, binding.parameter, value, place)
+            if not isinstance(value, Reference) or not value.macro:
+                with self._mistakes.part():
+                    _check_type(binding.selector, binding.name, binding.parameter, value, place)
+        self._mistakes.tell()
 
 
 def _import(module: str, place: str) -> None:

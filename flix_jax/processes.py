@@ -27,6 +27,7 @@ _POLL = 0.2
 _FOREVER = 10**9  # milliseconds
 
 _values = 0  # that `from_first` has given
+_connected = False  # JAX ends a process that asks its store for something before that
 
 
 class Failure(NamedTuple):
@@ -84,11 +85,15 @@ def start(coordinator: str | None, count: int | None = None, index: int | None =
     except jax.errors.JaxRuntimeError as error:
         first = str(error).splitlines()[0]
         raise ConnectionError(f"--coordinator={coordinator}: {first}") from None
+    global _connected
+    _connected = True
     done = threading.Event()
     watch = threading.Thread(target=_watch, args=(done,), daemon=True, name="other processes")
     watch.start()
 
     def end_watch() -> None:
+        global _connected
+        _connected = False
         done.set()
         watch.join()
 
@@ -113,7 +118,7 @@ def index() -> int:
 
 def are_connected() -> bool:
     """Whether there are several processes, and they have met."""
-    return count() > 1 and _state().client is not None
+    return _connected and count() > 1
 
 
 def is_first() -> bool:

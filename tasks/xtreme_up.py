@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, get_args
 
-from flix_jax.adapters.suggest import did_you_mean
+from flix_jax.adapters.suggest import did_you_mean, nearest_path
 from flix_jax.data.cells import RETRIEVE, Cell, Inference
 from flix_jax.data.language_table import read_language_table
 from flix_jax.tasks.formats import (
@@ -476,7 +476,8 @@ class XtremeUp:
         root = epath.Path(self.data_dir)
         layout = "expected {task}/{train,validation,test}/{file}.jsonl in it"
         if not self.data_dir or not root.is_dir():
-            raise ValueError(f"XtremeUp.data_dir={self.data_dir!r} is not a folder: {layout}")
+            near = "" if root.exists() else nearest_path(self.data_dir)
+            raise ValueError(f"XtremeUp.data_dir={self.data_dir!r} is not a folder: {layout}{near}")
         found: dict[str, dict[str, dict[str, Any]]] = {}
         for task in sorted(path for path in root.iterdir() if path.is_dir()):
             for split in SPLITS:
@@ -488,7 +489,10 @@ class XtremeUp:
         if not found:
             raise ValueError(f"XtremeUp.data_dir={self.data_dir!r} holds no data: {layout}")
         self._check_tasks(found)
-        table = None if self.languages is None else read_language_table(self.languages)
+        try:
+            table = None if self.languages is None else read_language_table(self.languages)
+        except ValueError as error:
+            raise ValueError(f"XtremeUp.languages: {error}") from None
         files = {}
         for task_name, stems in found.items():
             languages = {stem: self._language(task_name, stem) for stem in stems}

@@ -64,6 +64,7 @@ class ObjectStore:
         'read', 'write', 'delete' and 'forbidden'.
       forbidden: the paths that would have appended or renamed; each was refused.
       denied: actions that are answered with 403.
+      refusals: how many requests are answered next with 503.
     """
 
     def __init__(self, *buckets: str) -> None:
@@ -71,6 +72,7 @@ class ObjectStore:
         self.requests: list[tuple[str, str]] = []
         self.forbidden: list[str] = []
         self.denied: set[str] = set()
+        self.refusals = 0
         self.lock = threading.Lock()
         self.uploads: dict[str, tuple[str, dict[str, str], bytearray]] = {}
         self._generation = 1
@@ -119,6 +121,13 @@ class ObjectStore:
             yield
         finally:
             self.denied -= set(actions)
+
+    @contextlib.contextmanager
+    def busy(self, requests: int) -> Iterator[None]:
+        """Answers the next requests with 503; there must be as many in the block."""
+        self.refusals = requests
+        yield
+        assert self.refusals == 0
 
 
 class _Answer(Exception):
@@ -194,6 +203,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _note(self, action: str, name: str) -> None:
         self.store.requests.append((action, name))
+        if self.store.refusals:
+            self.store.refusals -= 1
+            raise _Answer(503, "busy; try again")
         if action in self.store.denied:
             raise _Answer(403, f"the service account may not {action} {name}")
 
@@ -285,10 +297,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _part(self, upload: str, body: bytes) -> None:
         bucket, query, content = self.store.uploads[upload]
-        content += body
-        given = re.fullmatch(r"bytes (?:\d+-\d+|\*)/(\d+|\*)", self.headers["Content-Range"])
+        given = re.fullmatch(r"bytes (?:(\d+)-\d+|\*)/(\d+|\*)", self.headers["Content-Range"])
         assert given, self.headers["Content-Range"]
-        if given[1] == "*" or len(content) < int(given[1]):
+        if given[1] is not None:  # a part that is sent again takes the place of the first
+            content[int(given[1]) :] = body
+        if given[2] == "*" or len(content) < int(given[2]):
             raise _Answer(308, Range=f"bytes=0-{len(content) - 1}")
         self._write(bucket, query["name"], query, bytes(content))
 

@@ -103,7 +103,7 @@ def test_a_held_out_pattern_must_match_an_included_cell():
 
 @pytest.mark.parametrize("mixture", [Mixture(held_out=("*/*",)), Mixture(exclude=("*/*",))])
 def test_a_mixture_that_comes_out_empty_is_refused(mixture):
-    with pytest.raises(ValueError, match="Mixture: no cell to train on is left"):
+    with pytest.raises(ValueError, match="Mixture.held_out: no cell to train on is left"):
         mixture.select(CELLS)
 
 

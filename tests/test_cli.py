@@ -7,8 +7,9 @@ import time
 import pytest
 
 from flix_jax import cli
+from flix_jax.mistakes import Mistakes
 
-COMMANDS = ("train", "evaluate", "infer", "sweep", "report", "data")
+COMMANDS = ("train", "check", "evaluate", "infer", "sweep", "report", "data")
 
 
 def test_help_takes_under_two_seconds_and_imports_nothing_heavy():
@@ -108,10 +109,21 @@ def test_debug_shows_where_an_error_came_from(monkeypatch):
         cli.main(["report", "--run_dir=x", "--debug"])
 
 
-def test_a_fault_of_the_program_is_not_taken_for_one_of_the_user(monkeypatch):
+def test_a_fault_of_the_program_is_not_taken_for_one_of_the_user(monkeypatch, capsys):
     monkeypatch.setattr(cli.commands, "report", run_that(KeyError("x")))
+    assert cli.main(["report", "--run_dir=x"]) == cli.INTERNAL_ERROR
+    told = capsys.readouterr().err
+    assert told.startswith("internal error: KeyError: 'x' (at ") and told.count("\n") == 1
+    assert "test_cli.py:" in told
     with pytest.raises(KeyError):
-        cli.main(["report", "--run_dir=x"])
+        cli.main(["report", "--run_dir=x", "--debug"])
+
+
+def test_several_mistakes_are_a_line_each(monkeypatch, capsys):
+    error = Mistakes([ValueError("rank is\n-1"), FileNotFoundError(2, "No such file", "x")])
+    monkeypatch.setattr(cli.commands, "report", run_that(error))
+    assert cli.main(["report", "--run_dir=x"]) == 2
+    assert capsys.readouterr().err == "error: rank is -1\nerror: x: No such file\n"
 
 
 def test_gin_flags_and_files_are_kept_in_order():

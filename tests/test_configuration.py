@@ -10,6 +10,7 @@ import pytest
 
 from flix_jax import configs, configuration
 from flix_jax.configuration import ConfigurationError, load, operative_config
+from flix_jax.mistakes import Mistakes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,6 +168,15 @@ MISTAKES = {
         " least 1 (in scope 'big')"),
     "refused, from a block": (
         RAILWAY.replace("power = 3", "power = -3"), ["POWER=1"], "x.gin:9: Engine: power is -3"),
+    "an object of another class": (
+        "Train.engine = @whistle()\nTrain.engine = @Train()\n", [],
+        "x.gin:2: Train.engine is @Train(), expected @Engine()"),
+    "a text for a list": (
+        "Engine.power = 1\nEngine.fuels = 'oil'\n", [],
+        "x.gin:2: Engine.fuels is 'oil', expected a list of texts, such as ('oil',)"),
+    "an object for a list": (
+        "Engine.power = 1\nEngine.fuels = @Engine()\n", [],
+        "x.gin:2: Engine.fuels is @Engine(), expected a list"),
     "of the wrong type": (
         "Engine.power = 'much'\n", [], "x.gin:1: Engine.power is 'much', expected int"),
     "a file that is not there": (
@@ -175,7 +185,9 @@ MISTAKES = {
         "Train.engine = @big/Engine()\n", [],
         "x.gin:1: big/Engine.power has no value; add big/Engine.power = VALUE to a gin file or"
         " give --gin.big/Engine.power=VALUE"),
-    "an object within itself": ("Train.engine = @Train()\n", [], "Train is configured to contain"),
+    "an object within itself": (
+        "Train.engine = @Engine()\nEngine.power = 1\nTrain.wagons = (@Train(),)\n", [],
+        "Train is configured to contain"),
     "a flag without effect": (
         RAILWAY, ["POWER=1", "POWR=2"],
         "--gin.POWR=2: nothing that is used refers to %POWR; did you mean 'POWER'"),
@@ -198,6 +210,19 @@ def test_a_mistake_is_one_line_with_its_place(text, flags, expected):
     message = str(raised.value)
     assert expected in message
     assert "\n" not in message and "configurable" not in message and "0x" not in message
+
+
+def test_several_mistakes_are_told_at_once_and_none_that_follows_from_another():
+    write("x.gin", "Engin:\n  power = 1\n  fuel = 'a'\nA = @Engin()\nEngine.power = %A\n")
+    write("y.gin", "include 'x.gin'\nEngine.pwoer = 2\n")
+    with pytest.raises(Mistakes) as raised:
+        load(["y.gin"], ["Engine.fuel=1", "Engine.power=%B"])
+    assert [str(error).partition(";")[0] for error in raised.value.errors] == [
+        "x.gin:1: unknown name 'Engin'",
+        "x.gin:4: unknown name 'Engin'",
+        "y.gin:2: Engine has no parameter 'pwoer'",
+        "--gin.Engine.fuel=1: Engine.fuel is 1, expected str",
+    ]
 
 
 def test_only_what_is_built_has_to_be_given():

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from launching import GIN, git, make_checkout
 
-from flix_jax import cli, configuration
+from flix_jax import cli, configuration, preemption
 from flix_jax.experiments.launch import accelerators, checkout, job
 from flix_jax.experiments.launch import worker as worker_script
 from flix_jax.experiments.launch.shell import Shell, written
@@ -293,6 +293,13 @@ def test_a_worker_that_was_killed_says_so_and_can_start_again(worker):
     assert worker("follow").returncode == worker("lost").returncode == worker_script.LOST
     worker("start", "exit 0")
     assert worker("follow").returncode == worker("lost").returncode == 0
+
+
+def test_training_that_was_asked_to_stop_is_lost_and_not_failed(worker):
+    worker("start", f"exit {preemption.STATUS}")
+    assert worker("follow").returncode == worker("lost").returncode == worker_script.LOST
+    worker("start", "exit 2")
+    assert (worker("follow").returncode, worker("lost").returncode) == (2, 0)
 
 
 def test_the_script_passes_shellcheck(worker):

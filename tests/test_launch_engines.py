@@ -427,6 +427,23 @@ def test_a_batch_script_goes_on_while_restarts_are_left(
     assert done.stdout.split() == (["install", "train"] if status == 0 else [])
 
 
+@pytest.mark.parametrize("trained", [0, 2, 75])
+def test_a_batch_script_that_was_asked_to_stop_queues_itself_again(
+    trained, launch, stand_ins, tmp_path, monkeypatch
+):
+    launch("--engine=slurm", "--restarts=3", "--run_dir=runs/here", "--grace_seconds=40")
+    folder = tmp_path / "launches" / "flix-here"
+    assert " --grace_seconds=40 " in (folder / "worker.sh").read_text()
+    (folder / "worker.sh").write_text("true\n")
+    for name, text in (("srun", f"exit {trained}"), ("scontrol", "echo $*")):
+        (tmp_path / "bin" / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    done = subprocess.run(["bash", folder / "job.sbatch"], capture_output=True, text=True)
+    assert done.returncode == trained
+    assert done.stdout == ("requeue 17\n" if trained == 75 else "")
+
+
 # ------------------------------------------------------------------------------------- a dry run
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from tiny_runs import write_gin
 
-from flix_jax import cli, processes
+from flix_jax import cli, preemption, processes
 from flix_jax.experiments.run_folder import saved_steps
 from flix_jax.training.checkpoints import Checkpoints
 from flix_jax.training.reporting import read_metrics
@@ -173,6 +173,30 @@ def test_where_one_is_killed_the_other_stops_and_the_run_goes_on_later(folder):
     assert f"step {last} of {last + 2}" in said
     steps = [line["step"] for line in numbers(folder / "killed") if "loss" in line]
     assert steps[-2:] == [last + 1, last + 2]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc")
+@pytest.mark.parametrize("asked", ["all, by the command that started them", "the second alone"])
+def test_where_one_is_asked_to_stop_all_stop_at_one_step(folder, asked):
+    name = f"--run_dir=asked_{len(asked)}"
+    run_dir = folder / f"asked_{len(asked)}"
+    often = ["--gin.Run.save_every=1000", "--gin.Run.log_every=7"]
+    running = launch(name, *often, steps=10**6)
+    end = time.monotonic() + 600
+    while not (run_dir / "evaluations/20").exists() and time.monotonic() < end:
+        time.sleep(0.1)
+    pid = running.pid if asked.startswith("all") else children(running)[1]
+    os.kill(pid, signal.SIGTERM)
+    said, _ = running.communicate(timeout=60)
+    assert running.returncode == preemption.STATUS, said
+    (stopped,) = saved_steps(run_dir)
+    assert f"stopped by SIGTERM: step {stopped} of 1000000 is saved" in said
+    assert "Traceback" not in said and "killed" not in said
+    said = finish(launch(name, *often, steps=stopped + 9))
+    assert f"step {stopped} of {stopped + 9}" in said
+    train(name.replace("asked", "whole"), *often, *mesh(data=8), steps=stopped + 9)
+    close(numbers(run_dir), numbers(folder / f"whole_{len(asked)}"))
 
 
 @pytest.mark.slow

@@ -6,8 +6,10 @@ import json
 import jax
 import numpy as np
 import pytest
+from test_preemption import ask, lines
 from tiny_runs import make_base_run, write_words
 
+from flix_jax import preemption
 from flix_jax.adapters.features import FeatureSpace, FeatureType
 from flix_jax.adapters.injection import AdapterSpec
 from flix_jax.evaluation import files
@@ -154,9 +156,59 @@ def test_an_interrupted_program_goes_on_and_ends_bit_for_bit(base_run, bases_dir
             trained(run, tmp_path / name / str(i), bases_dir) for name in ("whole", "cut")
         )
         jax.tree.map(np.testing.assert_array_equal, cut, whole)
-        np.testing.assert_array_equal(
-            losses(tmp_path / "cut" / str(i)), losses(tmp_path / "whole" / str(i))
+        assert lines(tmp_path / "cut" / str(i)) == lines(tmp_path / "whole" / str(i))
+
+
+@pytest.mark.slow
+def test_a_program_that_is_asked_to_stop_ends_as_one_that_is_not(
+    base_run, bases_dir, tmp_path, monkeypatch
+):
+    """Asked after step 3, and again in the evaluation of the second trial at step 5."""
+    evaluation = Evaluation(batch_size=8, every=5, examples_per_cell=2, keep_best="mean_seen")
+    runs = [
+        dataclasses.replace(run, evaluation=evaluation, log_every=4)
+        for run in trials(base_run, OPTIMIZERS["adamw"], 8)
+    ]
+    whole = run_together(runs, tmp_path / "whole", bases_dir)
+    steps, evaluated = [], []
+    value, report = together._Group._value, together._Group._report
+
+    def reporting(self, pending, *arguments, **options):
+        steps.extend(number for number, _ in pending)
+        report(self, pending, *arguments, **options)
+
+    def asking(self, i, own, number, reporter):
+        evaluated.append((i, number))
+        if evaluated == [(0, 5), (1, 5)]:
+            ask()
+        return value(self, i, own, number, reporter)
+
+    class Asking(together.PrefetchIterator):
+        def __next__(self):
+            if self.step == 2 and not steps:
+                ask()
+            return super().__next__()
+
+    monkeypatch.setattr(together._Group, "_report", reporting)
+    monkeypatch.setattr(together._Group, "_value", asking)
+    monkeypatch.setattr(together, "PrefetchIterator", Asking)
+    for number in (3, 5):
+        with pytest.raises(preemption.Preempted, match=f"step {number} of 8 of program is saved"):
+            with preemption.installed():
+                run_together(runs, tmp_path / "stopped", bases_dir)
+    outcomes = run_together(runs, tmp_path / "stopped", bases_dir)
+    assert steps == list(range(1, 9))
+    assert evaluated[:5] == [(0, 5), (1, 5), (1, 5), (2, 5), (0, 8)]
+    assert [o.scores for o in outcomes] == [o.scores for o in whole]
+    for name in ("0", "1", "2", "program"):
+        assert lines(tmp_path / "stopped" / name) == lines(tmp_path / "whole" / name)
+    for i, run in enumerate(runs):
+        ours, theirs = (
+            trained(run, tmp_path / name / str(i), bases_dir) for name in ("stopped", "whole")
         )
+        jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+        best = [files.read_json(tmp_path / n / str(i) / "best.json") for n in ("stopped", "whole")]
+        assert best[0] == best[1] is not None
 
 
 def test_what_runs_of_a_program_have_in_common(base_run):

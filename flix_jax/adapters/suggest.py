@@ -1,6 +1,7 @@
 """The tail of an error message: the valid names nearest to a name that is not."""
 
 import difflib
+import os
 from collections.abc import Iterable
 
 
@@ -28,3 +29,16 @@ def did_you_mean(name: str, candidates: Iterable[str], *, at_most: int = 3) -> s
         return "there is none"
     shown = ", ".join(repr(c) for c in candidates[: 2 * at_most])
     return f"there is: {shown}" + (", …" if len(candidates) > 2 * at_most else "")
+
+
+def nearest_path(path: str) -> str:
+    """ "; did you mean 'data'?" for a local path that is not there, '' where nothing is near it."""
+    folder, name = os.path.split(path.rstrip("/"))
+    try:
+        there = os.listdir(folder or ".")
+    except OSError:
+        return ""
+    hint = did_you_mean(name, there, at_most=1)
+    if not hint.startswith("did you mean"):
+        return ""
+    return f"; {hint.replace(chr(39), chr(39) + os.path.join(folder, ''), 1)}"

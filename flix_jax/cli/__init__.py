@@ -13,19 +13,13 @@ from flix_jax import preemption
 from flix_jax.adapters.suggest import did_you_mean
 from flix_jax.cli.commands import UsageError
 from flix_jax.cli.flags import make_parser
+from flix_jax.mistakes import Mistakes, describe
 
 DIVERGED = 1
 USER_ERROR = 2
+INTERNAL_ERROR = 70
 INTERRUPTED = preemption.INTERRUPTED
-MISTAKES = (
-    ValueError,
-    FileNotFoundError,
-    NotADirectoryError,
-    IsADirectoryError,
-    FileExistsError,
-    PermissionError,
-    ConnectionError,
-)
+MISTAKES = (ValueError, OSError)  # a full disk and what a system refuses are no faults of ours
 
 
 def _choices(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
@@ -80,26 +74,36 @@ def quiet() -> None:
     logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
-def _describe(error: Exception) -> str:
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split())
+def _lines(error: BaseException) -> str:
+    """What is told of an error: a line for each mistake."""
+    several = error.errors if isinstance(error, Mistakes) else [error]
+    return "\n".join(f"error: {describe(one)}" for one in several)
 
 
 def _explained(error: BaseException) -> tuple[int, str] | None:
-    """Exit status and line of an error that is no fault of the program's; None of any other."""
+    """Exit status and lines of an error that is no fault of the program's; None of any other."""
     if isinstance(error, preemption.Preempted):
         return error.status, str(error)
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED, "interrupted"
     if isinstance(error, FloatingPointError):
-        return DIVERGED, f"error: {_describe(error)}"
-    if isinstance(error, MISTAKES):
-        return USER_ERROR, f"error: {_describe(error)}"
+        return DIVERGED, _lines(error)
     from flix_jax import buckets
 
     told = buckets.mistake(error)
-    return None if told is None else (USER_ERROR, f"error: {told}")
+    if told is not None:
+        return USER_ERROR, f"error: {told}"
+    return (USER_ERROR, _lines(error)) if isinstance(error, MISTAKES) else None
+
+
+def _internal(error: BaseException) -> tuple[int, str]:
+    """Exit status and line of an error that is a fault of the program, or of what it stands on."""
+    first = next(iter(str(error).splitlines()), "")[:300]
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    return INTERNAL_ERROR, (
+        f"internal error: {type(error).__name__}: {first} (at {where.filename}:{where.lineno}; "
+        "--debug shows how it came there)"
+    )
 
 
 def _several() -> bool:
@@ -118,8 +122,12 @@ def _stop_all(error: BaseException, known: tuple[int, str] | None, debug: bool) 
     if known is None:
         # Where a process is gone, the others fail in what they compute together.
         told = processes.cause()
-        lost = isinstance(error, jax.errors.JaxRuntimeError) and not debug
-        known = 1, f"error: {str(error).splitlines()[0]}" if lost else traceback.format_exc()
+        if debug:
+            known = INTERNAL_ERROR, traceback.format_exc()
+        elif isinstance(error, jax.errors.JaxRuntimeError):
+            known = 1, f"error: {str(error).splitlines()[0]}"
+        else:
+            known = _internal(error)
     told = told or processes.fail(known[1], known[0])
     try:
         if told.process == processes.index():
@@ -133,8 +141,9 @@ def _stop_all(error: BaseException, known: tuple[int, str] | None, debug: bool) 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line and returns its exit status.
 
-    0; 2 after a mistake of the user's; 1 where training diverged; 75 where SIGTERM has stopped what
-    the same command goes on with, and 130 where Ctrl-C has.
+    0; 2 after a mistake of the user's; 1 where training diverged; 70 after a fault of the
+    program's; 75 where SIGTERM has stopped what the same command goes on with, and 130 where Ctrl-C
+    has.
     """
     argv = sys.argv[1:] if argv is None else argv
     if not argv:
@@ -151,8 +160,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         known, debug = _explained(error), "--debug" in argv
         if _several():
             _stop_all(error, None if debug and isinstance(error, Exception) else known, debug)
-        if known is None or (debug and isinstance(error, Exception)):
+        if debug and isinstance(error, Exception):
             raise
+        known = known or _internal(error)
         print(known[1], file=sys.stderr)
         return known[0]
     return 0

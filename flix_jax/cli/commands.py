@@ -14,11 +14,14 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from flix_jax.mistakes import Collected
+
 if TYPE_CHECKING:
     from flix_jax.configuration import Configuration
     from flix_jax.data.cells import Cell
+    from flix_jax.experiments.checks import Report
     from flix_jax.experiments.run import Run
-    from flix_jax.experiments.sweep import Bindings, Sweep
+    from flix_jax.experiments.sweep import Bindings, Sweep, Trial
     from flix_jax.experiments.trial_records import Outcome
     from flix_jax.experiments.workers import Assignment
     from flix_jax.interop.flix_adapters import Adapters
@@ -29,6 +32,10 @@ if TYPE_CHECKING:
 DECODING = ("beams", "alpha", "manner", "sampling", "temperature", "top_k", "top_p", "seed")
 
 
+# Of what a run reads, by names in its description.
+_DATA = ("source", "mixture", "evaluation")
+
+
 class UsageError(ValueError):
     """A command line that cannot be understood."""
 
@@ -36,7 +43,7 @@ class UsageError(ValueError):
 class _TrialRun(NamedTuple):
     config: "Configuration"
     run: "Run"
-    text: str
+    text: str = ""
 
 
 def _configure(arguments: argparse.Namespace, gin_files: Sequence[str]) -> "Configuration":
@@ -97,9 +104,42 @@ def train(arguments: argparse.Namespace) -> None:
             arguments.run_dir,
             config=configuration.operative_config(),
             profile=arguments.profile,
+            allow_changes=_patterns(arguments.allow_changes),
             strict=arguments.strict,
             check_parity=arguments.check_parity,
         )
+
+
+def check(arguments: argparse.Namespace) -> None:
+    config = _configure(arguments, arguments.gin_file)
+    if any(binding.name.startswith("Sweep.") for binding in config.bindings):
+        sweep = _sweep_of(config)
+        trials = _check_trials(arguments, config, sweep)
+        print(f"{sweep.name}: {len(trials)} trials")
+        for trial, report in _check_starts(sweep, trials, arguments.run_dir):
+            _print_report(report, f"{trial}\n")
+        return
+    built = config.build("Run")
+    unused = config.check_used()
+    from flix_jax.experiments import checks
+
+    with config.placing_errors():
+        _, report = checks.start(
+            built, arguments.run_dir, allow_changes=_patterns(arguments.allow_changes)
+        )
+    _print_report(report)
+    for line in unused:
+        _warn(line)
+
+
+def _print_report(report: "Report", title: str = "") -> None:
+    print(f"{title}{report.table()}")
+    for line in report.warnings:
+        _warn(line)
+
+
+def _patterns(given: str) -> tuple[str, ...]:
+    return tuple(filter(None, (pattern.strip() for pattern in given.split(","))))
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
@@ -321,8 +361,9 @@ def sweep(arguments: argparse.Namespace) -> None:
     from flix_jax.experiments.workers import run_sweep
 
     config = _configure(arguments, arguments.gin_file)
-    sweep = dataclasses.replace(config.build("Sweep"), base=config.digest(without=["Sweep"]))
-    runs = _check_trials(arguments, config, sweep)
+    sweep = _sweep_of(config)
+    trials = _check_trials(arguments, config, sweep)
+    runs = [trial.run for trial in trials]
     worker = _worker(arguments.worker)
     at_most = min(sweep.trials_per_program, -(-len(runs) // worker[1]))
     programs = together.programs(runs, at_most)
@@ -331,6 +372,7 @@ def sweep(arguments: argparse.Namespace) -> None:
 
         print(dry_run.describe(sweep, runs, programs, arguments.run_dir))
         return
+    _check_starts(sweep, trials, arguments.run_dir)
     bases_dir = os.path.join(arguments.run_dir, "bases")
 
     def run_trials(assignments: Sequence["Assignment"]) -> Sequence["Outcome"]:
@@ -368,6 +410,11 @@ def sweep(arguments: argparse.Namespace) -> None:
         raise FloatingPointError(f"{len(failed)} of {len(records)} trials failed: {first}, …")
 
 
+def _sweep_of(config: "Configuration") -> "Sweep":
+    sweep: Sweep = config.build("Sweep")
+    return dataclasses.replace(sweep, base=config.digest(without=["Sweep"]))
+
+
 def _worker(text: str | None) -> tuple[int, int]:
     """(i, n) of `--worker=i/n`."""
     if text is None:
@@ -399,7 +446,7 @@ def _trial(arguments: argparse.Namespace, bindings: "Bindings", seed: int) -> "C
 
 def _check_trials(
     arguments: argparse.Namespace, config: "Configuration", sweep: "Sweep"
-) -> list["Run"]:
+) -> list["_TrialRun"]:
     """Builds every trial's run before the first is trained.
 
     A trial's own binding must have an effect in it; any other, in the sweep or in some trial.
@@ -408,12 +455,14 @@ def _check_trials(
 
     unused = {binding.key: (binding, line) for binding, line in config.unused().items()}
     shared = {binding.key for binding in config.bindings}
-    runs = []
+    built = []
     for trial in sweep.trials():
         try:
             trial_config = _trial(arguments, trial.bindings, trial.seed)
-            runs.append(trial_config.build("Run"))
-            scoring.check_sweep(sweep, runs[-1])
+            run = trial_config.build("Run")
+            with trial_config.placing_errors():
+                scoring.check_sweep(sweep, run)
+            built.append(_TrialRun(trial_config, run))
         except ValueError as error:
             raise UsageError(f"sweep {sweep.name!r}, trial {trial}: {error}") from error
         idle = {binding.key: line for binding, line in trial_config.unused().items()}
@@ -424,7 +473,37 @@ def _check_trials(
         if binding.flag:
             raise UsageError(line)
         print(f"warning: {line}", file=sys.stderr)
-    return runs
+    return built
+
+
+def _check_starts(
+    sweep: "Sweep", built: Sequence["_TrialRun"], run_dir: str | None
+) -> list[tuple["Trial", "Report"]]:
+    """Checks one trial of each program, which stands for the others, before the first is trained.
+
+    Data are read once for all trials that have the same.
+    """
+    from flix_jax.experiments import checks, together
+    from flix_jax.experiments.trial_records import read_record, trial_dir
+
+    trials, found, read = sweep.trials(), [], set()
+    for place, *_ in together.programs([one.run for one in built], len(built)):
+        trial, (config, run, _) = trials[place], built[place]
+        if run_dir is not None and read_record(run_dir, trial).state == "finished":
+            continue
+        data = "\n".join(f"{k}={v}" for k, v in run.describe().items() if k.startswith(_DATA))
+        mistakes = Collected()
+        with mistakes.part(), config.placing_errors():
+            _, report = checks.start(
+                run,
+                None if run_dir is None else trial_dir(run_dir, trial),
+                bases_dir=None if run_dir is None else os.path.join(run_dir, "bases"),
+                read=data not in read,
+            )
+            found.append((trial, report))
+        mistakes.tell(f"sweep {sweep.name!r}, trial {trial}: ")
+        read.add(data)
+    return found
 
 
 def report(arguments: argparse.Namespace) -> None:

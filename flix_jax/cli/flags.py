@@ -83,6 +83,16 @@ def _add_run_dir(parser: Parser, text: str) -> None:
     parser.add_argument("--run_dir", required=True, metavar="DIR", help=text)
 
 
+def _add_allow_changes(parser: Parser) -> None:
+    parser.add_argument(
+        "--allow_changes",
+        default="",
+        metavar="NAME,...",
+        help="values that may differ from the run that the folder holds, for example "
+        "'optimizer.schedule.*'; they are noted there",
+    )
+
+
 def _add_processes(parser: Parser) -> None:
     group = parser.add_argument_group(
         "several processes",
@@ -130,7 +140,7 @@ def _add_chosen_features(parser: Parser, text: str) -> None:
 
 def _add_decoding(parser: Parser, text: str) -> Any:
     how = parser.add_argument_group("decoding", text)
-    how.add_argument("--beams", type=int, metavar="N", help="beam search for N predictions")
+    how.add_argument("--beams", type=_positive, metavar="N", help="beam search for N predictions")
     how.add_argument("--alpha", type=float, help="of the length penalty (default: 0.6)")
     how.add_argument(
         "--manner",
@@ -159,6 +169,12 @@ def _add_exchange(parser: Parser, formats: tuple[str, ...]) -> None:
         metavar="NAME",
         help="of Hugging Face's: t5, mt5 or umt5 (default: as the network is)",
     )
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text!r}")
+    return int(text)
 
 
 def _seed(text: str) -> int:
@@ -299,6 +315,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="FIRST:LAST",
         help="steps of which a trace for TensorBoard and xprof is written to the run's profile/",
     )
+    _add_allow_changes(train)
     train.add_argument(
         "--strict",
         action="store_true",
@@ -314,6 +331,22 @@ def make_parser() -> argparse.ArgumentParser:
     _add_grace(train)
     _add_processes(train)
     _add_gin(train, required=True)
+
+    check = _command(
+        parsers,
+        "check",
+        commands.check,
+        "look for mistakes in a run, or in a sweep, without computing",
+        "Reads the gin files, the data and the base's names and shapes, and tells everything that\n"
+        "would stop the run, a line for each. Every job begins with the same checks.",
+        "  flix check --gin_file=configs/experiments/ner_tiny.gin \\\n"
+        "      --gin.DATA_DIR=\"'data/xtreme_up_v1.1'\" --run_dir=runs/ner_tiny",
+    )
+    check.add_argument(
+        "--run_dir", metavar="DIR", help="folder that the run would be started in (default: none)"
+    )
+    _add_allow_changes(check)
+    _add_gin(check, required=True)
 
     plan = _command(
         parsers,

@@ -133,6 +133,13 @@ def _add_course(group: Any) -> None:
         help="start again after N preemptions or losses of a machine, from the last checkpoint; "
         "preempted machines are deleted for it (default: 0)",
     )
+    group.add_argument(
+        "--grace_seconds",
+        dest="grace",
+        type=float,
+        metavar="S",
+        help="of flix train, after SIGTERM (default: its own)",
+    )
     group.add_argument("--detach", action="store_true", help="return when training has started")
     group.add_argument("--fetch", metavar="DIR", help="copy the results there afterwards")
     group.add_argument(
@@ -192,6 +199,8 @@ def _run_here(arguments: argparse.Namespace) -> None:
 
     train = ["train", *(f"--gin_file={name}" for name in arguments.gin_file)]
     train += [f"--run_dir={arguments.run_dir}", *(f"--gin.{b}" for b in arguments.bindings)]
+    if arguments.grace is not None:
+        train.append(f"--grace_seconds={arguments.grace:g}")
     count, devices = arguments.local_processes, arguments.devices_per_process
     started = local.commands(train, count, devices)
     if arguments.dry_run:
@@ -267,6 +276,7 @@ def _run(arguments: argparse.Namespace, shell: "Shell") -> None:
         gin_files,
         copies,
         tuple(arguments.bindings),
+        arguments.grace,
     )
     shell.say(f"machines: {machines}")
     shell.say(f"code: commit {launched.checkout.version} of {launched.checkout.folder}")

@@ -322,7 +322,8 @@ class Mixture:
         )
         if not split.train:
             raise ValueError(
-                f"Mixture: no cell to train on is left: {len(cells)} cells in the source, "
+                "Mixture.include, Mixture.held_out: no cell to train on is left: "
+                f"{len(cells)} cells in the source, "
                 f"{len(included)} included, {len(held_out)} held out or without training data"
             )
         return split

@@ -11,6 +11,8 @@ import hashlib
 from dataclasses import dataclass
 from typing import Any
 
+from flix_jax.adapters.suggest import nearest_path
+
 PAD_ID = 0
 
 
@@ -136,7 +138,9 @@ def _load_model(path: str) -> _Model:
     try:
         content = epath.Path(path).read_bytes()
     except FileNotFoundError:
-        raise ValueError(f"SentencePieceVocabulary.path={path!r}: no such file") from None
+        raise ValueError(
+            f"SentencePieceVocabulary.path={path!r}: no such file{nearest_path(path)}"
+        ) from None
     except OSError as error:
         raise ValueError(f"SentencePieceVocabulary.path={path!r}: {error.strerror}") from None
     processor = sentencepiece.SentencePieceProcessor()
@@ -175,6 +179,7 @@ def _sentinel_id(vocabulary: Vocabulary, index: int) -> int:
 def _check_fits(vocabulary: Vocabulary, model_vocab_size: int) -> None:
     if vocabulary.vocab_size > model_vocab_size:
         raise ValueError(
-            f"{vocabulary} has {vocabulary.vocab_size} ids, but the model's embedding has only "
+            f"{vocabulary} has {vocabulary.vocab_size} ids ({type(vocabulary).__name__}.extra_ids "
+            f"among them), but the model's embedding has only "
             f"T5Config.vocab_size={model_vocab_size} rows"
         )

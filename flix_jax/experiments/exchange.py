@@ -55,6 +55,7 @@ def convert(
       ValueError: nothing to read, a network that the format has not, or a folder that is not new.
     """
     _check(form, NETWORKS, "format")
+    _check_options(form, dtype, family)
     check_new(out)
     config = bases.config_of(source)
     leaves = bases.read(source, config)
@@ -95,6 +96,7 @@ def export(
         missing or have no effect, or a folder that is not new.
     """
     _check(form, EXPORTS, "format")
+    _check_options(form, dtype, family)
     check_new(out)
     job = Job(run, run_dir, bases_dir=bases_dir)
     adapters = job.model.adapters
@@ -155,6 +157,14 @@ def _check(value: str, known: tuple[str, ...], what: str) -> None:
         raise ValueError(f"unknown {what} {value!r}; {did_you_mean(value, known)}")
 
 
+def _check_options(form: str, dtype: str | None, family: str) -> None:
+    """What is written otherwise than it is, before anything is read for it."""
+    if family and form != HUGGINGFACE:
+        raise ValueError(f"family {family!r} has no effect on {form}")
+    if dtype is not None:
+        _check(dtype, tuple(DTYPES), "dtype")
+
+
 def check_new(out: epath.PathLike) -> None:
     """ValueError where something is at the place of a folder that is to be made."""
     out = epath.Path(out)
@@ -181,10 +191,6 @@ def _write_network(
     family: str,
     step: int,
 ) -> None:
-    if family and form != HUGGINGFACE:
-        raise ValueError(f"family {family!r} has no effect on {form}")
-    if dtype is not None:
-        _check(dtype, tuple(DTYPES), "dtype")
     kind = None if dtype is None else DTYPES[dtype]
     if form == HUGGINGFACE:
         # What a scanned network keeps in every layer, from a shared one, is shared there again.

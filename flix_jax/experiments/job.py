@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ from etils import epath
 
 from flix_jax import buckets
 from flix_jax.adapters import injection, tables, text_tables, trained_values, tree
-from flix_jax.adapters.features import FeatureSpace
+from flix_jax.adapters.features import ABSENT, FeatureSpace
 from flix_jax.adapters.suggest import did_you_mean
 from flix_jax.data import cells as cells_lib
 from flix_jax.data import overlap
@@ -30,16 +30,19 @@ from flix_jax.data.pipeline import (
 )
 from flix_jax.evaluation import files
 from flix_jax.evaluation.batches import GUESSES
+from flix_jax.experiments import base as base_lib
 from flix_jax.experiments import ensembles, parameter_table, starting_values
-from flix_jax.experiments.run import RANDOM, Run
+from flix_jax.experiments.base import WHOLE
+from flix_jax.experiments.run import Run
 from flix_jax.experiments.run_folder import (
-    check_base_folder,
     check_folder,
     check_held_out,
+    features_identity,
+    note_changes,
     note_folder,
 )
 from flix_jax.experiments.scoring import check_evaluation
-from flix_jax.interop import bases
+from flix_jax.mistakes import Collected
 from flix_jax.models import int8
 from flix_jax.models.encoder_decoder import EncoderDecoder, Layout
 from flix_jax.models.t5 import Transformer
@@ -51,9 +54,10 @@ from flix_jax.training.wandb_sink import check_installed
 
 # Entries in the identity of checkpoints.
 NONE = "none"
-WHOLE = "every parameter"
 
 BASES_FILE = "bases.txt"  # in a run's folder: where its base was trained, relative to it
+
+_MESH = ("MeshSpec.data", "MeshSpec.fsdp", "MeshSpec.model")
 
 Predictor = Callable[[dict[str, np.ndarray]], np.ndarray]
 _PREDICT_FROM = ("encoder_input_tokens", "feature_ids", SOURCE_TOKENS)
@@ -75,11 +79,12 @@ class Job:
       split: the cells that are trained on and those that are held out.
       space: the feature space with its values; None without adapters.
       trained_values: by feature type, the values that are trained; None is all.
+      changes: what is allowed to differ from what the folder holds: name -> (there, here).
       model: network, adapters, loss and decoding.
       parameters: what is trained and what is frozen.
 
     Raises:
-      ValueError: whatever in the run cannot work, in one line.
+      ValueError: whatever in the run cannot work, in one line; `Mistakes` for several things.
     """
 
     def __init__(
@@ -89,6 +94,7 @@ class Job:
         *,
         bases_dir: epath.PathLike | None = None,
         mesh: Any = None,
+        allow_changes: Sequence[str] = (),
     ) -> None:
         """See the class.
 
@@ -97,49 +103,46 @@ class Job:
           bases_dir: where a base that is a run lives; by default where it was trained, and
             ``<run_dir>/bases`` if it was not yet.
           mesh: devices in place of those that are here, to compile for; may be abstract.
+          allow_changes: patterns over the values that may differ from what the folder holds
+            (`run_folder.check_folder`).
         """
         self.run = run
         self.run_dir = epath.Path(run_dir)
         buckets.check_installed(self.run_dir)
-        check_folder(run, self.run_dir)
-        check_installed(run.wandb_project)
         self._bases_dir = _bases_dir(self.run_dir, bases_dir)
-        self.mesh = run.mesh.make() if mesh is None else mesh
+        mistakes = Collected()
+        with mistakes.part():
+            self.changes = check_folder(run, self.run_dir, allow_changes)
+        with mistakes.part("Run.wandb_project"):
+            check_installed(run.wandb_project)
+        with mistakes.part(*_MESH):
+            self.mesh = run.mesh.make() if mesh is None else mesh
+            with mistakes.part("Run.batch_size", "Run.microbatches", *_MESH):
+                partitioning.check_batch_size(self.mesh, run.batch_size, run.microbatches)
+            with mistakes.part("Evaluation.batch_size", *_MESH):
+                partitioning.check_batch_size(self.mesh, run.evaluation.batch_size)
+        with mistakes.part("Run.vocabulary"):
+            run.vocabulary.check_fits(run.model.vocab_size)
+        with mistakes.part():
+            self.split = run.split()
+            self._check_cells(mistakes)
+        mistakes.tell()
         if jax.default_backend() == "cpu":
             keep_freed_memory()
-        partitioning.check_batch_size(self.mesh, run.batch_size, run.microbatches)
-        partitioning.check_batch_size(self.mesh, run.evaluation.batch_size)
-        run.vocabulary.check_fits(run.model.vocab_size)
-        self.split = run.split()
-        check_held_out(run, self.split)
-        if run.source_text is not None:
-            source: Any = run.source
-            source.check_sources(self.split.cells, run.source_text)
-        run.mixture.rates_for(dict.fromkeys(self.split.train, 1))  # do its patterns match?
-        cells_lib.match(tuple(run.transforms), self.split.train, "Run.transforms")
-        if run.evaluation.every:
-            self.check_split(run.evaluation.split)
-            check_evaluation(run, self.split)
-        adapters, self.space = run.adapters, None
-        self.trained_values: dict[str, frozenset[str]] | None = None
-        if adapters is not None:
-            columns = cells_lib.columns(self.split.train)
-            self.space = adapters.space.complete(columns)
-            adapters = dataclasses.replace(adapters, space=self.space)
-            for cell in self.split.cells:
-                self.space.encode(cell.annotations())  # an unknown value may be an error
-            if run.train_values is not None:
-                try:
-                    self.trained_values = trained_values.matching(
-                        self.space, run.train_values, columns
-                    )
-                except ValueError as error:
-                    raise ValueError(f"Run.train_values: {error}") from None
+        with mistakes.part("FeatureSpace.types", "FeatureType.name", "FeatureType.values"):
+            self.space, self.trained_values = self._features()
+            ensembles.check(run, self.space)
         if isinstance(run.base, Run):
-            self._check_folds(run.base)
-        ensembles.check(run, self.space)
+            with mistakes.part("Run.base"):
+                base_lib.check_folds(run.base)
         if run.evaluation.every:
-            ensembles.check_kinds(run, self.split.cells)
+            with mistakes.part("Evaluation.ensemble"):
+                ensembles.check_kinds(run, self.split.cells)
+        mistakes.tell()
+        adapters = run.adapters
+        if adapters is not None:
+            assert self.space is not None
+            adapters = dataclasses.replace(adapters, space=self.space)
         self.model = EncoderDecoder(
             Transformer(run.model),
             adapters,
@@ -163,7 +166,47 @@ class Job:
             self.space,
             run.model.dtype,
         )
-        _ = self.parameters.templates  # shapes, target patterns and shardings are checked by it
+        with mistakes.part(*_MESH, "AdapterSpec.targets"):
+            _ = self.parameters.templates  # shapes, target patterns and shardings
+        mistakes.tell()
+
+    def _check_cells(self, mistakes: Collected) -> None:
+        """What is said of the cells: held out, rates, transforms, sources, evaluation."""
+        run: Any = self.run
+        with mistakes.part():
+            check_held_out(run, self.split)
+        if run.source_text is not None:
+            with mistakes.part("Run.source_text"):
+                run.source.check_sources(self.split.cells, run.source_text)
+        with mistakes.part():
+            run.mixture.rates_for(dict.fromkeys(self.split.train, 1))  # do its patterns match?
+        with mistakes.part():
+            cells_lib.match(tuple(run.transforms), self.split.train, "Run.transforms")
+        if run.evaluation.every:
+            with mistakes.part("Evaluation.split"):
+                self.check_split(run.evaluation.split)
+                check_evaluation(run, self.split)
+
+    def _features(self) -> tuple[FeatureSpace | None, dict[str, frozenset[str]] | None]:
+        """The feature space with its values, and by type those that are trained (None: all)."""
+        run = self.run
+        if run.adapters is None:
+            return None, None
+        columns = cells_lib.columns(self.split.train)
+        space = run.adapters.space.complete(columns)
+        # An unknown value may be an error; where all are unknown, no adapter would be trained.
+        ids = {cell: space.encode(cell.annotations()) for cell in self.split.cells}
+        if all((ids[cell] == ABSENT).all() for cell in self.split.train):
+            named = ", ".join(f"{t.name}={value}" for t in space.types for value in t.known_values)
+            raise ValueError(
+                f"FeatureType.values: no cell that is trained on has one of the features {named}"
+            )
+        if run.train_values is None:
+            return space, None
+        try:
+            return space, trained_values.matching(space, run.train_values, columns)
+        except ValueError as error:
+            raise ValueError(f"Run.train_values: {error}") from None
 
     def _table(self) -> str | None:
         """What kind of table a training step makes of the adapters' banks (`Run.tables`)."""
@@ -187,11 +230,8 @@ class Job:
 
     @property
     def base_dir(self) -> epath.Path | None:
-        """The folder of the run that the base comes from; None for random parameters."""
-        base = self.run.base
-        if isinstance(base, Run):
-            return self._bases_dir / base.fingerprint()
-        return None if base == RANDOM else epath.Path(base)
+        """Where the base is, or will be; None for random parameters."""
+        return base_lib.find(self.run, self._bases_dir)
 
     def batch_shapes(self, batch_size: int) -> dict[str, tuple[int, ...]]:
         """The shape of every array of a batch."""
@@ -232,8 +272,12 @@ class Job:
         if split not in having:
             raise ValueError(f"no cell has the split {split!r}; {did_you_mean(split, having)}")
 
-    def note_folder(self) -> None:
-        """Writes down what is known before training; from now on the folder is this run's."""
+    def note_folder(self, step: int = 0) -> None:
+        """Writes down what is known before training; from now on the folder is this run's.
+
+        `step` is where training goes on, which is told of what was changed.
+        """
+        note_changes(self.run_dir, step, self.changes)
         note_folder(self.run, self.run_dir)
         if self.base_dir is not None:
             path = buckets.relative(self._bases_dir, self.run_dir)
@@ -277,61 +321,13 @@ class Job:
         return self.parameters.frozen_template(self.run.frozen_dtype)
 
     def load_base(self) -> Any | None:
-        """The parameters of the base, whole; None for random ones.
+        """The parameters of the base, whole; None for random ones. See `base.load`."""
+        return base_lib.load(self)
 
-        Of a run's folder they are its newest checkpoint; a run that trains adapters has them folded
-        into its own base; a folder of Hugging Face's or a checkpoint of T5X's is read into this
-        run's network, in the dtype that frozen parameters have.
-
-        Raises:
-          ValueError: the base's folder holds no network like this one.
-        """
-        if self.base_dir is None:
-            return None
-        template = self.parameters.base_template
-        if not isinstance(self.run.base, Run) and bases.kind(self.base_dir) is not None:
-            if self.run.adapters is not None:
-                template = self.frozen_template
-            return bases.load_parameters(self.base_dir, self.run.model, template)
-        if not (self.base_dir / "checkpoints").exists():
-            raise ValueError(
-                f"{self.base_dir} holds no trained run, no network of Hugging Face's (config.json) "
-                "and no checkpoint of T5X's"
-            )
-        check_base_folder(self.run, self.base_dir)
-        if isinstance(self.run.base, Run) and not self.run.base.trains_everything:
-            return self._folded_base(self.run.base, template)
-        whole = {"trained": WHOLE, "vocabulary": self.run.vocabulary.digest}
-        step = self.run.base.total_steps if isinstance(self.run.base, Run) else None
-        with Checkpoints(self.base_dir / "checkpoints", whole, create=False) as checkpoints:
-            base, _ = checkpoints.restore_trained(template, step)
-        return base
-
-    def _check_folds(self, base: Run) -> None:
-        """Refuses a base whose adapters change the network from example to example."""
-        if base.adapters is None:
-            return
-        cells = base.split().train
-        space = base.adapters.space.complete(cells_lib.columns(cells))
-        sets = {space.encode(cell.annotations()).tobytes() for cell in cells}
-        if len(sets) > 1:
-            raise ValueError(
-                f"Run.base has adapters that its {len(cells)} cells use in {len(sets)} ways, of "
-                "which one alone can be folded: expected one LoRA for all "
-                "(configs/adapters/lora.gin), or Run.adapters = None"
-            )
-
-    def _folded_base(self, base: Run, template: Any) -> Any:
-        """The parameters of a base that trained one LoRA: that is folded into its own base."""
+    def of_base(self, base: Run, mesh: Any = None) -> Job:
+        """The job of a base that is a run, where it is trained; `mesh` in place of its own."""
         assert self.base_dir is not None
-        job = Job(base, self.base_dir, bases_dir=self._bases_dir, mesh=self.mesh)
-        below = job.load_base()
-        shapes, _ = job.parameters.templates
-        with job.checkpoints(below, create=False) as checkpoints:
-            trained, _ = checkpoints.restore_trained(shapes, base.total_steps)
-        frozen = job.frozen_parameters(below)
-        folded = job.folded(trained, frozen, job.split.train[0].annotations())
-        return jax.tree.map(lambda leaf, of: jax.device_put(leaf, of.sharding), folded, template)
+        return Job(base, self.base_dir, bases_dir=self._bases_dir, mesh=mesh)
 
     @functools.cached_property
     def comparison(self) -> overlap.Comparison | None:
@@ -361,35 +357,6 @@ class Job:
         other.model = model
         other.__dict__.pop("_programs", None)
         return other
-
-    def check_data(self) -> None:
-        """Reads the texts that the run will train on and be evaluated on while it trains.
-
-        Raises:
-          ValueError: with file and line, for a record that cannot be read.
-        """
-        source: Any = self.run.source
-        evaluation = self.run.evaluation
-        evaluated = evaluation.split if evaluation.every else None
-        if self.comparison is None and hasattr(source, "pairs"):
-            for cell in self.split.train:
-                source.pairs(cell, "train")
-            for cell in self.split.cells if evaluation.every else ():
-                if evaluation.split in source.splits(cell):
-                    source.pairs(cell, evaluation.split)
-        if self.run.source_text is not None:
-            for cell in self.split.cells:
-                for split in source.splits(cell):
-                    if split == "train" and cell in self.split.train or split == evaluated:
-                        source.sources(cell, split, self.run.source_text)
-        if evaluation.every and hasattr(source, "index"):
-            paths = {
-                source.index_path(cell): cell
-                for cell in self.split.cells
-                if source.inference(cell) == RETRIEVE
-            }
-            for cell in paths.values():
-                source.index(cell)
 
     def pipeline(self) -> TrainPipeline:
         """The training examples, read and tokenised; without those that overlap='drop' drops.
@@ -528,7 +495,7 @@ class Job:
         identity = {
             "trained": trained,
             "base": self.base_digest(base) if origin is None else origin,
-            "features": NONE if self.space is None else self.space.to_json(),
+            "features": NONE if self.space is None else self._features_identity,
             "vocabulary": self.run.vocabulary.digest,
         }
         best = self.run.evaluation.best_by
@@ -542,6 +509,12 @@ class Job:
             best=best,
             differences={"features": self._features_difference},
         )
+
+    @functools.cached_property
+    def _features_identity(self) -> str:
+        """The feature space as checkpoints know it: as before changes that were allowed."""
+        assert self.space is not None
+        return features_identity(self.run_dir, self.space, bool(self.changes))
 
     def _features_difference(self, saved: str) -> str:
         """How the saved feature space differs from the run's own."""

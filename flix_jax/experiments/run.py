@@ -6,9 +6,10 @@ import ast
 import dataclasses
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from flix_jax.adapters import tables as tables_lib
 from flix_jax.adapters.injection import AdapterSpec
@@ -216,6 +217,16 @@ class Run:
         for name in [*sizes.split(), "log_every", "keep", "skips_in_a_row"]:
             if getattr(self, name) < 1:
                 raise ValueError(f"Run.{name} must be at least 1, got {getattr(self, name)}")
+        if not 0.0 <= self.label_smoothing < 1.0:
+            raise ValueError(f"Run.label_smoothing = {self.label_smoothing!r}: expected [0, 1)")
+        if not 0.0 <= self.z_loss < math.inf:
+            raise ValueError(f"Run.z_loss = {self.z_loss!r}: expected at least 0")
+        for cell, transform in self.transforms.items():
+            if not callable(transform):
+                raise ValueError(
+                    f"Run.transforms[{cell!r}] = {transform!r}: expected what changes an example, "
+                    "such as @SpanCorruption()"
+                )
         if self.keep_period is not None and (
             self.keep_period < 1 or self.keep_period % self.save_every
         ):
@@ -232,7 +243,8 @@ class Run:
             raise ValueError("Run.read_lengths has no effect without Run.transforms")
         if self.frozen_dtype is not None and self.frozen_dtype not in FROZEN_DTYPES:
             raise ValueError(
-                f"Run.frozen_dtype {self.frozen_dtype!r} is none of {list(FROZEN_DTYPES)}"
+                f"Run.frozen_dtype {self.frozen_dtype!r} is none of {list(FROZEN_DTYPES)}; "
+                + did_you_mean(self.frozen_dtype, FROZEN_DTYPES)
             )
         if self.frozen_dtype is not None and self.trains_everything:
             raise ValueError("Run.frozen_dtype has no effect: every parameter is trained")
@@ -245,7 +257,8 @@ class Run:
                     f"needs base/Run.{name} = None)"
                 )
         if self.train_values is not None:
-            if isinstance(self.train_values, str) or not self.train_values:
+            texts = [isinstance(pattern, str) for pattern in self.train_values]
+            if isinstance(self.train_values, str) or not texts or not all(texts):
                 raise ValueError(
                     f"Run.train_values = {self.train_values!r}: expected patterns, such as "
                     "('language=sw',), or None for all"
@@ -350,7 +363,7 @@ class Run:
 
     def describe(self) -> dict[str, str]:
         """Every value of the run by its dotted name, as text."""
-        values = {name: text for name, text, _ in _flatten(self, "")}
+        values = {value.name: value.text for value in _flatten(self, "")}
         if not self.optimizer.schedule.depends_on_total_steps:
             del values["total_steps"]
         return values
@@ -386,17 +399,32 @@ class Run:
 
     def defaults(self) -> frozenset[str]:
         """The names in `describe` whose values are what they are if nothing is said."""
-        return frozenset(name for name, _, is_default in _flatten(self, "") if is_default)
+        return frozenset(value.name for value in _flatten(self, "") if value.is_default)
+
+    def places(self) -> dict[str, str]:
+        """By name in `describe`, the parameter in a gin file that gives it: `Run.batch_size`."""
+        return {value.name: value.parameter for value in _flatten(self, "")}
 
 
-def _flatten(value: Any, name: str, is_default: bool = False) -> list[tuple[str, str, bool]]:
-    """(dotted name, text, whether at its default) of everything that a value consists of."""
+class _Value(NamedTuple):
+    """One of the values that a run consists of: its name, text, whether it is the default."""
+
+    name: str
+    text: str
+    is_default: bool
+    parameter: str  # `Run.batch_size`
+
+
+def _flatten(value: Any, name: str, is_default: bool = False, parameter: str = "") -> list[_Value]:
+    """Everything that a value consists of."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        found = [(f"{name}.kind".lstrip("."), type(value).__name__, is_default)]
+        kind = type(value).__name__
+        found = [_Value(f"{name}.kind".lstrip("."), kind, is_default, parameter)]
         for field in dataclasses.fields(value):
             item = getattr(value, field.name)
             inner = f"{name}.{field.name}".lstrip(".")
-            found += _flatten(item, inner, is_default or _is_default(field, item))
+            default = is_default or _is_default(field, item)
+            found += _flatten(item, inner, default, f"{kind}.{field.name}")
         return found
     if isinstance(value, Mapping):
         parts = [(f"{name}.{key}", item) for key, item in sorted(value.items())]
@@ -404,8 +432,9 @@ def _flatten(value: Any, name: str, is_default: bool = False) -> list[tuple[str,
         parts = [(f"{name}.{i}", item) for i, item in enumerate(value)]
     else:
         # A function's repr would name its place in memory.
-        return [(name, getattr(value, "__qualname__", None) or repr(value), is_default)]
-    return [found for part, item in parts for found in _flatten(item, part, is_default)]
+        text = getattr(value, "__qualname__", None) or repr(value)
+        return [_Value(name, text, is_default, parameter)]
+    return [found for part, item in parts for found in _flatten(item, part, is_default, parameter)]
 
 
 def _is_default(field: dataclasses.Field[Any], value: Any) -> bool:

@@ -20,24 +20,28 @@ import jax
 import numpy as np
 from etils import epath
 
-from flix_jax import processes
+from flix_jax import preemption, processes
 from flix_jax.adapters import tree
 from flix_jax.adapters.activation import FeatureSettings
 from flix_jax.adapters.features import FeatureSpace
 from flix_jax.data.pipeline import PrefetchIterator, check_state
-from flix_jax.experiments import data_notes, inference, scoring, training
+from flix_jax.experiments import checks, data_notes, inference, scoring, training
 from flix_jax.experiments.job import Job
 from flix_jax.experiments.run import FREE, RANDOM, SKIP, Run
 from flix_jax.experiments.run_folder import saved_steps
 from flix_jax.experiments.trial_records import Outcome
+from flix_jax.preemption import Preempted
 from flix_jax.training import not_finite
 from flix_jax.training import trials as trials_lib
 from flix_jax.training.checkpoints import Checkpoints, digest
+from flix_jax.training.loop import REPORT, UNEVALUATED
 from flix_jax.training.parameters import Parameters
 from flix_jax.training.reporting import Reporter
 from flix_jax.training.step import TrainState
 
 _logger = logging.getLogger(__name__)
+
+PROGRAM = "program"  # saved with a step: by the name of its folder, what the program has reported
 
 # Values of a run, by their names in its description, that may differ within a program.
 MAY_DIFFER = re.compile(
@@ -230,14 +234,15 @@ class _Group:
     ) -> None:
         if processes.count() > 1:
             raise ValueError("trials of one program run in one process; got several")
+        # They share their data: the first reads them.
         self.jobs = [
-            Job(run, folder, bases_dir=bases_dir) for run, folder in zip(runs, folders, strict=True)
+            checks.start(run, folder, bases_dir=bases_dir, read=place == 0)[0]
+            for place, (run, folder) in enumerate(zip(runs, folders, strict=True))
         ]
         self.lead = self.jobs[0]
         self.run = self.lead.run
         self.title = title
         self.errors = [""] * len(runs)
-        self.lead.check_data()
         training.train_base(self.lead, bases_dir=bases_dir, title=title)
         self.base = self.lead.load_base()
         self.pipeline = self.lead.pipeline()
@@ -282,11 +287,16 @@ class _Group:
         widths = {t.name: t.max_rank for t in self.wide.types}
         return FeatureSettings.of(job.space, adapters.alpha, widths)
 
-    def _start(self) -> tuple[list[TrainState], Mapping[str, Any] | None]:
-        """The states to go on from: of the newest step that all have, or of the beginning."""
+    def _start(self) -> tuple[list[TrainState], list[Mapping[str, Any]]]:
+        """The states to go on from, of the newest step that all have, and what was saved with them.
+
+        Of no such step: those of the beginning, and nothing.
+        """
         for checkpoints in self.checkpoints:
             checkpoints.set_aside_damaged(_logger.warning)
         common = set.intersection(*(set(c.all_steps()) for c in self.checkpoints))
+        for checkpoints in self.checkpoints:  # a program may have ended between two of its saves
+            checkpoints.delete_after(max(common, default=0))
         if not common:
             states: list[TrainState] = []
             makers: dict[str, Parameters] = {}
@@ -296,49 +306,84 @@ class _Group:
                 maker = makers.setdefault(ranks, job.parameters)  # compiled once for equal ranks
                 trained = maker.fresh_adapters(job.run.seed)
                 states.append(job.parameters.create_state(trained, optimizer))
-            return states, None
+            return states, [{} for _ in states]
         restored = [
             checkpoints.restore(template, max(common))
             for checkpoints, template in zip(self.checkpoints, self.templates, strict=True)
         ]
-        return [state for state, _ in restored], restored[0][1]
+        return [state for state, _ in restored], [data for _, data in restored]
 
     def fit(self, configs: Sequence[str | None], log_dir: epath.Path) -> list[TrainState]:
-        """Trains to the last step; the states of all runs, failed ones where they stopped."""
-        states, data_state = self._start()
+        """Trains to the last step; the states of all runs, failed ones where they stopped.
+
+        Raises:
+          Preempted: asked to stop, after a step or in an evaluation; the states are saved.
+        """
+        states, data = self._start()
         first, total = int(states[0].step), self.run.total_steps
-        if first == total:
+        unevaluated = [i for i, saved in enumerate(data) if saved.get(UNEVALUATED)]
+        if first == total and not unevaluated:
             return states
-        if data_state is not None:
-            check_state(data_state, self.pipeline.state())
+        if first:
+            check_state(data[0], self.pipeline.state())
         with contextlib.ExitStack() as stack:
             batches = stack.enter_context(
                 PrefetchIterator(self.pipeline, first, put=self.program.put_batch)
             )
-            reporters = self._reporters(stack, batches, first, configs)
-            overall = stack.enter_context(self._reporter(log_dir, batches, first, self.title))
+            reporters = self._reporters(stack, batches, first, configs, data)
+            before = data[0].get(PROGRAM, {})
+            overall = stack.enter_context(
+                self._reporter(
+                    log_dir, batches, first, self.title, resumed=before.get(log_dir.name)
+                )
+            )
             overall.say(
                 f"{self.title}: {len(self.jobs)} trials as one program, "
                 f"{tree.count_parameters(self.lead.parameters.templates[1]):,} parameters frozen, "
                 f"step {first} of {total}"
             )
+            for i in unevaluated:
+                value = self._value(i, states[i], first, reporters[i])
+                checkpoints = self.checkpoints[i]
+                if value is not None and (self.run.saves_at(first) or checkpoints.improves(value)):
+                    checkpoints.set_value(first, value)
             state = self.program.stack(states)
             del states
             pending: list[tuple[int, Any]] = []
+
+            def save(step: int, evaluating: bool, *, all_of_them: bool = False) -> None:
+                self._report(pending, reporters, overall, partial=evaluating or step == total)
+                more = {**batches.state(), PROGRAM: {log_dir.name: overall.state()}}
+                overall.sync()
+                self._save(state, step, more, reporters, overall, evaluating, all_of_them)
+
+            stack.enter_context(preemption.phase("compiling"))
             for step in range(first + 1, total + 1):
                 state, metrics = self.program.step(state, self.frozen, next(batches))
+                if step == first + 1:  # from here on there is something to save
+                    stack.enter_context(preemption.holding())
+                    stack.enter_context(preemption.phase("training"))
                 if len(pending) >= self.run.log_every:
                     self._report(pending, reporters, overall)
                 pending.append((step, metrics))
-                last = step == total
-                every = self.run.evaluation.every
-                evaluating = every and (last or step % every == 0)
-                if last or evaluating or step % self.run.save_every == 0:
-                    self._report(pending, reporters, overall)
-                    self._save(state, step, batches.state(), reporters, overall, bool(evaluating))
+                last, every = step == total, self.run.evaluation.every
+                evaluating = bool(every and (last or step % every == 0))
+                if evaluating or self.run.saves_at(step):
+                    save(step, evaluating)
+                if preemption.reached() and not last:
+                    save(step, False, all_of_them=True)
+                    raise self._stopped(step)
+            self._wait()
+            return list(self.program.unstack(state))
+
+    def _wait(self) -> None:
+        with preemption.phase("saving"):
             for checkpoints in self.checkpoints:
                 checkpoints.wait()
-            return list(self.program.unstack(state))
+
+    def _stopped(self, step: int) -> Preempted:
+        self._wait()
+        return Preempted(f"step {step} of {self.run.total_steps} of {self.title} is saved")
 
     def _reporter(
         self,
@@ -347,6 +392,7 @@ class _Group:
         first: int,
         title: str,
         of: Run | None = None,
+        resumed: Mapping[str, Any] | None = None,
     ) -> Reporter:
         """A reporter of one run, which writes files alone; or of all, which shows them too."""
         return Reporter(
@@ -359,6 +405,7 @@ class _Group:
             show=of is None,
             hparams=None if of is None else of.hparams(),
             wandb_project=None if of is None else of.wandb_project,
+            resumed=resumed,
         )
 
     def _reporters(
@@ -367,22 +414,32 @@ class _Group:
         batches: PrefetchIterator,
         first: int,
         configs: Sequence[str | None],
+        saved: Sequence[Mapping[str, Any]],
     ) -> list[Reporter]:
         data = self.pipeline.report()
         reporters = []
-        for job, config in zip(self.jobs, configs, strict=True):
+        for job, config, before in zip(self.jobs, configs, saved, strict=True):
             job.note_folder()
             job.share_comparison(self.lead)
             data_notes.write(job, data)
             training.keep_config(job, config)
-            reporter = self._reporter(job.run_dir, batches, first, job.run_dir.name, job.run)
+            name, resumed = job.run_dir.name, before.get(REPORT)
+            reporter = self._reporter(job.run_dir, batches, first, name, job.run, resumed)
             reporters.append(stack.enter_context(reporter))
         return reporters
 
     def _report(
-        self, pending: list[tuple[int, Any]], reporters: Sequence[Reporter], overall: Reporter
+        self,
+        pending: list[tuple[int, Any]],
+        reporters: Sequence[Reporter],
+        overall: Reporter,
+        *,
+        partial: bool = False,
     ) -> None:
-        """Hands the metrics of a window to those of the runs that are well, and their mean on."""
+        """Hands metrics to those of the runs that are well, and their mean on.
+
+        With `partial` the window ends, else it does where it is full.
+        """
         for step, metrics in jax.device_get(pending):
             alive = [i for i in range(len(self.jobs)) if not self.errors[i]]
             for i in alive:
@@ -400,12 +457,21 @@ class _Group:
         pending.clear()
         for i, reporter in enumerate(reporters):
             if not self.errors[i]:
-                reporter.flush()
-        overall.flush()
+                reporter.flush(partial=partial)
+        overall.flush(partial=partial)
 
     def _fail(self, index: int, error: str, overall: Reporter) -> None:
         self.errors[index] = error
         overall.say(f"{self.jobs[index].run_dir.name}: {error}; the others go on")
+
+    def _sound(self, index: int, own: TrainState, overall: Reporter) -> bool:
+        """Whether a run is well, and its state all finite; one that is not has failed."""
+        if not self.errors[index]:
+            try:
+                not_finite.check_state(own)
+            except not_finite.NotFinite as error:
+                self._fail(index, str(error), overall)
+        return not self.errors[index]
 
     def _save(
         self,
@@ -415,31 +481,48 @@ class _Group:
         reporters: Sequence[Reporter],
         overall: Reporter,
         evaluating: bool,
+        all_of_them: bool,
     ) -> None:
-        for i, own in enumerate(self.program.unstack(state)):
-            if self.errors[i]:
-                continue
-            try:
-                not_finite.check_state(own)
-            except not_finite.NotFinite as error:
-                self._fail(i, str(error), overall)
-                continue
-            job, checkpoints, value = self.jobs[i], self.checkpoints[i], None
-            if evaluating:
-                evaluation = self._evaluator(job.run.evaluation.split, while_training=True)
-                scores = evaluation.evaluate(
-                    self._predictors(i, own.trained),
-                    job.run_dir,
-                    step,
-                    fingerprint=inference.fingerprint(job, own.trained, self._frozen_digest),
-                )
-                reporters[i].scores(step, scores)
-                judge = scoring.judge(job.run, job.split)
-                value = judge(scores) if judge else None
-            due = step == self.run.total_steps or step % self.run.save_every == 0
-            if due or checkpoints.improves(value):
+        """Evaluates the runs that are well, and saves those that are due, or all of them."""
+        there = {i for i, c in enumerate(self.checkpoints) if step in c.all_steps()}
+        due = all_of_them or self.run.saves_at(step)
+        evaluated: set[int] = set()
+
+        def save(i: int, own: TrainState, value: float | None = None) -> None:
+            there.add(i)
+            with preemption.phase("saving"):
+                report = reporters[i].state()
                 reporters[i].sync()
-                checkpoints.save(own, data_state, value)
+                more = {REPORT: report, UNEVALUATED: evaluating and i not in evaluated}
+                self.checkpoints[i].save(own, {**data_state, **more}, value)
+
+        try:
+            for i, own in enumerate(self.program.unstack(state)):
+                if i in there or not self._sound(i, own, overall):
+                    continue
+                value = self._value(i, own, step, reporters[i]) if evaluating else None
+                evaluated.add(i)
+                if due or self.checkpoints[i].improves(value):
+                    save(i, own, value)
+        except Preempted:
+            for i, own in enumerate(self.program.unstack(state)):
+                if i not in there and self._sound(i, own, overall):
+                    save(i, own)
+            raise self._stopped(step) from None
+
+    def _value(self, i: int, own: TrainState, step: int, reporter: Reporter) -> float | None:
+        """Evaluates a run; the value by which its best checkpoint is kept."""
+        job = self.jobs[i]
+        with preemption.phase("evaluating"):
+            scores = self._evaluator(job.run.evaluation.split, while_training=True).evaluate(
+                self._predictors(i, own.trained),
+                job.run_dir,
+                step,
+                fingerprint=inference.fingerprint(job, own.trained, self._frozen_digest),
+            )
+        reporter.scores(step, scores)
+        judge = scoring.judge(job.run, job.split)
+        return judge(scores) if judge else None
 
     @functools.cached_property
     def _frozen_digest(self) -> str:

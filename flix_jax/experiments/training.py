@@ -5,18 +5,19 @@ from __future__ import annotations
 import contextlib
 import logging
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import optax
 from etils import epath
 
-from flix_jax import buckets, preemption, processes
+from flix_jax import preemption, processes
 from flix_jax.adapters import tree
 from flix_jax.data.pipeline import TrainPipeline
 from flix_jax.evaluation import files
 from flix_jax.experiments import (
+    checks,
     data_notes,
     dumps,
     ensembles,
@@ -50,6 +51,7 @@ def train(
     title: str = "train",
     show_cells: bool = True,
     profile: tuple[int, int] | None = None,
+    allow_changes: Sequence[str] = (),
     strict: bool = False,
     check_parity: bool = False,
 ) -> Job:
@@ -64,6 +66,7 @@ def train(
       title: what the progress display calls the run.
       show_cells: whether the log has the table of tasks and languages too, beside ``cells.txt``.
       profile: the first and the last step of which a trace is written to ``profile``.
+      allow_changes: what may differ from the run that the folder holds; see `check_folder`.
       strict: whether a damaged checkpoint is an error; else it is set aside, with a warning, and
         training goes on from the newest sound one.
       check_parity: whether loss and gradient of one batch are compared with float32's first.
@@ -73,11 +76,9 @@ def train(
       NotFinite: a loss or gradient is not finite; with the step, its cells, the first module
         concerned and where the dump is.
     """
-    job = Job(run, run_dir, bases_dir=bases_dir)
-    buckets.check_writable(job.run_dir)
+    # A mistake is better found before anything is trained than after.
+    job, report = checks.start(run, run_dir, bases_dir=bases_dir, allow_changes=allow_changes)
     files.clear(job.run_dir)
-    with preemption.phase("reading the data"):
-        job.check_data()  # a mistake is better found before anything is trained than after
     saved = saved_steps(job.run_dir)
     start = None if saved else job.start
     if profile is not None:
@@ -104,7 +105,7 @@ def train(
         evaluate = _evaluation(job, frozen) if run.evaluation.every else None
         batches = stack.enter_context(job.batches(pipeline, int(state.step), data_state))
 
-        job.note_folder()
+        job.note_folder(int(state.step))
         data = pipeline.report()
         notes = data_notes.write(job, data)
         keep_config(job, config)
@@ -129,7 +130,11 @@ def train(
             reporter.say(f"{title}: {start.line()}")
         if show_cells:
             reporter.say(f"{title}: training examples by cell\n{job.cells_table(data)}")
-        for note in notes:
+        for name, (before, now) in job.changes.items():
+            reporter.say(
+                f"{title}: changed from step {int(state.step)} on: {name} {before} -> {now}"
+            )
+        for note in [*report.warnings, *notes]:
             reporter.say(f"{title}: {note}")
         if checkpoints.best is not None:
             step, value = checkpoints.best

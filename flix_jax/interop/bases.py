@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from flix_jax.adapters.suggest import nearest_path
 from flix_jax.interop import huggingface, network, t5x_checkpoints
 from flix_jax.interop.leaves import Leaf, load
 from flix_jax.models import int8
@@ -37,9 +38,12 @@ def read(path: epath.PathLike, config: T5Config) -> dict[str, Leaf]:
         return huggingface.read(path, config)
     if found == T5X:
         return network.fit(t5x_checkpoints.read(path), config, str(path))
-    raise ValueError(
-        f"{path}: no network, expected Hugging Face's config.json or a checkpoint of T5X's"
-    )
+    raise ValueError(_nothing(path))
+
+
+def _nothing(path: epath.PathLike) -> str:
+    near = "" if epath.Path(path).exists() else nearest_path(str(path))
+    return f"{path}: no network, expected Hugging Face's config.json or a checkpoint of T5X's{near}"
 
 
 def config_of(path: epath.PathLike) -> T5Config:
@@ -48,7 +52,10 @@ def config_of(path: epath.PathLike) -> T5Config:
     A checkpoint of T5X's states nothing: heads, widths and layers follow from its shapes, a gated
     feed-forward block is taken for GELU and a plain one for ReLU, as in all released networks.
     """
-    if kind(path) == HUGGINGFACE:
+    found = kind(path)
+    if found is None:
+        raise ValueError(_nothing(path))
+    if found == HUGGINGFACE:
         return T5Config(**huggingface.read_config(path))
     return network.config_of(t5x_checkpoints.read(path), str(path))
 

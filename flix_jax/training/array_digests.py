@@ -21,8 +21,14 @@ Digests = dict[str, tuple[jax.Array, jax.Array]]
 
 def of(tree: Any) -> Digests:
     """Begins to compute the digest of every array of a tree, by the name of the leaf."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(p, simple=True, separator="/"): _digest(x) for p, x in leaves}
+    found: Digests = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        digest = _digest(leaf)
+        if jax.default_backend() == "cpu":
+            # Collectives of programs that run at once would wait for each other's threads.
+            jax.block_until_ready(digest)
+        found[jax.tree_util.keystr(path, simple=True, separator="/")] = digest
+    return found
 
 
 def texts(digests: Digests) -> dict[str, str]:

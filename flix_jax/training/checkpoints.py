@@ -215,6 +215,13 @@ class Checkpoints:
             )
         return None
 
+    def delete_after(self, step: int) -> None:
+        """Deletes the steps behind one from which training goes on; they will be made again."""
+        for later in self.all_steps():
+            if later > step:
+                self._manager.delete(later)
+        self._best.forget_after(step)
+
     def set_aside_damaged(self, say: Callable[[str], None] = print) -> None:
         """Sets aside the newest steps up to one whose files are sound."""
         for step in reversed(self.all_steps()):

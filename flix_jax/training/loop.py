@@ -65,6 +65,7 @@ def fit(
 
     Raises:
       NotFinite: a loss, a gradient or what is to be saved is not; what was saved before stands.
+      ValueError: a checkpoint could not be written; those before it stand.
       Preempted: asked to stop, after a step or in an evaluation; the state is saved.
     """
 
@@ -106,6 +107,7 @@ def fit(
                 stack.enter_context(preemption.holding())
                 stack.enter_context(preemption.phase("training"))
             reporter.step(step, metrics)
+            checkpoints.check()  # a save that failed in the background is told now, not at the next
 
             last, value = step == total_steps, None
 

@@ -7,12 +7,15 @@ its state is as small as they are.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+
+from flix_jax.adapters.suggest import did_you_mean
 
 OPTIMIZERS = ("adafactor", "adamw", "sgd")
 SCHEDULES = ("constant", "linear", "cosine", "rsqrt")
@@ -35,9 +38,12 @@ class Schedule:
 
     def __post_init__(self) -> None:
         if self.kind not in SCHEDULES:
-            raise ValueError(f"Schedule.kind {self.kind!r} is none of {list(SCHEDULES)}")
-        if not self.learning_rate > 0:
-            raise ValueError(f"Schedule.learning_rate must be positive, got {self.learning_rate}")
+            near = did_you_mean(self.kind, SCHEDULES)
+            raise ValueError(f"Schedule.kind {self.kind!r} is none of {list(SCHEDULES)}; {near}")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(
+                f"Schedule.learning_rate must be positive and finite, got {self.learning_rate}"
+            )
         if self.warmup_steps < 0:
             raise ValueError(f"Schedule.warmup_steps must be at least 0, got {self.warmup_steps}")
 
@@ -106,11 +112,17 @@ class Optimizer:
 
     def __post_init__(self) -> None:
         if self.name not in OPTIMIZERS:
-            raise ValueError(f"Optimizer.name {self.name!r} is none of {list(OPTIMIZERS)}")
-        if self.weight_decay < 0:
+            near = did_you_mean(self.name, OPTIMIZERS)
+            raise ValueError(f"Optimizer.name {self.name!r} is none of {list(OPTIMIZERS)}; {near}")
+        if not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"Optimizer.weight_decay must be >= 0, got {self.weight_decay}")
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise ValueError(f"Optimizer.clip_norm must be positive or None, got {self.clip_norm}")
+        for name in ("b1", "b2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"Optimizer.{name} must be in [0, 1), got {getattr(self, name)}")
+        if not 0 < self.eps < math.inf:
+            raise ValueError(f"Optimizer.eps must be positive, got {self.eps}")
 
     def build(self, total_steps: int, learning_rate: Any = None) -> optax.GradientTransformation:
         """The transformation of a run; ``total_steps`` and ``learning_rate`` as in Schedule."""

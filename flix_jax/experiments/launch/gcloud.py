@@ -181,14 +181,14 @@ def follow(machines: Machines, shell: Shell) -> None:
         if state is None or state in GONE:
             raise Lost(f"the machines were preempted ({state or 'they are gone'})")
         if done.status == LOST or state not in READY:
-            raise Lost(f"a worker was restarted ({state})")
+            raise Lost(f"a worker was stopped or restarted ({state})")
         if done.status == CONNECTION_LOST:
             shell.say("the connection was lost; following again")
             continue
         # The first worker fails, too, where it loses another one.
         lost = machines.ssh(f"bash {_folder(machines)}/{SCRIPT} lost", everywhere=True)
         if shell.run(lost, quiet=True).status == LOST:
-            raise Lost("a worker was restarted")
+            raise Lost("a worker was stopped or restarted")
         raise ValueError(
             f"training failed on {machines.name} with status {done.status}: see its log above; "
             "the machines are still there"

@@ -37,6 +37,7 @@ class Job:
       gin_files: as the workers name them.
       copies: files of this machine by their names in the launched folder's `gin/`.
       bindings: what followed each `--gin.`.
+      grace_seconds: of `flix train`; None leaves it its own.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Job:
     gin_files: tuple[str, ...]
     copies: Mapping[str, str]
     bindings: tuple[str, ...] = ()
+    grace_seconds: float | None = None
 
     def __post_init__(self) -> None:
         check_name(self.name)
@@ -65,6 +67,8 @@ class Job:
         """The command of every worker, which finds the others by itself."""
         files = [f"--gin_file={name}" for name in self.gin_files]
         flags = [f"--gin.{text}" for text in self.bindings]
+        if self.grace_seconds is not None:
+            flags.insert(0, f"--grace_seconds={self.grace_seconds:g}")
         return ["flix", "train", *files, f"--run_dir={self.run_dir}", "--coordinator=auto", *flags]
 
     def files(self) -> dict[str, str]:

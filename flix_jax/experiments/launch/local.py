@@ -11,10 +11,20 @@ import threading
 import time
 from collections.abc import Sequence
 
+from flix_jax.preemption import INTERRUPTED, STATUS
+
 # Seconds in which the others stop by themselves: where one failed, which it tells them, and where
 # one was killed, which it could not.
 _AFTER_FAILURE, _AFTER_KILL = 15.0, 2.0
 _POLL = 0.05
+
+# Signals that ask to stop, and what the processes get. A terminal that closes is no reason to lose
+# anything either.
+_PASSED_ON: dict[int, int] = {
+    signal.SIGTERM: signal.SIGTERM,
+    signal.SIGINT: signal.SIGINT,
+    signal.SIGHUP: signal.SIGTERM,
+}
 
 
 def commands(
@@ -47,24 +57,38 @@ def run(commands: Sequence[Sequence[str]]) -> int:
     """Runs the commands at once and returns the exit status of the first that fails, or 0.
 
     What the first one says is shown as it is, what the others say with their number before it.
-    Where one fails or is killed, the others stop.
+    Where one fails or is killed, the others stop. SIGTERM and Ctrl-C are passed on to all of them,
+    which save what there is to save.
     """
     started: list[_Process] = []
-    # As by Ctrl-C, which reaches all of them: none is left behind.
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    asked: list[int] = []
+
+    def pass_on(number: int, _: object) -> None:
+        asked.append(number)
+        for process in started:
+            process.send(_PASSED_ON[number])
+
+    before = {number: signal.signal(number, pass_on) for number in _PASSED_ON}
     try:
         for index, command in enumerate(commands):
             started.append(_Process(index, command))
-        failed = _watch(started)
+            if asked:
+                started[-1].send(_PASSED_ON[asked[0]])
+                break
+        failed = _watch(started, asked)
     finally:
         for process in started:
             process.end()
-        signal.signal(signal.SIGTERM, before)
-    if failed is None or not failed.was_killed:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if failed is None or asked or not failed.was_killed:
         for process in started:
             process.show()
-    if failed is None:
+    if failed is None and len(started) == len(commands):
         return 0
+    if asked and (failed is None or failed.was_killed):  # before it could tell what it does of it
+        return INTERRUPTED if asked[0] == signal.SIGINT else STATUS
+    assert failed is not None
     return 128 - failed.status if failed.was_killed else failed.status
 
 
@@ -80,6 +104,7 @@ class _Process:
             stderr=subprocess.STDOUT if index else None,  # the first shows its progress there
             text=True,
             errors="replace",
+            process_group=0,  # else Ctrl-C would reach it twice
         )
         self._said: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -97,6 +122,10 @@ class _Process:
     @property
     def was_killed(self) -> bool:
         return self.status < 0
+
+    def send(self, number: int) -> None:
+        """Sends it a signal."""
+        self._process.send_signal(number)
 
     def show(self) -> None:
         """Shows what it has said since."""
@@ -117,8 +146,12 @@ class _Process:
                 self._said.put(line)
 
 
-def _watch(processes: Sequence[_Process]) -> _Process | None:
+def _watch(processes: Sequence[_Process], asked: Sequence[int]) -> _Process | None:
     """Shows what all say until they have ended, or have been given time to.
+
+    Args:
+      processes: all of them.
+      asked: the signals that were passed on to them.
 
     Returns:
       The one that failed first, None where none did.
@@ -130,7 +163,7 @@ def _watch(processes: Sequence[_Process]) -> _Process | None:
             failed = next((process for process in processes if process.status), None)
             if failed is not None:
                 end = time.monotonic() + (_AFTER_KILL if failed.was_killed else _AFTER_FAILURE)
-                if failed.was_killed:
+                if failed.was_killed and not asked:
                     name = signal.Signals(-failed.status).name
                     print(f"process {failed.index} was killed by {name}", file=sys.stderr)
         if failed is None or not failed.was_killed:  # else the rest is about the one that is gone

@@ -9,6 +9,7 @@ import shlex
 from flix_jax.experiments.launch.job import Job
 from flix_jax.experiments.launch.shell import Shell
 from flix_jax.experiments.launch.worker import SCRIPT
+from flix_jax.preemption import STATUS
 
 BATCH = "job.sbatch"
 LOG = "log"
@@ -22,9 +23,10 @@ _TEMPLATE = """\
 #SBATCH --output={log}
 #SBATCH --open-mode=append
 #SBATCH --requeue
+#SBATCH --signal=TERM@60
 {more}set -euo pipefail
-# After a preemption or the loss of a node the job is queued again, and the run goes on from its
-# last checkpoint.
+# After a preemption, at its time limit or after the loss of a node the job is queued again, and the
+# run goes on from its last checkpoint.
 if ((${{SLURM_RESTART_COUNT:-0}} > {restarts})); then
   echo "no restart is left" >&2
   exit 1
@@ -33,7 +35,12 @@ export FLIX_COMMIT={version}
 cd {folder}
 bash {script} install
 # A process a GPU, which is how JAX finds its processes under SLURM.
-srun bash {script} train
+status=0
+srun bash {script} train || status=$?
+if ((status == {stopped})); then # asked to stop, with all saved
+  scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$status"
 """
 
 
@@ -83,6 +90,7 @@ def script(job: Job, allocation: Allocation, restarts: int) -> str:
         version=job.checkout.version,
         folder=shlex.quote(folder),
         script=SCRIPT,
+        stopped=STATUS,
     )
 
 

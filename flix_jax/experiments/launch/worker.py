@@ -5,12 +5,15 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 
+from flix_jax import preemption
+
 CODE = "code.tar.gz"
 SCRIPT = "worker.sh"
 GIN = "gin"  # the folder of the gin files, where training is started
 
-#: The status of `follow` and `lost` where training ended without telling how.
-LOST = 75
+#: The status of `follow` and `lost` where training ended without telling how, and that of training
+#: which was asked to stop: in both cases it goes on if it is started again.
+LOST = preemption.STATUS
 
 _TEMPLATE = """\
 #!/usr/bin/env bash
@@ -62,7 +65,8 @@ case "${{1:-}}" in
     bash {script} train || status=$?
     echo "$status" > status
     ;;
-  follow) # ends as training ends; {lost} where it was killed, by a restart of the machine say
+  follow) # ends as training ends; {lost} where it was killed, by a restart of the machine say, or
+    # asked to stop
     if running; then
       tail -n 100 --pid="$(cat pid)" -F log
     else
@@ -71,8 +75,9 @@ case "${{1:-}}" in
     if [[ ! -e status ]]; then exit {lost}; fi
     exit "$(cat status)"
     ;;
-  lost) # the status {lost} where training was killed
-    if [[ ! -e status ]] && ! running; then exit {lost}; fi
+  lost) # the status {lost} where training was killed or asked to stop
+    if running; then exit 0; fi
+    if [[ ! -e status || "$(cat status)" == {lost} ]]; then exit {lost}; fi
     ;;
   stop)
     if running; then kill -TERM -- "-$(cat pid)"; fi

@@ -1,0 +1,150 @@
+"""Trains for a long time, with evaluations, saves and kills, and watches memory and open files.
+
+    python benchmarks/soak.py --minutes 60 --seed 0
+
+One process after another trains the same run; each is killed, or asked to stop, after a lifetime
+that is drawn, and the next one goes on. Of each the resident memory and the open file descriptors
+are read every second. Of lives that are long enough the slope after the first part is fitted by
+least squares; the slopes are averaged with the lives as their samples. Prints them per hour with
+their uncertainty, and exits with 1 where memory grows by more than its allowance with certainty, a
+life ends with more files than it had, or a process does not go on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import os
+import random
+import shutil
+import signal
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import killing
+import numpy as np
+
+from flix_jax.preemption import STATUS
+
+WARM_UP = 90.0  # seconds after the first step: evaluations have been compiled, caches are full
+SHORTEST = 90.0  # seconds of samples behind it, in which a slope can be seen
+ALLOWED = 16.0  # MiB an hour
+FLAGS = (
+    "--gin.Run.total_steps=100000000",
+    "--gin.Run.save_every=200",
+    "--gin.Run.log_every=70",
+    "--gin.Evaluation.every=500",
+    "--gin.base/Run.total_steps=12",
+)
+
+
+@dataclasses.dataclass
+class Life:
+    """One process: seconds since its first step, MiB and descriptors at each sample."""
+
+    ended_by: str
+    steps: int
+    samples: list[tuple[float, float, int]]
+
+    @property
+    def settled(self) -> np.ndarray:
+        """Samples behind the warm-up [n, 3]."""
+        return np.array([s for s in self.samples if s[0] > WARM_UP], float).reshape(-1, 3)
+
+    @property
+    def counts(self) -> bool:
+        return len(self.settled) > 2 and float(np.ptp(self.settled[:, 0])) >= SHORTEST
+
+    def slope(self, column: int) -> float:
+        """Of MiB (1) or descriptors (2), per hour."""
+        return 3600 * float(np.polyfit(self.settled[:, 0], self.settled[:, column], 1)[0])
+
+
+def live(folder: Path, run_dir: Path, lifetime: float, number: int) -> Life:
+    """Trains for so many seconds from the first step on, and ends that by a signal."""
+    attempt = killing.Attempt(folder, run_dir, 1, list(FLAGS))
+    process = Path("/proc") / str(attempt.processes[0].pid)
+    samples: list[tuple[float, float, int]] = []
+    first: float | None = None
+    while attempt.runs:
+        now = time.monotonic()
+        if first is None and attempt.told().steps["run"]:
+            first = now
+        if first is not None:
+            if now - first > lifetime:
+                break
+            with contextlib.suppress(OSError):  # it has just ended by itself, which is told below
+                pages = int((process / "statm").read_text().split()[1])
+                files = len(os.listdir(process / "fd"))
+                samples.append((now - first, pages * os.sysconf("SC_PAGE_SIZE") / 2**20, files))
+        time.sleep(1.0)
+    attempt.send(number, [0])
+    statuses = attempt.wait(60)
+    expected = -signal.SIGKILL if number == signal.SIGKILL else STATUS
+    if statuses != [expected]:
+        tail = attempt.log.read_text()[-2000:]
+        sys.exit(f"a life ended with {statuses}, expected {expected}:\n{tail}")
+    steps = attempt.told().steps["run"]
+    return Life(signal.Signals(number).name, len(steps), samples)
+
+
+def shown(name: str, unit: str, slopes: list[float]) -> tuple[str, float, float]:
+    """A line, the mean slope and its standard error."""
+    mean = statistics.mean(slopes)
+    error = statistics.stdev(slopes) / len(slopes) ** 0.5 if len(slopes) > 1 else float("inf")
+    return f"{name}: {mean:+.2f} ± {error:.2f} {unit} an hour", mean, error
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=60.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path, help="where all lies (default: a temporary one)")
+    arguments = parser.parse_args()
+    folder = arguments.folder or Path(tempfile.mkdtemp(prefix="soak_"))
+    killing.write(folder)
+    draw = random.Random(arguments.seed)
+    end = time.monotonic() + 60 * arguments.minutes
+    lives: list[Life] = []
+    while (left := end - time.monotonic()) > 0:
+        # Two short lives for every long one.
+        long_enough = WARM_UP + SHORTEST
+        lifetime = (
+            draw.uniform(1.2, 4.0) * long_enough if len(lives) % 3 == 0 else draw.uniform(1, 40)
+        )
+        lifetime = min(lifetime, max(left, 1.2 * long_enough))
+        number = draw.choice((signal.SIGKILL, signal.SIGTERM))
+        life = live(folder, folder / "run", lifetime, number)
+        lives.append(life)
+        memory, files = life.samples[-1][1:] if life.samples else (0.0, 0)
+        line = f"life {len(lives)}: {lifetime:.0f} s, {life.steps} steps, {life.ended_by}, "
+        line += f"{memory:.0f} MiB and {files} files at its end"
+        if life.counts:
+            line += f"; {life.slope(1):+.1f} MiB and {life.slope(2):+.2f} files an hour"
+        print(line, flush=True)
+    counted = [life for life in lives if life.counts]
+    if not counted:
+        sys.exit("no life was long enough: give more --minutes")
+    hours = sum(float(np.ptp(life.settled[:, 0])) for life in counted) / 3600
+    memory_line, mean, error = shown("memory", "MiB", [life.slope(1) for life in counted])
+    files_line, _, _ = shown("files", "descriptors", [life.slope(2) for life in counted])
+    grown = [life for life in counted if life.settled[-1, 2] > life.settled[0, 2] + 2]
+    print(
+        f"{len(lives)} lives, {sum(life.steps for life in lives)} steps; {len(counted)} lives of "
+        f"{hours:.2f} h behind the warm-up"
+    )
+    print(f"{memory_line}\n{files_line}")
+    grows = mean - 2 * error > ALLOWED if len(counted) > 1 else mean > ALLOWED
+    print("verdict: " + ("memory grows" if grows else "memory does not grow"), end=", ")
+    print(f"files grow in {len(grown)} lives" if grown else "files do not")
+    if arguments.folder is None:
+        shutil.rmtree(folder)
+    return bool(grows or grown)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
