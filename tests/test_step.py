@@ -35,6 +35,50 @@ def parts():
     }
 
 
+def root_loss(params, batch, *, rng):
+    """Finite at zero, where its gradient is not."""
+    total, sums = loss(params, batch, rng=rng)
+    roots = jnp.sqrt(params["dense"]["flix"]["b"] * batch["root"][:, None])
+    return total + jnp.sum(roots), sums
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_is_skipped_bit_for_bit(microbatches, where):
+    optimizer = optax.adamw(0.1, weight_decay=0.1)
+    trained, frozen = parts()
+    trained = jax.tree.map(jnp.abs, trained)
+    step = jax.jit(train_step(root_loss, optimizer, microbatches=microbatches, skip=True))
+    good = BATCH | {"root": np.ones(8, np.float32)}
+    bad = dict(good)
+    if where == "loss":
+        bad["x"] = np.full_like(BATCH["x"], np.inf)
+    else:
+        bad["root"] = np.zeros(8, np.float32)
+    first, metrics = step(TrainState.create(trained, optimizer), frozen, good, 0)
+    assert metrics["skipped"] == 0 and np.isfinite(metrics["grad_norm"])
+    second, metrics = step(first, frozen, bad, 0)
+    assert metrics["skipped"] == 1 and second.step == 2
+    assert np.isfinite(metrics["loss"]) == (where == "gradient")
+    for before, after in zip(*map(jax.tree.leaves, (first, second)), strict=True):
+        if before.shape or before.dtype != jnp.int32:
+            assert before.tobytes() == after.tobytes()
+    counts = [s.opt_state[0].count for s in (first, second)]
+    assert counts == [1, 1]
+    # What follows is what would have followed the first step, but for the step's own randomness.
+    third, _ = step(second, frozen, good, 0)
+    straight, _ = step(first.replace(step=second.step), frozen, good, 0)
+    for one, other in zip(*map(jax.tree.leaves, (third, straight)), strict=True):
+        np.testing.assert_array_equal(one, other)
+    plain = jax.jit(train_step(root_loss, optimizer, microbatches=microbatches))
+    for one, other in zip(
+        jax.tree.leaves(plain(TrainState.create(trained, optimizer), frozen, good, 0)[0]),
+        jax.tree.leaves(first),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(one, other)
+
+
 def run(microbatches: int, steps: int = 1, seed: int = 0):
     optimizer = optax.sgd(0.1)
     trained, frozen = parts()

@@ -106,6 +106,7 @@ def train(arguments: argparse.Namespace) -> None:
             profile=arguments.profile,
             allow_changes=_patterns(arguments.allow_changes),
             strict=arguments.strict,
+            check_parity=arguments.check_parity,
         )
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from flix_jax import preemption
-from flix_jax.cli import checkpoint_commands, commands, launching
+from flix_jax.cli import checkpoint_commands, commands, diagnosis_commands, launching
 from flix_jax.cli.commands import UsageError
 
 if TYPE_CHECKING:
@@ -323,6 +323,12 @@ def make_parser() -> argparse.ArgumentParser:
         help="refuse to go on where the newest checkpoint is damaged; else it is set aside, and "
         "the newest sound one is taken",
     )
+    train.add_argument(
+        "--check_parity",
+        action="store_true",
+        help="before the first step, compare loss and gradient norm of one batch with those in "
+        "float32, and refuse to train where they differ by more than rounding can explain",
+    )
     _add_grace(train)
     _add_processes(train)
     _add_gin(train, required=True)
@@ -370,6 +376,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     launching.add_launch(parsers, _command, GIN_HELP)
     checkpoint_commands.add_checkpoints(parsers, _command, Parser)
+    diagnosis_commands.add_diagnose(parsers, _command, _add_gin)
 
     evaluate = _command(
         parsers,

@@ -124,6 +124,19 @@ class TrainPipeline:
             batch[SOURCE_TOKENS] = sources
         return batch
 
+    def origins_at(self, step: int) -> list[tuple[str, int, int]]:
+        """Where the examples of the global batch of `step` come from.
+
+        Returns:
+          (name of the cell, example of the cell, position in the sequence) of every row.
+        """
+        start = int(step) * self.global_batch_size
+        cells, draws = self._order.cells_at(start, self.global_batch_size)
+        return [
+            (self._order.names[cell], self._order.example(int(cell), int(draw)), start + row)
+            for row, (cell, draw) in enumerate(zip(cells, draws, strict=True))
+        ]
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every array of the global batch."""
         rows = self.global_batch_size

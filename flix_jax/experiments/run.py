@@ -28,13 +28,18 @@ FROZEN_DTYPES = ("float32", "bfloat16", "float16", "int8")
 ENSEMBLES = ("weights", "logits")
 MEMBERS = ("related", "task", "language")
 
+# What is done with a step whose loss or gradient is not finite.
+STOP, SKIP = "stop", "skip"
+
 #: ``Run.base`` of a run that starts from random parameters.
 RANDOM = "random"
 
 # What may change between two starts of a run, as name=value: it decides what is seen of the result,
-# or where the same data lie, but not what the result is.
+# or where the same data lie, but not what the result is. (A run that `not_finite` has stopped may
+# go on by skipping: the steps before are the same.)
 FREE = re.compile(
-    r"(base\.)*((log_every|save_every|keep|keep_period|wandb_project|evaluation\..*|mesh\..*|tables|source\.(data|cache)_dir"
+    r"(base\.)*((log_every|save_every|keep|keep_period|wandb_project|evaluation\..*|mesh\..*|tables"
+    r"|not_finite|skips_in_a_row|source\.(data|cache)_dir"
     r"|vocabulary\.path)=.*|mixture\.overlap='(report|ignore)')",
     re.DOTALL,
 )
@@ -162,6 +167,11 @@ class Run:
       keep: how many of the newest checkpoints are kept.
       keep_period: checkpoints of steps that it divides are kept too. None keeps no others.
       evaluation: how the run is evaluated.
+      not_finite: what is done with a step whose loss or gradient is not finite: 'stop' ends the
+        run, with a dump of the step (`flix diagnose`); 'skip' leaves parameters and optimizer as
+        they were, goes on with the next batch, and counts.
+      skips_in_a_row: how many steps in a row may be skipped; one more ends the run. No effect with
+        'stop'.
       wandb_project: of Weights & Biases, which then gets what TensorBoard gets;
         `WANDB_MODE=offline` keeps it in the run's folder. None does without.
     """
@@ -198,11 +208,13 @@ class Run:
     keep: int = 2
     keep_period: int | None = None
     evaluation: Evaluation = Evaluation()
+    not_finite: str = STOP
+    skips_in_a_row: int = 20
     wandb_project: str | None = None
 
     def __post_init__(self) -> None:
         sizes = "inputs_length targets_length total_steps batch_size microbatches save_every"
-        for name in [*sizes.split(), "log_every", "keep"]:
+        for name in [*sizes.split(), "log_every", "keep", "skips_in_a_row"]:
             if getattr(self, name) < 1:
                 raise ValueError(f"Run.{name} must be at least 1, got {getattr(self, name)}")
         if not 0.0 <= self.label_smoothing < 1.0:
@@ -251,6 +263,11 @@ class Run:
                     f"Run.train_values = {self.train_values!r}: expected patterns, such as "
                     "('language=sw',), or None for all"
                 )
+        if self.not_finite not in (STOP, SKIP):
+            near = did_you_mean(str(self.not_finite), (STOP, SKIP))
+            raise ValueError(
+                f"Run.not_finite = {self.not_finite!r}: expected {STOP!r} or {SKIP!r}; {near}"
+            )
         self._check_tables()
         self._check_source_text()
         if isinstance(self.base, Run):

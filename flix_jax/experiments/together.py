@@ -27,10 +27,11 @@ from flix_jax.adapters.features import FeatureSpace
 from flix_jax.data.pipeline import PrefetchIterator, check_state
 from flix_jax.experiments import checks, data_notes, inference, scoring, training
 from flix_jax.experiments.job import Job
-from flix_jax.experiments.run import FREE, RANDOM, Run
+from flix_jax.experiments.run import FREE, RANDOM, SKIP, Run
 from flix_jax.experiments.run_folder import saved_steps
 from flix_jax.experiments.trial_records import Outcome
 from flix_jax.preemption import Preempted
+from flix_jax.training import not_finite
 from flix_jax.training import trials as trials_lib
 from flix_jax.training.checkpoints import Checkpoints, digest
 from flix_jax.training.loop import REPORT, UNEVALUATED
@@ -76,6 +77,8 @@ def alone(run: Run) -> str:
         return "its adapters start from a folder"
     if run.train_values is not None:
         return "some values alone are trained"
+    if run.not_finite == SKIP:
+        return "steps that are not finite are skipped"
     return "an ensemble is evaluated" if run.evaluation.ensemble is not None else ""
 
 
@@ -209,7 +212,7 @@ def train_alone(
     bases_dir: epath.PathLike,
     config: str | None,
 ) -> Outcome:
-    """One run by itself; raises FloatingPointError where its loss is not finite."""
+    """One run by itself; raises NotFinite where its loss or gradient is not finite."""
     job = training.train(
         run, folder, bases_dir=bases_dir, config=config, title=folder.name, show_cells=False
     )
@@ -352,7 +355,7 @@ class _Group:
                 self._report(pending, reporters, overall, partial=evaluating or step == total)
                 more = {**batches.state(), PROGRAM: {log_dir.name: overall.state()}}
                 overall.sync()
-                self._save(state, step, more, reporters, evaluating, all_of_them)
+                self._save(state, step, more, reporters, overall, evaluating, all_of_them)
 
             stack.enter_context(preemption.phase("compiling"))
             for step in range(first + 1, total + 1):
@@ -441,9 +444,9 @@ class _Group:
             alive = [i for i in range(len(self.jobs)) if not self.errors[i]]
             for i in alive:
                 values = {name: float(value[i]) for name, value in metrics.items()}
-                if not np.isfinite(values["loss"]):
-                    self.errors[i] = f"the loss is {values['loss']} at step {step}"
-                    overall.say(f"{self.jobs[i].run_dir.name}: {self.errors[i]}; the others go on")
+                problem = not_finite.found_in(values)
+                if problem is not None:
+                    self._fail(i, f"{problem} at step {step}", overall)
                     continue
                 reporters[i].step(step, values)
             well = [i for i in alive if not self.errors[i]]
@@ -457,12 +460,26 @@ class _Group:
                 reporter.flush(partial=partial)
         overall.flush(partial=partial)
 
+    def _fail(self, index: int, error: str, overall: Reporter) -> None:
+        self.errors[index] = error
+        overall.say(f"{self.jobs[index].run_dir.name}: {error}; the others go on")
+
+    def _sound(self, index: int, own: TrainState, overall: Reporter) -> bool:
+        """Whether a run is well, and its state all finite; one that is not has failed."""
+        if not self.errors[index]:
+            try:
+                not_finite.check_state(own)
+            except not_finite.NotFinite as error:
+                self._fail(index, str(error), overall)
+        return not self.errors[index]
+
     def _save(
         self,
         state: trials_lib.TrialsState,
         step: int,
         data_state: Mapping[str, Any],
         reporters: Sequence[Reporter],
+        overall: Reporter,
         evaluating: bool,
         all_of_them: bool,
     ) -> None:
@@ -481,7 +498,7 @@ class _Group:
 
         try:
             for i, own in enumerate(self.program.unstack(state)):
-                if self.errors[i] or i in there:
+                if i in there or not self._sound(i, own, overall):
                     continue
                 value = self._value(i, own, step, reporters[i]) if evaluating else None
                 evaluated.add(i)
@@ -489,7 +506,7 @@ class _Group:
                     save(i, own, value)
         except Preempted:
             for i, own in enumerate(self.program.unstack(state)):
-                if not self.errors[i] and i not in there:
+                if i not in there and self._sound(i, own, overall):
                     save(i, own)
             raise self._stopped(step) from None
 

@@ -14,23 +14,28 @@ from etils import epath
 
 from flix_jax import preemption, processes
 from flix_jax.adapters import tree
+from flix_jax.data.pipeline import TrainPipeline
 from flix_jax.evaluation import files
 from flix_jax.experiments import (
     checks,
     data_notes,
+    dumps,
     ensembles,
     flops,
     inference,
+    parity,
     scoring,
     topology,
 )
 from flix_jax.experiments.claims import Claims
 from flix_jax.experiments.job import Job
-from flix_jax.experiments.run import Run
+from flix_jax.experiments.replay import replay
+from flix_jax.experiments.run import SKIP, Run
 from flix_jax.experiments.run_folder import saved_steps
 from flix_jax.training import partitioning, tracing
-from flix_jax.training.checkpoints import digest
+from flix_jax.training.checkpoints import Checkpoints, digest
 from flix_jax.training.loop import REPORT, UNEVALUATED, fit
+from flix_jax.training.not_finite import NotFinite
 from flix_jax.training.reporting import Reporter, read_metrics
 from flix_jax.training.step import TrainState, train_step
 
@@ -48,6 +53,7 @@ def train(
     profile: tuple[int, int] | None = None,
     allow_changes: Sequence[str] = (),
     strict: bool = False,
+    check_parity: bool = False,
 ) -> Job:
     """Trains ``run`` in ``run_dir`` up to its last step, its base first if that is a run.
 
@@ -63,9 +69,12 @@ def train(
       allow_changes: what may differ from the run that the folder holds; see `check_folder`.
       strict: whether a damaged checkpoint is an error; else it is set aside, with a warning, and
         training goes on from the newest sound one.
+      check_parity: whether loss and gradient of one batch are compared with float32's first.
 
     Raises:
       ValueError: before any compute, in one line, for whatever in the run cannot work.
+      NotFinite: a loss or gradient is not finite; with the step, its cells, the first module
+        concerned and where the dump is.
     """
     # A mistake is better found before anything is trained than after.
     job, report = checks.start(run, run_dir, bases_dir=bases_dir, allow_changes=allow_changes)
@@ -113,6 +122,7 @@ def train(
                 hparams=run.hparams(),
                 wandb_project=run.wandb_project,
                 resumed=(data_state or {}).get(REPORT),
+                skips_in_a_row=run.skips_in_a_row,
             )
         )
         reporter.say(f"{title}: {_summary(job, state)}, in {job.run_dir}")
@@ -131,27 +141,81 @@ def train(
             reporter.say(
                 f"{title}: best so far step {step}, {run.evaluation.keep_best} {value:.2f}"
             )
+        if check_parity:
+            with preemption.phase("comparing with float32"):
+                found = parity.measure(job, state, frozen, pipeline)
+            reporter.say(f"{title}: {found.line()}")
+            found.check()
         program = step_program(job, optimizer, template)
         step_fn = tracing.telling_compilations(program, lambda s: reporter.say(f"{title}: {s}"))
         if profile is not None:
             folder, start_step = job.run_dir / "profile", int(state.step)
             step_fn = tracing.traced(step_fn, *profile, start_step=start_step, folder=folder)
-        fit(
-            state,
-            frozen,
-            step_fn=step_fn,
-            seed=run.seed,
-            batches=batches,
-            checkpoints=checkpoints,
-            reporter=reporter,
-            total_steps=run.total_steps,
-            saves_at=run.saves_at,
-            eval_every=run.evaluation.every,
-            evaluate=evaluate,
-            judge=scoring.judge(run, job.split),
-            unevaluated=(data_state or {}).get(UNEVALUATED, False),
-        )
+        failure: NotFinite | None = None
+        try:
+            fit(
+                state,
+                frozen,
+                step_fn=step_fn,
+                seed=run.seed,
+                batches=batches,
+                checkpoints=checkpoints,
+                reporter=reporter,
+                total_steps=run.total_steps,
+                saves_at=run.saves_at,
+                eval_every=run.evaluation.every,
+                evaluate=evaluate,
+                judge=scoring.judge(run, job.split),
+                unevaluated=(data_state or {}).get(UNEVALUATED, False),
+            )
+        except NotFinite as error:
+            failure = error.with_traceback(None)  # whose frames hold the state
+        if failure is not None:
+            batches.close()  # its thread asks for examples, too
+            raise _explained(job, failure, checkpoints, pipeline, program, template, frozen, origin)
     return job
+
+
+def _explained(
+    job: Job,
+    error: NotFinite,
+    checkpoints: Checkpoints,
+    pipeline: TrainPipeline,
+    program: Any,
+    template: TrainState,
+    frozen: Any,
+    origin: str,
+) -> NotFinite:
+    """The error with cells and the first module concerned, of a step that is made again, dumped."""
+    cells = dumps.cells_of(pipeline.origins_at(error.step - 1))
+    try:
+        checkpoints.wait()
+        replayed = replay(
+            job,
+            checkpoints,
+            pipeline,
+            program,
+            template,
+            frozen,
+            error.step,
+            first_bad_state=error.in_state,
+        )
+        findings = dumps.look(job, replayed, frozen)
+        origins = pipeline.origins_at(replayed.step - 1)
+        folder = dumps.write(job, replayed, findings, origins, origin=origin)
+    except (ValueError, OSError, RuntimeError) as reason:
+        told = str(reason).splitlines()[0] if str(reason) else type(reason).__name__
+        return NotFinite(f"{error}, with {cells}; it could not be made again: {told}", error.step)
+    if replayed.problem is None:
+        where = "made again it is finite: a fault of the device, or a program that is not exact"
+    else:
+        again = "" if replayed.step == error.step else f"step {replayed.step}, "
+        where = f"first not finite: {again}{findings.first or replayed.problem}"
+    return NotFinite(
+        f"{error}, with {dumps.cells_of(origins)}; {where}; dumped in {folder} "
+        f"(flix diagnose --run_dir={job.run_dir})",
+        error.step,
+    )
 
 
 def step_program(job: Job, optimizer: optax.GradientTransformation, template: TrainState) -> Any:
@@ -165,6 +229,7 @@ def step_program(job: Job, optimizer: optax.GradientTransformation, template: Tr
             optimizer,
             microbatches=job.run.microbatches,
             kept=parameters.kept,
+            skip=job.run.not_finite == SKIP,
             **own,
         ),
         donate_argnums=0,

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from flix_jax import preemption, processes
 from flix_jax.preemption import Preempted
+from flix_jax.training import not_finite
 from flix_jax.training.checkpoints import Checkpoints
 from flix_jax.training.reporting import Reporter
 from flix_jax.training.step import Batch, Metrics, TrainState
@@ -63,14 +64,15 @@ def fit(
       The state at ``total_steps``, saved.
 
     Raises:
-      FloatingPointError: the loss is not finite; what was saved before stands.
+      NotFinite: a loss, a gradient or what is to be saved is not; what was saved before stands.
       ValueError: a checkpoint could not be written; those before it stand.
       Preempted: asked to stop, after a step or in an evaluation; the state is saved.
     """
 
     def save(step: int, value: float | None = None, *, unevaluated: bool = False) -> None:
         with preemption.phase("saving"):
-            report = reporter.state()  # before, so that a loss that is not finite is never saved
+            report = reporter.state()  # before, so that what is not finite is never saved
+            not_finite.check_state(state)  # an update may be too large, though its gradient is not
             reporter.sync()  # before, so that no line is missing that the run goes on behind
             more = {REPORT: report, UNEVALUATED: unevaluated}
             checkpoints.save(state, {**batches.state(), **more}, value)

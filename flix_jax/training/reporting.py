@@ -7,7 +7,6 @@ dispatched, so that reporting never makes a step wait.
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -20,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from flix_jax import processes
 from flix_jax.evaluation import files
 from flix_jax.preemption import Preempted
+from flix_jax.training.not_finite import NotFinite, found_in
 from flix_jax.training.tensorboard_sink import TensorBoardSink
 from flix_jax.training.wandb_sink import WandbSink
 
@@ -31,9 +31,11 @@ class Reporter:
     (means over the window), ``tokens`` (target tokens since the first step),
     ``tokens_per_second``, ``tokens_per_second_per_chip``, ``steps_per_second``, ``data_wait``
     (share of the window's time spent waiting for data), ``mfu`` (model-FLOPs utilisation, where the
-    devices' peak is known) and ``device_memory`` (the most that a device had in use so far, bytes,
-    where it tells); lines of evaluations hold ``step`` and ``<cell>/<metric>``. Of several
-    processes, which all have the same metrics, the first alone writes and shows them.
+    devices' peak is known), ``skipped`` (steps skipped since the first, where they may be; means
+    are over the others, and absent where there is none) and ``device_memory`` (the most that a
+    device had in use so far, bytes, where it tells); lines of evaluations hold ``step`` and
+    ``<cell>/<metric>``. Of several processes, which all have the same metrics, the first alone
+    writes and shows them.
 
     A window ends after ``log_every`` steps, before an evaluation and with the last step. One that a
     checkpoint finds open goes into it (`state`), so that a run that goes on from there writes the
@@ -52,6 +54,7 @@ class Reporter:
       show: whether the console is written to.
       hparams: what TensorBoard's page of hyperparameters shows of the run, by name.
       wandb_project: of Weights & Biases, which gets the same numbers; None does without.
+      skips_in_a_row: how many steps in a row may be skipped.
     """
 
     def __init__(
@@ -69,12 +72,13 @@ class Reporter:
         hparams: Mapping[str, str | float] | None = None,
         wandb_project: str | None = None,
         resumed: Mapping[str, Any] | None = None,
+        skips_in_a_row: int = 0,
     ) -> None:
         self._path = epath.Path(run_dir) / "metrics.jsonl"
         lines = read_metrics(self._path)
         if resumed is None:
             self._lines = [line for line in lines if line["step"] <= start_step]
-            resumed = {"tokens": _last_tokens(self._lines)}
+            resumed = {name: _last(name, self._lines) for name in ("tokens", "skipped")}
         else:
             self._lines = lines[: resumed["lines"]]
         self._sinks: list[TensorBoardSink | WandbSink] = []
@@ -89,6 +93,9 @@ class Reporter:
         self._utilization = utilization
         self._pending: list[tuple[int, Any]] = [(s, m) for s, m in resumed.get("window", ())]
         self._tokens = resumed["tokens"]
+        # Of the windows that are over: how many steps were skipped, and how many of the last ones.
+        self._skipped, self._in_a_row = resumed.get("skipped", 0), resumed.get("in_a_row", 0)
+        self._skips_in_a_row = skips_in_a_row
         self._written = 0.0
         self._total = total_steps
         self._title = title
@@ -123,11 +130,13 @@ class Reporter:
         """What a checkpoint of the step reported last must hold for the lines to go on: json.
 
         Raises:
-          FloatingPointError: a loss is not finite, with its step.
+          NotFinite: a loss or gradient is not finite, or too many were in a row.
         """
         self.flush(partial=False)
         self._fetch()
         state: dict[str, Any] = {"lines": len(self._lines), "tokens": self._tokens}
+        if self._skipped:
+            state |= {"skipped": self._skipped, "in_a_row": self._in_a_row}
         if self._pending:
             state["window"] = [[step, metrics] for step, metrics in self._pending]
             state["seconds"] = time.monotonic() - self._window_start
@@ -138,27 +147,42 @@ class Reporter:
         """Fetches the window's metrics and writes them; without `partial`, if it is full.
 
         Raises:
-          FloatingPointError: a loss is not finite, with its step.
+          NotFinite: as `state`.
         """
         if not self._pending or (len(self._pending) < self._log_every and not partial):
             return
-        self._fetch()
+        in_a_row = self._fetch()
         steps, values = zip(*self._pending, strict=True)
         self._pending = []
         now = time.monotonic()
         seconds = now - self._window_start
-        sums = {name: sum(value[name] for value in values) for name in values[0]}
-        tokens = sums.pop("tokens")
+        tokens = sum(value["tokens"] for value in values)
         self._tokens += tokens
+        made = [value for value in values if not value.get("skipped")]
+        means = {
+            name: sum(value[name] for value in made) / len(made)
+            for name in (made[0] if made else ())
+            if name not in ("tokens", "skipped")
+        }
         line = {
             "step": steps[-1],
-            **{name: total / len(values) for name, total in sums.items()},
+            **means,
             "tokens": self._tokens,
             "tokens_per_second": tokens / seconds,
             "tokens_per_second_per_chip": tokens / seconds / self._devices,
             "steps_per_second": len(steps) / seconds,
             "data_wait": (self._wait_seconds() - self._window_wait) / seconds,
         }
+        if "skipped" in values[0]:
+            self._skipped += len(values) - len(made)
+            self._in_a_row = in_a_row
+            line["skipped"] = self._skipped
+        if len(made) < len(values):
+            numbers = [s for s, value in zip(steps, values, strict=True) if value.get("skipped")]
+            self.say(
+                f"{self._title}: skipped, for loss or gradient is not finite: "
+                f"{', '.join(map(str, numbers))} ({self._skipped} steps so far)"
+            )
         if self._utilization is not None:
             line["mfu"] = self._utilization * line["steps_per_second"]
         memory = jax.local_devices()[0].memory_stats() or {}
@@ -202,18 +226,32 @@ class Reporter:
         # What was saved with a checkpoint is written when the run goes on.
         self.close(partial=kind is None or not issubclass(kind, Preempted))
 
-    def _fetch(self) -> None:
-        """Brings the window's metrics to the host, as Python's numbers."""
+    def _fetch(self) -> int:
+        """Brings the window's metrics to the host, as Python's numbers, and looks at all of them.
+
+        Of a step that was skipped those stay that mean something. Returns how many steps at the end
+        of the window were skipped in a row, those of windows before included.
+        """
         fetched = jax.device_get([metrics for _, metrics in self._pending])
         steps = [step for step, _ in self._pending]
-        self._pending = [
-            (step, {name: float(value) for name, value in metrics.items()})
-            for step, metrics in zip(steps, fetched, strict=True)
-        ]
-        for step, metrics in self._pending:
-            if not math.isfinite(metrics["loss"]):
-                self._pending = []
-                raise FloatingPointError(f"the loss is {metrics['loss']} at step {step}")
+        self._pending, in_a_row = [], self._in_a_row
+        window: list[tuple[int, dict[str, float]]] = []
+        for step, found in zip(steps, fetched, strict=True):
+            metrics = {name: float(value) for name, value in found.items()}
+            problem = found_in(metrics)
+            if metrics.get("skipped"):
+                in_a_row += 1
+                metrics = {name: metrics[name] for name in ("tokens", "skipped")}
+                if in_a_row > self._skips_in_a_row:
+                    problem = f"{in_a_row} steps in a row are not finite: the last"
+                    raise NotFinite(f"{problem} is step {step}", step)
+            elif problem is not None:
+                raise NotFinite(f"{problem} at step {step}", step)
+            else:
+                in_a_row = 0
+            window.append((step, metrics))
+        self._pending = list(window)
+        return in_a_row
 
     def _start_window(self) -> None:
         self._window_start = time.monotonic()
@@ -233,10 +271,12 @@ class Reporter:
         self._written = time.monotonic()
 
     def _show(self, line: Mapping[str, float]) -> None:
-        values = (
-            f"loss {line['loss']:.4f}  accuracy {line['accuracy']:.3f}  "
-            f"{line['tokens_per_second']:,.0f} tokens/s  waiting {line['data_wait']:.1%}"
-        )
+        values = "every step skipped  "
+        if "loss" in line:
+            values = f"loss {line['loss']:.4f}  accuracy {line['accuracy']:.3f}  "
+        values += f"{line['tokens_per_second']:,.0f} tokens/s  waiting {line['data_wait']:.1%}"
+        if line.get("skipped"):
+            values += f"  skipped {line['skipped']}"
         if "mfu" in line:
             values += f"  MFU {line['mfu']:.1%}"
         if self._progress.live.is_started:
@@ -248,8 +288,9 @@ class Reporter:
         self.say(f"{self._title}: step {line['step']}/{self._total}  {values}  {left:.0f} s left")
 
 
-def _last_tokens(lines: Sequence[Mapping[str, Any]]) -> float:
-    return next((line["tokens"] for line in reversed(lines) if "tokens" in line), 0.0)
+def _last(name: str, lines: Sequence[Mapping[str, Any]]) -> Any:
+    """What a count has come to."""
+    return next((line[name] for line in reversed(lines) if name in line), 0)
 
 
 def read_metrics(path: epath.PathLike) -> list[dict[str, Any]]:

@@ -38,6 +38,55 @@ class TrainState(struct.PyTreeNode):
         return cls(jnp.zeros([], jnp.int32), trained, optimizer.init(trained))
 
 
+def gradient_sums(
+    loss_fn: LossFn,
+    *,
+    microbatches: int = 1,
+    tables: Callable[[Any, Batch], tuple[Any, Any]] = lambda trained, batch: (trained, {}),
+) -> Callable[[Any, Any, Batch, Any], tuple[Any, Metrics]]:
+    """The function ``(trained, frozen, batch, rng) -> (gradients, sums)`` of a global batch.
+
+    Both are sums over target tokens, in float32 over microbatches. See `train_step`.
+    """
+
+    def gradients(trained: Any, frozen: Any, batch: Batch, rng: Any) -> tuple[Any, Metrics]:
+        def total(trained: Any) -> tuple[jax.Array, Metrics]:
+            used, copies = tables(trained, batch)
+            return loss_fn(tree.join(tree.join(frozen, copies), used), batch, rng=rng)
+
+        return jax.grad(total, has_aux=True)(trained)
+
+    def accumulated(trained: Any, frozen: Any, batch: Batch, rng: Any) -> tuple[Any, Metrics]:
+        parts = in_parts(batch, microbatches)
+        first = jax.tree.map(lambda x: x[0], parts)
+        shapes = jax.eval_shape(gradients, trained, frozen, first, rng)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
+
+        def add(sums: Any, part: Batch) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, sums, gradients(trained, frozen, part, rng)), None
+
+        return jax.lax.scan(add, zeros, parts)[0]
+
+    return gradients if microbatches == 1 else accumulated
+
+
+def in_parts(batch: Batch, microbatches: int) -> Batch:
+    """The microbatches of a batch, on a leading axis, with each example's place in the batch.
+
+    Every one takes rows from all shards of the batch: [B] -> [B / M, M] -> [M, B / M].
+    """
+    size = jax.tree.leaves(batch)[0].shape[0]
+    return jax.tree.map(
+        lambda x: jnp.moveaxis(x.reshape(-1, microbatches, *x.shape[1:]), 1, 0),
+        batch | {EXAMPLE_NUMBERS: jnp.arange(size)},
+    )
+
+
+def randomness(seed: jax.typing.ArrayLike, step: jax.typing.ArrayLike) -> jax.Array:
+    """The key of all that is drawn in the step that follows `step` updates."""
+    return jax.random.fold_in(jax.random.key(seed), step)
+
+
 def train_step(
     loss_fn: LossFn,
     optimizer: optax.GradientTransformation,
@@ -46,6 +95,7 @@ def train_step(
     in_use: Callable[[Any], Any] = lambda trained: trained,
     kept: Callable[[Any], Any] = lambda trained: trained,
     tables: Callable[[Any, Batch], tuple[Any, Any]] = lambda trained, batch: (trained, {}),
+    skip: bool = False,
 ) -> Callable[[TrainState, Any, Batch, jax.typing.ArrayLike], tuple[TrainState, Metrics]]:
     """The function ``(state, frozen, batch, seed) -> (state, metrics)``, to be jitted.
 
@@ -59,39 +109,19 @@ def train_step(
     optimizer does, and `tables` makes of both, the former and (a part of) a batch, what the network
     uses: what has a gradient, and what has none (`Parameters`).
 
+    With `skip`, a step whose loss or gradient is not finite changes nothing but the step's number.
+
     Metrics are float32 scalars: ``loss`` and ``z_loss`` per target token, ``accuracy`` (of tokens,
-    teacher forced), ``tokens`` (target tokens in the batch) and ``grad_norm`` (before clipping).
+    teacher forced), ``tokens`` (target tokens in the batch), ``grad_norm`` (before clipping) and,
+    with `skip`, ``skipped`` (0 or 1).
     """
-
-    def gradients(trained: Any, frozen: Any, batch: Batch, rng: jax.Array) -> tuple[Any, Metrics]:
-        def total(trained: Any) -> tuple[jax.Array, Metrics]:
-            used, copies = tables(trained, batch)
-            return loss_fn(tree.join(tree.join(frozen, copies), used), batch, rng=rng)
-
-        return jax.grad(total, has_aux=True)(trained)
-
-    def accumulated(trained: Any, frozen: Any, batch: Batch, rng: jax.Array) -> tuple[Any, Metrics]:
-        # Every microbatch takes rows from all shards of the batch: [B] -> [B / M, M] -> [M, B / M].
-        size = jax.tree.leaves(batch)[0].shape[0]
-        parts = jax.tree.map(
-            lambda x: jnp.moveaxis(x.reshape(-1, microbatches, *x.shape[1:]), 1, 0),
-            batch | {EXAMPLE_NUMBERS: jnp.arange(size)},
-        )
-        first = jax.tree.map(lambda x: x[0], parts)
-        shapes = jax.eval_shape(gradients, trained, frozen, first, rng)
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
-
-        def add(sums: Any, part: Batch) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, sums, gradients(trained, frozen, part, rng)), None
-
-        return jax.lax.scan(add, zeros, parts)[0]
+    sums_of = gradient_sums(loss_fn, microbatches=microbatches, tables=tables)
 
     def step(
         state: TrainState, frozen: Any, batch: Batch, seed: jax.typing.ArrayLike
     ) -> tuple[TrainState, Metrics]:
-        rng = jax.random.fold_in(jax.random.key(seed), state.step)
-        compute = gradients if microbatches == 1 else accumulated
-        grads, sums = compute(in_use(state.trained), frozen, batch, rng)
+        rng = randomness(seed, state.step)
+        grads, sums = sums_of(in_use(state.trained), frozen, batch, rng)
         grads = kept(grads)
         tokens = jnp.maximum(sums["weight"], 1.0)
         grads = jax.tree.map(lambda g: g / tokens, grads)
@@ -103,7 +133,11 @@ def train_step(
             "tokens": sums["weight"],
             "grad_norm": optax.tree.norm(grads),
         }
-        trained = optax.apply_updates(state.trained, updates)
-        return TrainState(state.step + 1, trained, opt_state), metrics
+        new = TrainState(state.step, optax.apply_updates(state.trained, updates), opt_state)
+        if skip:
+            sound = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+            new = jax.tree.map(lambda after, before: jnp.where(sound, after, before), new, state)
+            metrics["skipped"] = 1.0 - sound.astype(jnp.float32)
+        return new.replace(step=state.step + 1), metrics
 
     return step

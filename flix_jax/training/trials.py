@@ -35,8 +35,8 @@ class TrialsState(struct.PyTreeNode):
 
     Attributes:
       state: every leaf with an axis of runs before its own, padded to the largest of them.
-      alive: bool [runs]; False from the step on whose loss is not finite, when a run's parameters
-        and optimizer stay what they were.
+      alive: bool [runs]; False from the step on whose loss or gradient is not finite, when a run's
+        parameters and optimizer stay what they were.
     """
 
     state: TrainState
@@ -156,7 +156,8 @@ class Trials:
             microbatches=self._microbatches,
         )
         new, metrics = step(states.state, frozen, batch, seed)
-        alive = states.alive & jnp.isfinite(metrics["loss"])
+        sound = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+        alive = states.alive & sound
         kept = jax.tree.map(lambda a, b: jnp.where(alive, a, b), new, states.state)
         return TrialsState(kept, alive), metrics
 
