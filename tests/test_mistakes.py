@@ -1,12 +1,15 @@
 """A hundred mistakes and more: each ends in one line that says what is wrong."""
 
+import dataclasses
 import json
 import re
 
 import hundred_mistakes as mistakes
 import pytest
+from tiny_runs import make_base_run
 
 from flix_jax import cli
+from flix_jax.experiments import checks
 from flix_jax.mistakes import Collected, Mistake, Mistakes
 
 
@@ -150,3 +153,21 @@ def test_parts_are_told_together_and_what_is_said_twice_once():
     with pytest.raises(Mistake, match="^x: No such file$"):
         mistakes.tell()
     mistakes.tell()  # nothing is left
+
+
+@pytest.mark.parametrize("saved", [(), (2,), (2, 4), (2, 4, 6), (6, 8)])
+@pytest.mark.parametrize("total, every, keep", [(8, 2, 2), (9, 2, 1), (3, 5, 2), (100, 1, 3)])
+def test_the_space_for_checkpoints_is_what_a_run_comes_to_hold(total, every, keep, saved):
+    """Against the steps of a run, played through: the old ones go when a new one is whole."""
+    if max(saved, default=0) > total or len(saved) > keep:
+        return
+    run = make_base_run("data")
+    run = dataclasses.replace(run, total_steps=total, save_every=every, keep=keep)
+    held, most = list(saved), len(saved)
+    for step in range(max(saved, default=0) + 1, total + 1):
+        if step == total or step % every == 0:
+            held.append(step)
+            most = max(most, len(held))
+            held = held[-keep:]
+    need, at_most = checks.checkpoints_to_come(run, frozenset(saved), size=10)
+    assert at_most == most and need == 10 * (most - len(saved))

@@ -145,7 +145,7 @@ def _checked(job: Job, mistakes: Collected) -> Report:
             starts = job.start.line()
     trained, frozen = job.parameters.templates
     size = _bytes(job.parameters.state_template(job.optimizer()))
-    need, kept = _checkpoints_to_come(run, steps, size)
+    need, kept = checkpoints_to_come(run, steps, size)
     rows = [
         ("run folder", _standing(job, steps)),
         ("devices", _mesh(job)),
@@ -202,7 +202,7 @@ def _bytes(shapes: Any) -> int:
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
 
 
-def _checkpoints_to_come(run: Run, steps: frozenset[int], size: int) -> tuple[int, int]:
+def checkpoints_to_come(run: Run, steps: frozenset[int], size: int) -> tuple[int, int]:
     """Bytes that are needed beside the checkpoints that are there, and how many there will be.
 
     While one is written, those that are kept are there still.
