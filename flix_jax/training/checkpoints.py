@@ -10,26 +10,22 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import re
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from flix_jax import buckets, processes
-from flix_jax.training import array_digests, best_step, manifest
+from flix_jax.training import array_digests, best_step, manifest, sealing
 from flix_jax.training.best_step import BestStep
 from flix_jax.training.partitioning import gathered
+from flix_jax.training.retention import Retention
 from flix_jax.training.step import TrainState
 
-# Files that orbax writes when it commits a checkpoint.
-_METADATA = "_CHECKPOINT_METADATA"
-_COMMITTED = "commit_success.txt"
-_TEMPORARY = ".orbax-checkpoint-tmp"  # in the name of a folder until then
+_TEMPORARY = ".orbax-checkpoint-tmp"  # in the name of a checkpoint's folder until it is whole
 
 # What a failed write is raised as, by orbax and by tensorstore.
 _WRITING = (OSError, ValueError, RuntimeError)
@@ -98,14 +94,14 @@ class Checkpoints:
         self._digests: dict[int, array_digests.Digests] = {}  # of steps that are being written
         self._sound: set[int] = set()  # steps whose files were compared already
         self._best = BestStep(self.directory.parent, best)
-        self._retention = _Retention(keep, keep_period, self._best, planned)
+        self._retention = Retention(keep, keep_period, self._best, planned)
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
                 create=create,
                 cleanup_tmp_directories=create,
                 preservation_policy=self._retention,
-                temporary_path_class=_sealed(self.directory, self._seal),
+                temporary_path_class=sealing.sealed(self.directory, self._seal),
             ),
             item_handlers={
                 "trained": ocp.StandardCheckpointHandler(),
@@ -398,75 +394,11 @@ class Checkpoints:
                 )
 
 
-class _Retention(preservation_policy.PreservationPolicy):
-    """What is kept, in orbax's terms; its own `BestN` keeps the latest of equal ones."""
-
-    def __init__(
-        self,
-        newest: int | None,
-        period: int | None,
-        best: BestStep,
-        planned: Callable[[int], bool] | None,
-    ) -> None:
-        self._newest, self._period, self._best, self._planned = newest, period, best, planned
-
-    def kept(self, steps: Sequence[int]) -> set[int]:
-        return kept(steps, self._newest, self._period, self._best.among(steps), self._planned)
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
-        steps = [info.step for info in checkpoints]
-        return [step in self.kept(steps) for step in steps]
-
-
-def kept(
-    steps: Sequence[int],
-    newest: int | None,
-    period: int | None,
-    best: tuple[int, Any] | None,
-    planned: Callable[[int], bool] | None = None,
-) -> set[int]:
-    """Of ascending steps those that stay: the `newest` (None: all), each of `period`, the best.
-
-    Of the newest only those that are `planned` count, but for the last one.
-    """
-    counted = [step for step in steps if planned is None or planned(step)]
-    found = set(counted if newest is None else counted[-newest:]) | set(steps[-1:])
-    if period is not None:
-        found |= {step for step in steps if step % period == 0}
-    return found | ({best[0]} if best is not None else set())
-
-
 def saved_steps(directory: epath.PathLike) -> frozenset[int]:
     """The steps of the checkpoints in a folder, which need not be there."""
     if not epath.Path(directory).exists():
         return frozenset()
     return frozenset(ocp.utils.checkpoint_steps(directory))
-
-
-def _sealed(
-    directory: epath.Path, seal: Callable[[epath.Path, Mapping[str, bytes]], None]
-) -> type[Any]:
-    """Orbax's way to name a checkpoint when it is whole, with `seal` just before."""
-    base: Any = ocp.path.atomicity_defaults.get_default_temporary_path_class(directory)
-
-    class Sealed(base):
-        _checkpoint_metadata_store: Any
-
-        async def finalize(self) -> None:
-            if self.get_final().parent != directory:  # a part of a checkpoint
-                return await super().finalize()
-            store, self._checkpoint_metadata_store = self._checkpoint_metadata_store, None
-            if store is not None:  # its last change would come behind the seal
-                store.wait_until_finished()
-                store.update(
-                    file_path=self.get() / _METADATA, commit_timestamp_nsecs=time.time_ns()
-                )
-                store.wait_until_finished()
-            told = f"Checkpoint commit was successful to {self.get_final()}"
-            seal(self.get(), {_COMMITTED: told.encode()})
-            return await super().finalize()
-
-    return Sealed
 
 
 def _move(source: epath.Path, place: epath.Path) -> None:

@@ -8,7 +8,8 @@ from etils import epath
 
 from flix_jax.adapters.suggest import did_you_mean
 from flix_jax.training import best_step, manifest
-from flix_jax.training.checkpoints import kept, saved_steps
+from flix_jax.training.checkpoints import saved_steps
+from flix_jax.training.retention import kept
 
 
 class StoredStep(NamedTuple):
