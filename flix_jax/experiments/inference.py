@@ -10,6 +10,7 @@ from etils import epath
 
 from flix_jax import buckets
 from flix_jax.data import cells as cells_lib
+from flix_jax.data.cells import Cell
 from flix_jax.evaluation.bootstrap import check_confidence
 from flix_jax.evaluation.scoreboard import Scoreboard
 from flix_jax.experiments import ensembles, scoring
@@ -39,7 +40,7 @@ def evaluator(
     from flix_jax.evaluation.evaluator import CellEvaluator
 
     job = ensembles.evaluated(job)
-    chosen = job.split.cells if cells is None else cells_lib.match(cells, job.split.cells)
+    chosen = _chosen(job, cells)
     job.check_split(split, chosen)
     ensembles.check_kinds(job.run, chosen)
     source = job.run.source
@@ -57,6 +58,11 @@ def evaluator(
         kinds={cell: source.inference(cell) for cell in chosen},
         indexes=job.register_indexes(having),
     )
+
+
+def _chosen(job: Job, cells: Sequence[str] | None) -> tuple[Cell, ...]:
+    """The cells of a job that patterns match; None takes all."""
+    return job.split.cells if cells is None else cells_lib.match(cells, job.split.cells)
 
 
 def fingerprint(job: Job, trained: Any, frozen: str) -> str:
@@ -124,6 +130,7 @@ def evaluate(
     job = Job(run, run_dir, bases_dir=bases_dir)
     buckets.check_writable(job.run_dir)
     split = split or run.evaluation.split
+    job.check_split(split, _chosen(job, cells))  # before anything is restored for it
     trained, frozen, found = restore(job, step)
     job = ensembles.evaluated(job)
     evaluation = evaluator(job, split, cells=cells)

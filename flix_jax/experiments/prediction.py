@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding
 
 from flix_jax import buckets, preemption, processes
 from flix_jax.adapters import tree
-from flix_jax.adapters.features import ABSENT
+from flix_jax.adapters.features import ABSENT, FeatureSpace
 from flix_jax.adapters.suggest import did_you_mean
 from flix_jax.data.pipeline import SOURCE_TOKENS
 from flix_jax.evaluation import files
@@ -107,9 +107,8 @@ class Predictor:
         self._space = None if job.space is None else job.space.room_for(examples)
         if adapters is not None and self._space is not None:
             encoded = [self._space.encode_weighted(one) for one in examples]
-            sets = {(ids.tobytes(), weights.tobytes()) for ids, weights in encoded}
             self._weighted = any((weights != 1).any() for _, weights in encoded)
-            if _folds(fold, job.run, len(sets)):
+            if _folds(fold, job.run, _sets(self._space, examples)):
                 frozen, trained = job.folded(trained, frozen, examples[0]), {}
                 adapters = self._space = None
             else:
@@ -247,6 +246,13 @@ def _check_fold(fold: str, *, adapted: bool) -> None:
         raise ValueError("fold 'always': the run has no adapters")
 
 
+def _sets(space: FeatureSpace, examples: Sequence[Mapping[str, Any]]) -> int:
+    """How many sets of features, with their weights, examples have."""
+    roomy = space.room_for(examples)
+    encoded = (roomy.encode_weighted(one) for one in examples)
+    return len({(ids.tobytes(), weights.tobytes()) for ids, weights in encoded})
+
+
 def _folds(fold: str, run: Run, sets: int) -> bool:
     if fold == ALWAYS and sets != 1:
         raise ValueError(f"fold 'always': the lines have {sets} sets of features, expected one")
@@ -309,6 +315,9 @@ def infer(
         source_text=run.source_text,
         say=say,
     )
+    _check_fold(fold, adapted=job.space is not None)
+    if job.space is not None:  # before anything is restored for it
+        _folds(fold, run, _sets(job.space, [request.annotations for request in asked]))
     trained, frozen, found = inference.restore(job, step)
     identity = {
         "run": run.fingerprint(),
