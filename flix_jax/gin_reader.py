@@ -300,6 +300,8 @@ class Reader:
             fail(place, f"'{name}' includes itself")
         within = (*within, identity)
         self._reads += 1
+        if self._reads > MOST_FILES + 1:
+            return  # told already
         if self._reads > MOST_FILES:
             fail(place, f"'{name}': more than {MOST_FILES:,} files are included, each time it is")
         try:

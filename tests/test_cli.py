@@ -124,6 +124,11 @@ def test_several_mistakes_are_a_line_each(monkeypatch, capsys):
     monkeypatch.setattr(cli.commands, "report", run_that(error))
     assert cli.main(["report", "--run_dir=x"]) == 2
     assert capsys.readouterr().err == "error: rank is -1\nerror: x: No such file\n"
+    many = Mistakes([ValueError(f"mistake {i}") for i in range(30)])
+    monkeypatch.setattr(cli.commands, "report", run_that(many))
+    assert cli.main(["report", "--run_dir=x"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[19:] == ["error: mistake 19", "error: and 10 more mistakes"]
 
 
 def test_gin_flags_and_files_are_kept_in_order():

@@ -19,6 +19,7 @@ DIVERGED = 1
 USER_ERROR = 2
 INTERNAL_ERROR = 70
 INTERRUPTED = preemption.INTERRUPTED
+MOST_TOLD = 20  # mistakes at once
 MISTAKES = (ValueError, OSError)  # a full disk and what a system refuses are no faults of ours
 
 
@@ -76,8 +77,11 @@ def quiet() -> None:
 
 def _lines(error: BaseException) -> str:
     """What is told of an error: a line for each mistake."""
-    several = error.errors if isinstance(error, Mistakes) else [error]
-    return "\n".join(f"error: {describe(one)}" for one in several)
+    several = error.errors if isinstance(error, Mistakes) else (error,)
+    lines = [f"error: {describe(one)}" for one in several[:MOST_TOLD]]
+    if len(several) > MOST_TOLD:
+        lines.append(f"error: and {len(several) - MOST_TOLD:,} more mistakes")
+    return "\n".join(lines)
 
 
 def _explained(error: BaseException) -> tuple[int, str] | None:
