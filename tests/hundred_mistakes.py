@@ -284,7 +284,7 @@ SCHEDULE = (
     gin("clipping to nothing", "Optimizer.clip_norm = 0.0", "Optimizer.clip_norm"),
     gin("b1 above 1", "Optimizer.b1 = 1.5", "Optimizer.b1"),
     gin("b2 as 1", "Optimizer.b2 = 1.0", "Optimizer.b2"),
-    gin("more than the disk holds", "Run.base = 'random'\nRun.adapters = None\nT5Config.mlp_dim = 68719476736\nT5Config.emb_dim = 1048576", "Run.keep", place=""),
+    gin("more than the disk holds", "Run.base = 'random'\nRun.adapters = None\nT5Config.mlp_dim = 2147483647\nT5Config.emb_dim = 1048576", "Run.keep", place=""),
     gin("eps zero", "Optimizer.eps = 0.0", "Optimizer.eps"),
     gin("evaluation every 0 steps", "Evaluation.every = 0", "Evaluation.every"),
 )  # fmt: skip
