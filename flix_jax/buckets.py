@@ -12,6 +12,7 @@ otherwise, by `EPATH_USE_TF` and by fsspec's own configuration.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import posixpath
@@ -20,6 +21,7 @@ from pathlib import Path, PurePath
 
 import fsspec.config
 from etils import epath
+from etils.epath import gpath
 
 # gcsfs brings google-cloud-storage along.
 NOT_INSTALLED = (
@@ -27,6 +29,8 @@ NOT_INSTALLED = (
 )
 
 os.environ.setdefault("EPATH_USE_TF", "false")
+with contextlib.suppress(AttributeError):  # who came before may have made etils read it already
+    gpath._is_tf_installed.cache_clear()
 # Asks every bucket, by another service, whether it is of a kind that we do not support.
 os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)

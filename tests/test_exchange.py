@@ -43,7 +43,7 @@ def test_a_network_goes_from_one_format_to_another_and_back(form, tmp_path, caps
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--from=nowhere", "--format=t5x"], "nowhere: no checkpoint of T5X's"),
+        (["--from=nowhere", "--format=t5x"], "nowhere: no network"),
         ([f"--from={GOLDENS / 'mt5'}", "--format=t5x", "--family=t5"], "family 't5' has no effect"),
         ([f"--from={GOLDENS / 'umt5'}", "--format=huggingface", "--family=mt5"], "a mt5 of Hug"),
     ],

@@ -52,6 +52,9 @@ class Store:
     def __init__(self):
         self.saved, self.values, self.log = {}, {}, []
 
+    def check(self):
+        """Nothing fails here."""
+
     def save(self, state, data_state, value=None):
         step = int(state.step)
         assert step not in self.saved
