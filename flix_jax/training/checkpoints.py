@@ -167,6 +167,9 @@ class Checkpoints:
             )
         except _WRITING as error:
             raise self._unwritten(error) from error
+        # What was saved before is on disk: only the first process of several has sealed it.
+        digests = self._digests.get(step)
+        self._digests = {} if digests is None else {step: digests}
         if improved:
             self.wait()
             self._best.write(self.all_steps())
