@@ -1,6 +1,7 @@
 """What a run writes down: windows, restarts and torn files."""
 
 import importlib.util
+import json
 import sys
 import types
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from flix_jax import processes
+from flix_jax.training.not_finite import NotFinite
 from flix_jax.training.reporting import Reporter, read_metrics
 from flix_jax.training.wandb_sink import check_installed
 
@@ -49,6 +51,46 @@ def test_a_restart_writes_no_step_twice_and_loses_none(tmp_path):
     report(tmp_path, range(1, 8))
     lines = report(tmp_path, range(5, 9), start=4)
     assert [x["step"] for x in lines] == [2, 4, 6, 8]
+
+
+NAN = float("nan")
+
+
+def skipping(run_dir, losses, *, first=1, resumed=None, skips_in_a_row=2):
+    """Reports steps of which those that are not finite were skipped; lines, and what is saved."""
+    reporter = make_reporter(
+        run_dir, start=first - 1, log_every=4, resumed=resumed, skips_in_a_row=skips_in_a_row
+    )
+    try:
+        for step, loss in enumerate(losses, first):
+            skipped = float(loss != loss)
+            metrics = {"loss": loss, "accuracy": 0.5, "tokens": 8.0, "skipped": skipped}
+            reporter.step(step, {name: jnp.float32(value) for name, value in metrics.items()})
+        state = json.loads(json.dumps(reporter.state(), allow_nan=False))
+    finally:
+        reporter.close(partial=False)
+    return read_metrics(run_dir / "metrics.jsonl"), state
+
+
+def test_skipped_steps_are_counted_through_restarts_and_are_in_no_mean(tmp_path):
+    lines, state = skipping(tmp_path, [1.0, NAN, 3.0, 2.0, NAN, NAN])
+    assert [(x["step"], x["loss"], x["skipped"], x["tokens"]) for x in lines] == [(4, 2.0, 1, 32)]
+    lines, state = skipping(tmp_path, [5.0, 7.0, NAN], first=7, resumed=state)
+    assert [(x["step"], x["loss"], x["skipped"], x["tokens"]) for x in lines[1:]] == [(8, 6, 3, 64)]
+    # A window in which every step was skipped has no means; in a row, over windows and restarts:
+    with pytest.raises(NotFinite, match="3 steps in a row are not finite: the last is step 11"):
+        skipping(tmp_path, [NAN, NAN, 1.0], first=10, resumed=state)
+    lines, _ = skipping(tmp_path, [NAN] * 3, first=10, resumed=state, skips_in_a_row=4)
+    assert (lines[-1]["step"], lines[-1]["skipped"], "loss" in lines[-1]) == (12, 7, False)
+
+
+@pytest.mark.parametrize("name", ["loss", "grad_norm"])
+def test_what_is_not_finite_is_found_in_a_window_that_was_saved(tmp_path, name):
+    window = [[1, {"loss": 1.0, "grad_norm": 1.0, "tokens": 8.0, name: float("inf")}]]
+    reporter = make_reporter(tmp_path, start=1, resumed={"lines": 0, "tokens": 0, "window": window})
+    with pytest.raises(NotFinite, match="is inf at step 1") as error:
+        reporter.close()
+    assert error.value.step == 1 and read_metrics(tmp_path / "metrics.jsonl") == []
 
 
 def test_a_torn_last_line_is_left_out_and_any_other_is_an_error(tmp_path):
