@@ -8,6 +8,10 @@ are read every second. Of lives that are long enough the slope after the first p
 least squares; the slopes are averaged with the lives as their samples. Prints them per hour with
 their uncertainty, and exits with 1 where memory grows by more than its allowance with certainty, a
 life ends with more files than it had, or a process does not go on.
+
+TensorStore (0.1.71 to 0.1.86) does not free 9 lists, 2.3 KiB, whenever it tells an array's
+specification as json, which orbax asks it for at every save: some 1 KiB for each array that is
+saved. `--save_every` makes that more or less of what is seen, which is printed for a save, too.
 """
 
 from __future__ import annotations
@@ -35,7 +39,6 @@ SHORTEST = 90.0  # seconds of samples behind it, in which a slope can be seen
 ALLOWED = 16.0  # MiB an hour
 FLAGS = (
     "--gin.Run.total_steps=100000000",
-    "--gin.Run.save_every=200",
     "--gin.Run.log_every=70",
     "--gin.Evaluation.every=500",
     "--gin.base/Run.total_steps=12",
@@ -48,6 +51,7 @@ class Life:
 
     ended_by: str
     steps: int
+    saves: int
     samples: list[tuple[float, float, int]]
 
     @property
@@ -59,14 +63,23 @@ class Life:
     def counts(self) -> bool:
         return len(self.settled) > 2 and float(np.ptp(self.settled[:, 0])) >= SHORTEST
 
+    @property
+    def more_files(self) -> int:
+        """Descriptors at the end beyond those at the beginning; of samples with no save under way.
+
+        A save opens files and closes them, so that the fewest of a third of the samples count.
+        """
+        files, third = self.settled[:, 2], len(self.settled) // 3
+        return int(files[-third:].min() - files[:third].min())
+
     def slope(self, column: int) -> float:
         """Of MiB (1) or descriptors (2), per hour."""
         return 3600 * float(np.polyfit(self.settled[:, 0], self.settled[:, column], 1)[0])
 
 
-def live(folder: Path, run_dir: Path, lifetime: float, number: int) -> Life:
+def live(folder: Path, run_dir: Path, lifetime: float, number: int, flags: list[str]) -> Life:
     """Trains for so many seconds from the first step on, and ends that by a signal."""
-    attempt = killing.Attempt(folder, run_dir, 1, list(FLAGS))
+    attempt = killing.Attempt(folder, run_dir, 1, flags)
     process = Path("/proc") / str(attempt.processes[0].pid)
     samples: list[tuple[float, float, int]] = []
     first: float | None = None
@@ -88,8 +101,9 @@ def live(folder: Path, run_dir: Path, lifetime: float, number: int) -> Life:
     if statuses != [expected]:
         tail = attempt.log.read_text()[-2000:]
         sys.exit(f"a life ended with {statuses}, expected {expected}:\n{tail}")
-    steps = attempt.told().steps["run"]
-    return Life(signal.Signals(number).name, len(steps), samples)
+    told = attempt.told()
+    saves = sum(name == "saving" for name, _ in told.phases)
+    return Life(signal.Signals(number).name, len(told.steps["run"]), saves, samples)
 
 
 def shown(name: str, unit: str, slopes: list[float]) -> tuple[str, float, float]:
@@ -103,10 +117,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--save_every", type=int, default=2000, help="steps, of some 10 ms")
     parser.add_argument("--folder", type=Path, help="where all lies (default: a temporary one)")
     arguments = parser.parse_args()
     folder = arguments.folder or Path(tempfile.mkdtemp(prefix="soak_"))
     killing.write(folder)
+    flags = [*FLAGS, f"--gin.Run.save_every={arguments.save_every}"]
     draw = random.Random(arguments.seed)
     end = time.monotonic() + 60 * arguments.minutes
     lives: list[Life] = []
@@ -118,11 +134,11 @@ def main() -> int:
         )
         lifetime = min(lifetime, max(left, 1.2 * long_enough))
         number = draw.choice((signal.SIGKILL, signal.SIGTERM))
-        life = live(folder, folder / "run", lifetime, number)
+        life = live(folder, folder / "run", lifetime, number, flags)
         lives.append(life)
         memory, files = life.samples[-1][1:] if life.samples else (0.0, 0)
-        line = f"life {len(lives)}: {lifetime:.0f} s, {life.steps} steps, {life.ended_by}, "
-        line += f"{memory:.0f} MiB and {files} files at its end"
+        line = f"life {len(lives)}: {lifetime:.0f} s, {life.steps} steps, {life.saves} saves, "
+        line += f"{life.ended_by}, {memory:.0f} MiB and {files} files at its end"
         if life.counts:
             line += f"; {life.slope(1):+.1f} MiB and {life.slope(2):+.2f} files an hour"
         print(line, flush=True)
@@ -132,12 +148,17 @@ def main() -> int:
     hours = sum(float(np.ptp(life.settled[:, 0])) for life in counted) / 3600
     memory_line, mean, error = shown("memory", "MiB", [life.slope(1) for life in counted])
     files_line, _, _ = shown("files", "descriptors", [life.slope(2) for life in counted])
-    grown = [life for life in counted if life.settled[-1, 2] > life.settled[0, 2] + 2]
+    grown = [life for life in counted if life.more_files > 0]
     print(
         f"{len(lives)} lives, {sum(life.steps for life in lives)} steps; {len(counted)} lives of "
         f"{hours:.2f} h behind the warm-up"
     )
     print(f"{memory_line}\n{files_line}")
+    rates = [life.saves / life.samples[-1][0] for life in counted]
+    each = mean / (3600 * statistics.mean(rates)) * 1024
+    print(
+        f"saves: {3600 * statistics.mean(rates):.0f} an hour; all growth is {each:.0f} KiB a save"
+    )
     grows = mean - 2 * error > ALLOWED if len(counted) > 1 else mean > ALLOWED
     print("verdict: " + ("memory grows" if grows else "memory does not grow"), end=", ")
     print(f"files grow in {len(grown)} lives" if grown else "files do not")
