@@ -4,6 +4,8 @@ import contextlib
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from flix_jax.adapters.features import FeatureSpace, FeatureType
 from flix_jax.adapters.injection import AdapterSpec
@@ -20,6 +22,21 @@ def flix(num_features: int) -> AdapterSpec:
 
 def lora(rank: int) -> AdapterSpec:
     return AdapterSpec(FeatureSpace((FeatureType("shared", ("shared",), rank=rank),)))
+
+
+def tokens(
+    rng: np.random.Generator, vocabulary: int, rows: int, inputs: int, targets: int
+) -> dict[str, jax.Array]:
+    """A batch without padding, int32 [rows, inputs] and [rows, targets]."""
+    shapes = {
+        "encoder_input_tokens": (rows, inputs),
+        "decoder_input_tokens": (rows, targets),
+        "decoder_target_tokens": (rows, targets),
+    }
+    return {
+        name: jnp.asarray(rng.integers(1, vocabulary, shape), jnp.int32)
+        for name, shape in shapes.items()
+    }
 
 
 @contextlib.contextmanager

@@ -33,7 +33,7 @@ KINDS = ("flip", "cut", "delete")
 
 
 def a_state(step: int, size: int) -> TrainState:
-    """Random bits of several dtypes, which no compression makes smaller."""
+    """Random bits of several dtypes, moments too, which no compression makes much smaller."""
     draw = np.random.default_rng(step)
     trained = {
         "adapter_a": jnp.asarray(draw.normal(size=(30, size, 4)), jnp.float32),
@@ -41,7 +41,12 @@ def a_state(step: int, size: int) -> TrainState:
         "scale": jnp.asarray(draw.normal(size=(size,)), jnp.bfloat16),
     }
     state = TrainState.create(trained, optax.adam(0.1))
-    return state.replace(step=jnp.int32(step))
+    moments = [
+        jnp.asarray(draw.normal(size=x.shape), x.dtype) if x.ndim else jnp.int32(step)
+        for x in jax.tree.leaves(state.opt_state)
+    ]
+    opt_state = jax.tree.unflatten(jax.tree.structure(state.opt_state), moments)
+    return state.replace(step=jnp.int32(step), opt_state=opt_state)
 
 
 def damage(path: Path, kind: str, draw: random.Random) -> None:

@@ -18,7 +18,7 @@ import interleaved
 import jax
 import jax.numpy as jnp
 import numpy as np
-from adapted import flix
+from adapted import flix, tokens
 
 from flix_jax.adapters.injection import AdapterSpec
 from flix_jax.adapters.tree import split_adapters
@@ -70,15 +70,7 @@ def main() -> None:
         scan_layers=True,
     )
     rng = np.random.default_rng(1)
-    shapes = {
-        "encoder_input_tokens": (args.batch, args.input_length),
-        "decoder_input_tokens": (args.batch, args.target_length),
-        "decoder_target_tokens": (args.batch, args.target_length),
-    }
-    batch = {
-        name: jnp.asarray(rng.integers(1, args.vocabulary, shape), jnp.int32)
-        for name, shape in shapes.items()
-    }
+    batch = tokens(rng, args.vocabulary, args.batch, args.input_length, args.target_length)
     spec = flix(120)
     ids = [rng.integers(0, t.num_values, args.batch) for t in spec.space.slot_types]
     batch["feature_ids"] = jnp.asarray(np.stack(ids, axis=1), jnp.int32)

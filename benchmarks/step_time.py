@@ -26,7 +26,7 @@ import interleaved
 import jax
 import jax.numpy as jnp
 import numpy as np
-from adapted import flix, lora, perturbed_embeddings
+from adapted import flix, lora, perturbed_embeddings, tokens
 
 from flix_jax.adapters.activation import activate
 from flix_jax.adapters.injection import AdapterSpec, inject
@@ -106,15 +106,7 @@ def main() -> None:
         dropout_rate=0.0,
     )
     rng = np.random.default_rng(1)
-    shapes = {
-        "encoder_input_tokens": (args.batch, args.input_length),
-        "decoder_input_tokens": (args.batch, args.target_length),
-        "decoder_target_tokens": (args.batch, args.target_length),
-    }
-    batch = {
-        name: jnp.asarray(rng.integers(1, args.vocabulary, shape), jnp.int32)
-        for name, shape in shapes.items()
-    }
+    batch = tokens(rng, args.vocabulary, args.batch, args.input_length, args.target_length)
     specs = {"frozen": None, "lora r8": lora(8), **{f"flix {n}": flix(n) for n in args.features}}
     sides = [Side(name, spec, config, batch) for name, spec in specs.items()]
     interleaved.run(sides, args.rounds, interleaved.CLOCKS[args.clock])

@@ -95,7 +95,7 @@ def steps(run, folder, devices):
     state = job.parameters.create_state(trained, optimizer)
     step = training.step_program(job, optimizer, template)
     losses = []
-    with job.batches(job.pipeline(), 0, None) as batches:
+    with job.batches(job.pipeline(), 0) as batches:
         for _ in range(STEPS):
             state, metrics = step(state, frozen, next(batches), run.seed)
             losses.append(float(metrics["loss"]))

@@ -88,10 +88,9 @@ def test_a_restarted_run_goes_on_with_the_same_examples_dropped_only(run, tmp_pa
     job, reporting = Job(with_overlap(run, "drop"), tmp_path), Job(run, tmp_path / "report")
     saved = {"step": 5, **job.pipeline().state()}
     again = Job(with_overlap(run, "drop"), tmp_path)
-    with again.batches(again.pipeline(), 5, saved) as batches:
-        assert batches.step == 5
+    again.pipeline().check_state(saved)
     with pytest.raises(ValueError, match="belongs to other training data"):
-        reporting.batches(reporting.pipeline(), 5, saved)
+        reporting.pipeline().check_state(saved)
 
 
 def test_the_folder_and_the_log_tell_what_was_dropped(run, tmp_path, capsys, monkeypatch):

@@ -64,7 +64,7 @@ def one_step(run, folder):
     made = jax.device_get(start)
     state = job.parameters.create_state(jax.tree.unflatten(structure, start), optimizer)
     step = training.step_program(job, optimizer, template)
-    with job.batches(job.pipeline(), 0, None) as batches:
+    with job.batches(job.pipeline(), 0) as batches:
         batch = dict(next(batches))
     ids = np.array(batch["feature_ids"])
     ids[0, 0] = -1  # an absent feature

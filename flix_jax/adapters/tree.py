@@ -42,6 +42,16 @@ def named_leaves(tree: Tree, path: Path = ()) -> Iterator[tuple[Path, Any]]:
             yield (*path, name), child
 
 
+def leaves_by_name(
+    tree: Any, is_leaf: Callable[[Any], bool] | None = None
+) -> list[tuple[str, Any]]:
+    """(name, leaf) of every leaf of any tree, a name as `encoder/0/kernel`, for what is told."""
+    return [
+        (jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
+    ]
+
+
 def from_named(leaves: Iterator[tuple[Path, Any]] | Sequence[tuple[Path, Any]]) -> dict[str, Any]:
     """The tree of leaves by path."""
     tree: dict[str, Any] = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from etils import epath
@@ -39,18 +39,12 @@ def read_json(path: epath.PathLike, most: int = DESCRIPTION) -> Any:
     Raises:
       ValueError: as `read_bytes`; with the file, for what `plain_json.parse` refuses.
     """
-    content = read_bytes(path, most)
-    try:
-        return plain_json.parse(content)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    return _parsed(plain_json.parse, path, most)
 
 
 def read_object(path: epath.PathLike, most: int = DESCRIPTION) -> Mapping[str, Any]:
     """`read_json` of what must be an object."""
-    value = read_json(path, most)
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {plain_json.shorten(value)}")
+    value: Mapping[str, Any] = _parsed(plain_json.parse_object, path, most)
     return value
 
 
@@ -72,6 +66,14 @@ def lines(path: epath.PathLike, most: int) -> Iterator[bytes]:
             if len(rest) > most:
                 raise _too_long(path, number, most)
     yield rest
+
+
+def _parsed(parse: Callable[[bytes], Any], path: epath.PathLike, most: int) -> Any:
+    content = read_bytes(path, most)
+    try:
+        return parse(content)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def _too_long(path: epath.PathLike, line: int, most: int) -> ValueError:

@@ -161,6 +161,27 @@ class TrainPipeline:
         """What the sequence of batches depends on, as json; equal states give equal batches."""
         return dict(self._state)
 
+    def check_state(self, saved: Mapping[str, Any]) -> None:
+        """ValueError, in one line, when a saved state belongs to another sequence of batches."""
+        differences = []
+        for name, now in self._state.items():
+            before = saved.get(name)
+            if before == now:
+                continue
+            if isinstance(before, Mapping) and isinstance(now, Mapping):
+                for key in sorted({*before, *now}):
+                    if before.get(key) != now.get(key):
+                        differences.append(f"{name}[{key}] {before.get(key)} -> {now.get(key)}")
+            else:
+                differences.append(f"{name} {before} -> {now}")
+        if differences:
+            more = f" and {len(differences) - 4} more" if len(differences) > 4 else ""
+            raise ValueError(
+                "the saved data position belongs to other training data (saved -> now): "
+                + ", ".join(differences[:4])
+                + more
+            )
+
     def _describe(self) -> dict[str, Any]:
         order = self._order
         digests = {name: self._data[name].digest() for name in order.names}
@@ -251,7 +272,7 @@ class PrefetchIterator:
         Raises:
           ValueError: when the state belongs to another sequence; says what differs.
         """
-        check_state(state, self._pipeline.state())
+        self._pipeline.check_state(state)
         self.close()
         self._start(int(state["step"]))
 
@@ -323,28 +344,6 @@ def check_lengths(lengths: Mapping[str, int], names: Sequence[str] = TOKENS) -> 
             raise ValueError(f"lengths {dict(lengths)}: {name!r} is missing")
         if lengths[name] < 1:
             raise ValueError(f"lengths[{name!r}]={lengths[name]}: expected at least 1 token")
-
-
-def check_state(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
-    """ValueError, in one line, when `saved` belongs to another sequence of batches."""
-    differences = []
-    for name, now in current.items():
-        before = saved.get(name)
-        if before == now:
-            continue
-        if isinstance(before, Mapping) and isinstance(now, Mapping):
-            for key in sorted({*before, *now}):
-                if before.get(key) != now.get(key):
-                    differences.append(f"{name}[{key}] {before.get(key)} -> {now.get(key)}")
-        else:
-            differences.append(f"{name} {before} -> {now}")
-    if differences:
-        more = f" and {len(differences) - 4} more" if len(differences) > 4 else ""
-        raise ValueError(
-            "the saved data position belongs to other training data (saved -> now): "
-            + ", ".join(differences[:4])
-            + more
-        )
 
 
 def describe(transform: Transform) -> str:

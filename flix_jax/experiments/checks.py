@@ -17,7 +17,7 @@ import jax
 from etils import epath
 
 from flix_jax import buckets, preemption
-from flix_jax.adapters import injection, text_tables, tree
+from flix_jax.adapters import text_tables, tree
 from flix_jax.adapters.suggest import did_you_mean
 from flix_jax.data.cells import RETRIEVE, Cell
 from flix_jax.data.cells import columns as columns_of
@@ -126,13 +126,19 @@ def check_place(run_dir: epath.PathLike) -> None:
     if buckets.is_bucket(run_dir):
         buckets.check_writable(run_dir)
         return
-    place = os.path.abspath(run_dir)
-    while not os.path.lexists(place):
-        place = os.path.dirname(place)
+    place = _existing(run_dir)
     if not os.path.isdir(place):
         raise Mistake(f"--run_dir={os.fspath(run_dir)}: {place} is a file, expected a folder")
     if not os.access(place, os.W_OK | os.X_OK):
         raise Mistake(f"--run_dir={os.fspath(run_dir)}: no permission to write to {place}")
+
+
+def _existing(path: epath.PathLike) -> str:
+    """A local path, or the nearest folder above it that there is."""
+    place = os.path.abspath(path)
+    while not os.path.lexists(place):
+        place = os.path.dirname(place)
+    return place
 
 
 def _checked(job: Job, mistakes: Collected) -> Report:
@@ -192,10 +198,8 @@ def _layers(job: Job) -> str:
     adapters = job.model.adapters
     if adapters is None:
         return ""
-    report = injection.matches(
-        adapters, lambda key: job.model.init(key, job.batch_shapes(1)), jax.random.key(0)
-    )
-    return f"{sum(match.times for match in report.matched)} of {', '.join(adapters.targets)}"
+    times = sum(match.times for match in job.matches.matched)
+    return f"{times} of {', '.join(adapters.targets)}"
 
 
 def _bytes(shapes: Any) -> int:
@@ -226,9 +230,7 @@ def _check_space(run_dir: epath.Path, need: int) -> str:
     """
     if buckets.is_bucket(run_dir):
         return f"{_size(need)} needed in a bucket"
-    place = os.path.abspath(run_dir)
-    while not os.path.exists(place):
-        place = os.path.dirname(place)
+    place = _existing(run_dir)
     free = shutil.disk_usage(place).free
     if need > free:
         raise ValueError(

@@ -8,7 +8,7 @@ from etils import epath
 
 from flix_jax.experiments import dumps, training
 from flix_jax.experiments.job import Job
-from flix_jax.experiments.replay import Replayed, make, replay
+from flix_jax.experiments.replay import Replayed, make, replay, step_before
 from flix_jax.experiments.run import Run
 from flix_jax.training.watching import Findings
 
@@ -85,8 +85,8 @@ def diagnose(
     else:
         pipeline = job.pipeline()
         with job.checkpoints(None, create=False, origin=origin) as checkpoints:
-            before = [saved for saved in checkpoints.all_steps() if saved < step]
+            before = step_before(checkpoints, step)
             replayed = replay(job, checkpoints, pipeline, program, template, frozen, step)
         cells = dumps.cells_of(pipeline.origins_at(step - 1))
-        source = f"the checkpoint of step {before[-1]}" if before else "the beginning"
+        source = "the beginning" if before is None else f"the checkpoint of step {before}"
     return Diagnosis(replayed, dumps.look(job, replayed, frozen), cells, source)

@@ -26,7 +26,6 @@ from flix_jax.data.pipeline import (
     SOURCES,
     PrefetchIterator,
     TrainPipeline,
-    check_state,
 )
 from flix_jax.evaluation import files
 from flix_jax.evaluation.batches import GUESSES
@@ -298,22 +297,27 @@ class Job:
                     found.setdefault(name, []).append(cell)
         return found
 
+    @functools.cached_property
+    def matches(self) -> injection.MatchReport:
+        """Which modules the adapters matched; the network is traced for it, once."""
+        assert self.model.adapters is not None
+        return injection.matches(
+            self.model.adapters,
+            functools.partial(self.model.init, batch_shapes=self.batch_shapes(1)),
+            jax.random.key(0),
+        )
+
     def match_table(self) -> str:
         """Which modules the adapters matched, and how many parameters each feature owns."""
         adapters = self.model.adapters
         assert adapters is not None
-        report = injection.matches(
-            adapters,
-            functools.partial(self.model.init, batch_shapes=self.batch_shapes(1)),
-            jax.random.key(0),
-        )
         counts = tree.adapter_counts(self.parameters.templates[0], adapters.space)
         owned = [["feature", "parameters"]]
         for name, values in counts.items():
             owned += [[f"{name}={value}", f"{count:,}"] for value, count in values.items()]
         names = {kind: name for name, kind in tables.KINDS.items()} | {None: tables.NONE}
         used = f"a training step multiplies with: {names[self.parameters.table]} (Run.tables)"
-        return f"{report.table()}\n\n{text_tables.plain(owned)}\n\n{used}"
+        return f"{self.matches.table()}\n\n{text_tables.plain(owned)}\n\n{used}"
 
     @property
     def frozen_template(self) -> Any:
@@ -355,7 +359,8 @@ class Job:
         """The same job for another model of the same network, to predict with."""
         other = copy.copy(self)
         other.model = model
-        other.__dict__.pop("_programs", None)
+        for name in ("_programs", "matches"):
+            other.__dict__.pop(name, None)
         return other
 
     def pipeline(self) -> TrainPipeline:
@@ -411,16 +416,8 @@ class Job:
                     f"{read} inputs stand in evaluation data of held-out cells; exclude the cell"
                 )
 
-    def batches(
-        self, pipeline: TrainPipeline, step: int, saved: Mapping[str, Any] | None
-    ) -> PrefetchIterator:
-        """Batches on the devices from ``step`` on; ``saved`` is the position of a checkpoint.
-
-        Raises:
-          ValueError: ``saved`` belongs to other training data.
-        """
-        if saved is not None:
-            check_state(saved, pipeline.state())
+    def batches(self, pipeline: TrainPipeline, step: int) -> PrefetchIterator:
+        """Batches on the devices from ``step`` on."""
         put = functools.partial(
             partitioning.put_batch, self.mesh, batch_size=pipeline.global_batch_size
         )

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from flix_jax import preemption
-from flix_jax.data.pipeline import TrainPipeline, check_state
+from flix_jax.data.pipeline import TrainPipeline
 from flix_jax.experiments.job import Job
 from flix_jax.training import not_finite
 from flix_jax.training.checkpoints import Checkpoints
@@ -74,17 +74,16 @@ def replay(
     Raises:
       ValueError: a checkpoint cannot be read, or belongs to other data.
     """
-    before = [saved for saved in checkpoints.all_steps() if saved < step]
+    before = step_before(checkpoints, step)
     with preemption.phase("making steps again"):
-        if before:
-            state, data_state = checkpoints.restore(template, before[-1])
-            check_state(data_state, pipeline.state())
+        if before is not None:
+            state, _ = checkpoints.restore(template, before, pipeline.check_state)
         else:
             base = job.load_base()
             trained, _ = job.initial_parameters(base)
             state = job.parameters.create_state(trained, job.optimizer())
             del base, trained
-        with job.batches(pipeline, int(state.step), None) as batches:
+        with job.batches(pipeline, int(state.step)) as batches:
             for number in range(int(state.step) + 1, step + 1):
                 batch = next(batches)
                 if number < step and not first_bad_state:
@@ -95,6 +94,11 @@ def replay(
                     return made
                 state, _ = program(state, frozen, batch, job.run.seed)
     raise AssertionError("a checkpoint before a step is followed by it")
+
+
+def step_before(checkpoints: Checkpoints, step: int) -> int | None:
+    """The newest checkpoint from which a step can be made again; None is the beginning."""
+    return max((saved for saved in checkpoints.all_steps() if saved < step), default=None)
 
 
 def make(

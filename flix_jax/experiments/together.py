@@ -24,7 +24,7 @@ from flix_jax import preemption, processes
 from flix_jax.adapters import tree
 from flix_jax.adapters.activation import FeatureSettings
 from flix_jax.adapters.features import FeatureSpace
-from flix_jax.data.pipeline import PrefetchIterator, check_state
+from flix_jax.data.pipeline import PrefetchIterator
 from flix_jax.experiments import checks, data_notes, inference, scoring, training
 from flix_jax.experiments.job import Job
 from flix_jax.experiments.run import FREE, RANDOM, SKIP, Run
@@ -308,7 +308,7 @@ class _Group:
                 states.append(job.parameters.create_state(trained, optimizer))
             return states, [{} for _ in states]
         restored = [
-            checkpoints.restore(template, max(common))
+            checkpoints.restore(template, max(common), self.pipeline.check_state)
             for checkpoints, template in zip(self.checkpoints, self.templates, strict=True)
         ]
         return [state for state, _ in restored], [data for _, data in restored]
@@ -324,8 +324,6 @@ class _Group:
         unevaluated = [i for i, saved in enumerate(data) if saved.get(UNEVALUATED)]
         if first == total and not unevaluated:
             return states
-        if first:
-            check_state(data[0], self.pipeline.state())
         with contextlib.ExitStack() as stack:
             batches = stack.enter_context(
                 PrefetchIterator(self.pipeline, first, put=self.program.put_batch)

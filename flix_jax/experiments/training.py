@@ -93,7 +93,12 @@ def train(
 
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(job.checkpoints(base, origin=origin))
-        resumed = checkpoints.resume(template, strict=strict, say=_logger.warning)
+        resumed = checkpoints.resume(
+            template,
+            strict=strict,
+            say=_logger.warning,
+            fits=pipeline.check_state,
+        )
         if resumed is not None:
             state, data_state = resumed
             frozen = job.frozen_parameters(base)
@@ -103,7 +108,7 @@ def train(
             del trained
         del base
         evaluate = _evaluation(job, frozen) if run.evaluation.every else None
-        batches = stack.enter_context(job.batches(pipeline, int(state.step), data_state))
+        batches = stack.enter_context(job.batches(pipeline, int(state.step)))
 
         job.note_folder(int(state.step))
         data = pipeline.report()

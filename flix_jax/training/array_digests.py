@@ -8,10 +8,13 @@ This guards against damage, not against an adversary.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from flix_jax.adapters.tree import leaves_by_name
 
 _UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 
@@ -22,12 +25,12 @@ Digests = dict[str, tuple[jax.Array, jax.Array]]
 def of(tree: Any) -> Digests:
     """Begins to compute the digest of every array of a tree, by the name of the leaf."""
     found: Digests = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    for name, leaf in leaves_by_name(tree):
         digest = _digest(leaf)
-        if jax.default_backend() == "cpu":
+        if jax.default_backend() == "cpu" and len(leaf.sharding.device_set) > 1:
             # Collectives of programs that run at once would wait for each other's threads.
             jax.block_until_ready(digest)
-        found[jax.tree_util.keystr(path, simple=True, separator="/")] = digest
+        found[name] = digest
     return found
 
 
@@ -50,7 +53,19 @@ def _digest(array: jax.Array) -> tuple[jax.Array, jax.Array]:
         place += steps * jnp.uint32(stride % 2**32)
         stride *= bits.shape[axis]
     mixed = _mix(bits + place * jnp.uint32(0x9E3779B9))
-    return jnp.sum(mixed, dtype=jnp.uint32), jnp.sum(mixed * (2 * place + 1), dtype=jnp.uint32)
+    sums = mixed, mixed * (2 * place + 1)
+    if bits.ndim > 1:  # first of each row, which a CPU's threads share, and both sums in one pass
+        sums = jax.lax.optimization_barrier(_sums(sums, range(1, bits.ndim)))
+        return _sums(sums, [0])
+    return _sums(sums, range(bits.ndim))
+
+
+def _sums(of: tuple[jax.Array, jax.Array], axes: Iterable[int]) -> tuple[jax.Array, jax.Array]:
+    def add(x: Any, y: Any) -> Any:
+        return x[0] + y[0], x[1] + y[1]
+
+    zero = jnp.uint32(0)
+    return jax.lax.reduce(of, (zero, zero), add, tuple(axes))
 
 
 def _mix(x: jax.Array) -> jax.Array:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
@@ -19,6 +20,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from flix_jax import buckets, processes
+from flix_jax.adapters.tree import leaves_by_name
 from flix_jax.training import array_digests, best_step, manifest, sealing
 from flix_jax.training.best_step import BestStep
 from flix_jax.training.partitioning import gathered
@@ -36,9 +38,8 @@ Step = int | Literal["best"] | None
 def digest(params: Any) -> str:
     """A digest of a parameter tree: its names, shapes, dtypes and bytes."""
     total = hashlib.blake2b(digest_size=16)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    for name, leaf in leaves_by_name(params):
         array = np.ascontiguousarray(gathered(leaf) if isinstance(leaf, jax.Array) else leaf)
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
         total.update(f"{name} {array.dtype} {array.shape}\n".encode())
         total.update(array.reshape(-1).view(np.uint8).data)
     return total.hexdigest()
@@ -149,10 +150,8 @@ class Checkpoints:
         """
         self.check()
         step, improved = int(state.step), self.improves(value)
-        if value is not None and self._best.counts:
-            on_disk = self.all_steps()
-            self._best.set(step, value)
-            self._best.write(on_disk)
+        if value is not None:
+            self._note(step, value)
         arrays = {"trained": state.trained, "optimizer": _leaves(state.opt_state)}
         self._digests[step] = array_digests.of(arrays)
         try:
@@ -176,13 +175,16 @@ class Checkpoints:
 
     def set_value(self, step: int, value: float) -> None:
         """Gives a step that was saved without one the value by which the best is kept."""
-        if self._best.counts:
-            self._best.set(step, value)
-            self._best.write(self.all_steps())
-            self._end_deletions()  # of what was the best
+        self._note(step, value)
+        self._end_deletions()  # of what was the best
 
     def resume(
-        self, template: TrainState, *, strict: bool = False, say: Callable[[str], None] = print
+        self,
+        template: TrainState,
+        *,
+        strict: bool = False,
+        say: Callable[[str], None] = print,
+        fits: Callable[[Mapping[str, Any]], None] | None = None,
     ) -> tuple[TrainState, dict[str, Any]] | None:
         """The newest sound state and its data position, to train on from; None for no step.
 
@@ -191,6 +193,7 @@ class Checkpoints:
           strict: whether a damaged step is an error; else it is set aside, in the folder
             ``damaged`` of the run, and the step before it is taken.
           say: is told of each that is set aside.
+          fits: as for `restore`.
 
         Raises:
           Damaged: no step is sound, or `strict` and the newest is not.
@@ -199,7 +202,7 @@ class Checkpoints:
         last: Damaged | None = None
         for step in reversed(self.all_steps()):
             try:
-                restored = self.restore(template, step)
+                restored = self.restore(template, step, fits)
                 self._end_deletions()
                 return restored
             except Damaged as error:
@@ -232,40 +235,46 @@ class Checkpoints:
 
     def set_aside(self, step: int) -> epath.Path:
         """Moves a step out of the way; the folder where it is now."""
-        source, place = self.directory / str(step), self.directory.parent / "damaged" / str(step)
-        number = 1
-        while place.exists():
-            number += 1
-            place = place.parent / f"{step}-{number}"
-        place = epath.Path(processes.from_first(lambda: str(place)))
-        if processes.is_first():
+        source, damaged = self.directory / str(step), self.directory.parent / "damaged"
+
+        def move() -> str:
+            names = itertools.chain([str(step)], (f"{step}-{n}" for n in itertools.count(2)))
+            place = next(damaged / name for name in names if not (damaged / name).exists())
             _move(source, place)
-        processes.wait_for_first()
+            return str(place)
+
+        place = epath.Path(processes.from_first(move))
         self._manager.reload()
         return place
 
-    def restore(self, template: TrainState, step: Step = None) -> tuple[TrainState, dict[str, Any]]:
+    def restore(
+        self,
+        template: TrainState,
+        step: Step = None,
+        fits: Callable[[Mapping[str, Any]], None] | None = None,
+    ) -> tuple[TrainState, dict[str, Any]]:
         """The state and the data position of ``step`` (the newest by default).
 
         Args:
           template: arrays or shapes with the shardings that are wanted.
           step: one of ``all_steps()``, or ``'best'``: what the folder's ``best.json`` tells of.
+          fits: is given the data position before any array is read, to refuse another one.
 
         Raises:
           Damaged: the step is not what was written.
           ValueError: no such step, another identity, or arrays of other names, shapes or dtypes.
         """
         wanted = {"trained": template.trained, "optimizer": _leaves(template.opt_state)}
-        step, items = self._restore(step, wanted, data=ocp.args.JsonRestore())
+        step, data, items = self._restore(step, wanted, fits)
         opt_state = jax.tree.unflatten(
             jax.tree.structure(template.opt_state), list(items["optimizer"].values())
         )
         count = jax.device_put(np.int32(step), template.step.sharding)
-        return TrainState(count, items["trained"], opt_state), items["data"]
+        return TrainState(count, items["trained"], opt_state), data
 
     def restore_trained(self, template: Any, step: Step = None) -> tuple[Any, int]:
         """The trained parameters alone and the step that they are of; raises as ``restore``."""
-        step, items = self._restore(step, {"trained": template})
+        step, _, items = self._restore(step, {"trained": template})
         return items["trained"], step
 
     def check(self) -> None:
@@ -295,6 +304,11 @@ class Checkpoints:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _note(self, step: int, value: float) -> None:
+        if self._best.counts:
+            self._best.set(step, value)
+            self._best.write(self.all_steps())
+
     def _end_deletions(self) -> None:
         """Deletes what is not kept: the run may have ended while it did that."""
         steps = self.all_steps()
@@ -321,8 +335,12 @@ class Checkpoints:
         )
 
     def _restore(
-        self, step: Step, wanted: Mapping[str, Any], **others: Any
-    ) -> tuple[int, Mapping[str, Any]]:
+        self,
+        step: Step,
+        wanted: Mapping[str, Any],
+        fits: Callable[[Mapping[str, Any]], None] | None = None,
+    ) -> tuple[int, dict[str, Any], Mapping[str, Any]]:
+        """The step, its data position, and the arrays that are wanted."""
         steps = self.all_steps()
         if not steps:
             raise ValueError(f"no checkpoint in {self.directory}")
@@ -336,16 +354,22 @@ class Checkpoints:
         except Damaged as error:
             more = "" if self._writes else self._instead(step)
             raise Damaged(f"{error}{more}") from None
-        self._check_identity(step)
+        told = ocp.args.Composite(identity=ocp.args.JsonRestore(), data=ocp.args.JsonRestore())
+        with self._reading(step):
+            found = self._manager.restore(step, args=told)
+            identity, data = dict(found["identity"]), dict(found["data"])
+        self._check_identity(step, identity)
+        if fits is not None:
+            fits(data)
         with self._reading(step):
             metadata = self._manager.item_metadata(step)
         for name, tree in wanted.items():
             _check_arrays(f"{self.directory / str(step) / name}", metadata[name], tree)
         args = {name: ocp.args.StandardRestore(tree) for name, tree in wanted.items()}
         with self._reading(step):
-            items = self._manager.restore(step, args=ocp.args.Composite(**args, **others))
+            items = self._manager.restore(step, args=ocp.args.Composite(**args))
         self._check_digests(step, {name: items[name] for name in wanted})
-        return step, items
+        return step, data, items
 
     @contextlib.contextmanager
     def _reading(self, step: int) -> Iterator[None]:
@@ -382,10 +406,7 @@ class Checkpoints:
             if found != expected.get(name):
                 raise Damaged(f"checkpoint {folder} is damaged: array {name} is another one")
 
-    def _check_identity(self, step: int) -> None:
-        args = ocp.args.Composite(identity=ocp.args.JsonRestore())
-        with self._reading(step):
-            saved = dict(self._manager.restore(step, args=args)["identity"])
+    def _check_identity(self, step: int, saved: Mapping[str, Any]) -> None:
         for name, here in self._identity.items():
             there = saved.get(name)
             if there != here:
@@ -433,13 +454,8 @@ def _check_arrays(where: str, saved: Any, wanted: Any) -> None:
 
 def _specs(tree: Any) -> dict[str, str]:
     """Leaf name -> ``dtype[shape]``, for arrays, shapes and orbax's metadata alike."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): (
-            f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
-        )
-        for path, leaf in leaves
-    }
+    leaves = leaves_by_name(tree, is_leaf=lambda x: hasattr(x, "shape"))
+    return {name: f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}" for name, leaf in leaves}
 
 
 def _short(text: str | None) -> str:

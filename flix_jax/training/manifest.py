@@ -27,7 +27,7 @@ import flix_jax
 NAME = "manifest.json"
 FORMAT = 1
 
-_CHUNK = 1 << 23  # bytes that are read at a time
+_CHUNK = 1 << 20  # bytes that are read at a time: they are hashed while the cache has them
 _THREADS = 8  # xxhash and reading both release the interpreter
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from flix_jax.adapters.tree import leaves_by_name
 from flix_jax.training.step import TrainState
 
 # What is looked at of a step's metrics, and how it is called.
@@ -43,10 +44,8 @@ def first_array(state: TrainState) -> str | None:
     One pass over the state, on the devices.
     """
     named = [
-        (jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(
-            {"trained": state.trained, "optimizer": state.opt_state}
-        )
+        (name, leaf)
+        for name, leaf in leaves_by_name({"trained": state.trained, "optimizer": state.opt_state})
         if jnp.issubdtype(leaf.dtype, jnp.inexact)
     ]
     sound = jax.device_get(_all_finite([leaf for _, leaf in named])) if named else ()

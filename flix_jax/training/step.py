@@ -87,6 +87,11 @@ def randomness(seed: jax.typing.ArrayLike, step: jax.typing.ArrayLike) -> jax.Ar
     return jax.random.fold_in(jax.random.key(seed), step)
 
 
+def is_sound(metrics: Metrics) -> jax.Array:
+    """Whether loss and gradient of a step are finite: a scalar, on the device."""
+    return jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+
+
 def train_step(
     loss_fn: LossFn,
     optimizer: optax.GradientTransformation,
@@ -135,7 +140,7 @@ def train_step(
         }
         new = TrainState(state.step, optax.apply_updates(state.trained, updates), opt_state)
         if skip:
-            sound = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+            sound = is_sound(metrics)
             new = jax.tree.map(lambda after, before: jnp.where(sound, after, before), new, state)
             metrics["skipped"] = 1.0 - sound.astype(jnp.float32)
         return new.replace(step=state.step + 1), metrics

@@ -14,6 +14,7 @@ import jax
 from etils import epath
 
 from flix_jax import buckets
+from flix_jax.adapters import tree
 
 StepFn = Callable[..., Any]
 
@@ -88,10 +89,7 @@ def _trace(folder: epath.PathLike) -> Iterator[None]:
 
 def _signature(arguments: tuple[Any, ...]) -> dict[str, str]:
     """Argument and place in it -> dtype[shape] and sharding."""
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): _described(leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(arguments)
-    }
+    return {name: _described(leaf) for name, leaf in tree.leaves_by_name(arguments)}
 
 
 def _described(leaf: Any) -> str:

@@ -25,7 +25,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flix_jax.training import partitioning
 from flix_jax.training.optimizers import Optimizer
-from flix_jax.training.step import Batch, LossFn, Metrics, TrainState, train_step
+from flix_jax.training.step import Batch, LossFn, Metrics, TrainState, is_sound, train_step
 
 ELEMENTWISE = ("adamw", "sgd")
 
@@ -156,8 +156,7 @@ class Trials:
             microbatches=self._microbatches,
         )
         new, metrics = step(states.state, frozen, batch, seed)
-        sound = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
-        alive = states.alive & sound
+        alive = states.alive & is_sound(metrics)
         kept = jax.tree.map(lambda a, b: jnp.where(alive, a, b), new, states.state)
         return TrialsState(kept, alive), metrics
 
