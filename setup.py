@@ -62,7 +62,7 @@ setup(
         "flix_jax": ["*.tsv", "**/*.tsv"],
         "flix_jax.configs": ["*.gin", "**/*.gin", "*.tsv", "**/*.tsv"],
     },
-    entry_points={"console_scripts": ["flix = flix_jax.cli:main"]},
+    entry_points={"console_scripts": ["flix = flix_jax.cli:console"]},
     install_requires=[
         "absl-py>=2.1",
         JAX,

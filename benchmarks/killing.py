@@ -310,7 +310,7 @@ def work(journal: str, arguments: Sequence[str]) -> int:
         training.__dict__.update(fit=telling_fit, train_base=telling_base)
 
     preemption.__dict__.update(installed=telling_installed, phase=telling_phase)
-    return cli.main(arguments)
+    return cli.console(arguments)
 
 
 def saved(folder: Path) -> int:

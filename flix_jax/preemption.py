@@ -52,6 +52,24 @@ class Preempted(BaseException):
         super().__init__(f"{name}: {saved}; the same command goes on from there")
 
 
+def from_the_start() -> None:
+    """Gives a signal outside of `installed` the status of one within: there is nothing to save.
+
+    For a process that is about to run a command, and for nothing else.
+    """
+    for number in _SIGNALS:
+        signal.signal(number, lambda number, _: os._exit(_told(number)[1]))
+
+
+def all_is_done() -> None:
+    """From here on SIGTERM changes nothing: the process ends by itself, with the status it has.
+
+    Python takes its handlers away before the libraries have been unloaded, where the signal would
+    make a failure of what is finished.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 @contextlib.contextmanager
 def installed(grace_seconds: float = GRACE) -> Iterator[None]:
     """Takes SIGTERM and SIGINT while it is open; outside of the main thread it does nothing.

@@ -75,7 +75,7 @@ def test_the_version_is_the_one_that_was_installed():
 
 def test_the_command_is_installed():
     scripts = metadata.entry_points(group="console_scripts")
-    assert scripts["flix"].value == "flix_jax.cli:main"
+    assert scripts["flix"].value == "flix_jax.cli:console"
 
 
 def test_the_extras_are_there():

@@ -266,7 +266,10 @@ with preemption.installed({grace}):
 
 
 def start(work, grace=30.0):
-    text = SCRIPT.format(grace=grace, work=work)
+    return begun(SCRIPT.format(grace=grace, work=work))
+
+
+def begun(text):
     process = subprocess.Popen(
         [sys.executable, "-c", text], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -329,6 +332,34 @@ def test_a_few_writes_are_not_broken():
     process.send_signal(signal.SIGTERM)
     assert process.stdout.readline() == "whole\n"
     assert ended(process, 5)[0] == 75
+
+
+WHOLE = """
+import os, sys, time
+from flix_jax import cli, preemption
+
+def wait(seconds, write=os.write, sleep=time.sleep):  # as modules are gone at the very end
+    write(1, b"ready\\n")
+    sleep(seconds)
+
+{work}
+sys.exit(cli.console([]))
+"""
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_signal_before_the_command_has_the_status_of_one_within(number, status):
+    process = begun(WHOLE.format(work="cli.main = lambda _: wait(60)"))
+    process.send_signal(number)
+    assert ended(process, 5)[0] == status
+
+
+def test_sigterm_when_all_is_done_leaves_the_status():
+    # At its end Python takes the handlers away, and only then what is left is deleted.
+    late = "class Late:\n    def __del__(self, wait=wait): wait(0.5)\n\nsys.late = Late()"
+    process = begun(WHOLE.format(work=f"cli.main = lambda _: 3\n{late}"))
+    process.send_signal(signal.SIGTERM)
+    assert ended(process, 5)[0] == 3
 
 
 def test_temporary_files_of_processes_that_are_gone_are_removed(tmp_path):

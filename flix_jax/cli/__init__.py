@@ -142,6 +142,14 @@ def _stop_all(error: BaseException, known: tuple[int, str] | None, debug: bool) 
         processes.leave(told.status)
 
 
+def console(argv: Sequence[str] | None = None) -> int:
+    """`main` as the whole of a process, from its first signal to its last."""
+    preemption.from_the_start()
+    status = main(argv)
+    preemption.all_is_done()
+    return status
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line and returns its exit status.
 

@@ -2,6 +2,6 @@
 
 import sys
 
-from flix_jax.cli import main
+from flix_jax.cli import console
 
-sys.exit(main())
+sys.exit(console())
