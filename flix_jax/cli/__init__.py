@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
-from flix_jax import preemption
+from flix_jax import compilation_cache, preemption
 from flix_jax.adapters.suggest import did_you_mean
 from flix_jax.cli.commands import UsageError
 from flix_jax.cli.flags import make_parser
@@ -164,6 +164,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     quiet()
     try:
         arguments = parse(argv)
+        if hasattr(arguments, "compilation_cache"):
+            why_not = compilation_cache.use(arguments.compilation_cache)
+            if why_not is not None:
+                print(f"warning: {why_not}", file=sys.stderr)
         with contextlib.ExitStack() as stack:
             if hasattr(arguments, "grace_seconds"):
                 stack.enter_context(preemption.installed(arguments.grace_seconds))
