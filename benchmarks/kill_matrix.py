@@ -163,7 +163,10 @@ class Matrix:
             time.sleep(0.002)
         phase = attempt.told().phase
         sent = time.monotonic()
-        attempt.send(plan.signal, plan.to)
+        # Before processes have met, one cannot tell the others: whoever asks has to ask them all.
+        met = phase not in ("python", "starting", BASE + "starting")
+        to = plan.to if met or plan.signal == signal.SIGKILL else range(self.processes)
+        attempt.send(plan.signal, to)
         if plan.signal == signal.SIGKILL:
             # What flix launch does: the others are given a moment, and are ended then.
             attempt.wait(2.0)
