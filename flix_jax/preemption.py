@@ -53,12 +53,11 @@ class Preempted(BaseException):
 
 
 def from_the_start() -> None:
-    """Gives a signal outside of `installed` the status of one within: there is nothing to save.
+    """Gives SIGTERM outside of `installed` the status that it has within: there is nothing to save.
 
     For a process that is about to run a command, and for nothing else.
     """
-    for number in _SIGNALS:
-        signal.signal(number, lambda number, _: os._exit(_told(number)[1]))
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(STATUS))
 
 
 def all_is_done() -> None:
