@@ -160,7 +160,7 @@ def test_a_run_in_a_bucket_is_the_run_bit_for_bit(run, local, bucket, store):
 
 
 def read_best(folder):
-    return files.read_json(folder / "best.json")
+    return files.read_object(folder / "best.json")
 
 
 def test_the_folder_in_a_bucket_holds_what_a_local_one_holds(local, bucket, store):

@@ -101,7 +101,7 @@ def keep_best(directory, steps, best=BY_SEEN, values=VALUES):
 
 
 def noted(directory):
-    return files.read_json(directory.parent / "best.json")
+    return files.read_object(directory.parent / "best.json")
 
 
 @pytest.mark.parametrize("ends", [[], [1], [2], [3, 5], [1, 2, 3, 4, 5]])

@@ -145,7 +145,20 @@ def test_json_of_strangers_has_one_kind_of_error(text, message, tmp_path):
     assert refusal(plain_json.parse, text).startswith(message)
     path = tmp_path / "record.json"
     path.write_bytes(text)
-    assert refusal(files.read_json, path).startswith(f"{path}: {message}")
+    assert refusal(files.read_object, path).startswith(f"{path}: {message}")
+
+
+def test_notes_of_a_run_are_what_they_must_be(tmp_path):
+    path = tmp_path / "note.json"
+    assert files.read_object(path) is None and files.read_texts(path) is None
+    for text in ("[1]", '"x"', "null", "3"):
+        path.write_text(text)
+        assert refusal(files.read_object, path) == f"{path}: expected a JSON object, got {text}"
+    for text in ('{"a": 1}', "[1]", '"x"', '[["a"]]'):
+        path.write_text(text)
+        assert refusal(files.read_texts, path).startswith(f"{path}: expected a JSON list of texts")
+    path.write_text('["a", "b"]')
+    assert files.read_texts(path) == ["a", "b"]
 
 
 @pytest.mark.parametrize("levels", [1, 63, 64])

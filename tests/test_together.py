@@ -207,7 +207,9 @@ def test_a_program_that_is_asked_to_stop_ends_as_one_that_is_not(
             trained(run, tmp_path / name / str(i), bases_dir) for name in ("stopped", "whole")
         )
         jax.tree.map(np.testing.assert_array_equal, ours, theirs)
-        best = [files.read_json(tmp_path / n / str(i) / "best.json") for n in ("stopped", "whole")]
+        best = [
+            files.read_object(tmp_path / n / str(i) / "best.json") for n in ("stopped", "whole")
+        ]
         assert best[0] == best[1] is not None
 
 

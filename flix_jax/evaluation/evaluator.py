@@ -347,7 +347,7 @@ class CellEvaluator:
     def _finished(
         self, folder: epath.Path, cell: Cell, fingerprint: str
     ) -> dict[str, float] | None:
-        record = files.read_json(files.scores_file(folder, cell.name))
+        record = files.read_object(files.scores_file(folder, cell.name))
         predictions = files.predictions_file(folder, cell.name)
         if record is None or not predictions.exists():
             return None

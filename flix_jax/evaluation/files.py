@@ -9,6 +9,7 @@ from typing import Any
 from etils import epath
 
 from flix_jax import buckets, preemption, processes
+from flix_jax.adapters import plain_json
 from flix_jax.data import bounded
 
 # Names of temporary files say whose they are.
@@ -60,13 +61,24 @@ def write_json(path: epath.PathLike, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def read_json(path: epath.PathLike) -> Any | None:
-    """The json value in a file; None where there is no such file.
+def read_object(path: epath.PathLike) -> dict[str, Any] | None:
+    """The json object in a file; None where there is no such file.
 
     Raises:
-      ValueError: the file is no json, or larger than any that is written here; names the file.
+      ValueError: the file is no json or of something else, or larger than any that is written
+        here; names the file.
     """
-    return bounded.read_json(path) if epath.Path(path).exists() else None
+    return dict(bounded.read_object(path)) if epath.Path(path).exists() else None
+
+
+def read_texts(path: epath.PathLike) -> list[str] | None:
+    """The json list of texts in a file; None and errors as of `read_object`."""
+    if not epath.Path(path).exists():
+        return None
+    found = bounded.read_json(path)
+    if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
+        raise ValueError(f"{path}: expected a JSON list of texts, got {plain_json.shorten(found)}")
+    return found
 
 
 def evaluation_folder(run_dir: epath.PathLike, step: int, split: str) -> epath.Path:

@@ -431,7 +431,7 @@ def read_scores(folder: epath.PathLike) -> Scoreboard:
       ValueError: there is none, or it is none.
     """
     path = epath.Path(folder) / "scores.json"
-    record = files.read_json(path)
+    record = files.read_object(path)
     if record is None:
         raise ValueError(f"{path}: no such file; evaluate the run first")
     try:

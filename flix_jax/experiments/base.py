@@ -67,7 +67,7 @@ def _check_run_folder(run: Run, base_dir: epath.Path) -> str:
             ["Run.base"],
         )
     check_base_folder(run, base_dir)
-    there = files.read_json(base_dir / "run.json") or {}
+    there = files.read_object(base_dir / "run.json") or {}
     partly = [name for name in ("adapters", "trainable") if there.get(name, "None") != "None"]
     if partly or any(name.startswith("adapters.") for name in there):
         raise Mistake(

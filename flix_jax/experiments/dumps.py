@@ -127,7 +127,7 @@ def read(
       ValueError: there is no such dump, or it is damaged.
     """
     folder = folder_of(job.run_dir, step)
-    record = files.read_json(folder / _STEP)
+    record = files.read_object(folder / _STEP)
     if record is None:
         known = map(str, steps(job.run_dir))
         raise ValueError(

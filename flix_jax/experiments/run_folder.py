@@ -69,7 +69,7 @@ def check_folder(
       ValueError: with the values that differ and what would allow them, or why nothing does; for a
         pattern that matches no value.
     """
-    there = files.read_json(run_dir / "run.json")
+    there = files.read_object(run_dir / "run.json")
     known = sorted({*run.describe(), *(there or {})})
     for pattern in allow_changes:
         if not fnmatch.filter(known, pattern):
@@ -101,7 +101,7 @@ def check_folder(
 
 def check_base_folder(run: Run, base_dir: epath.Path) -> None:
     """Refuses a base whose network or vocabulary is another one than the run's."""
-    there = files.read_json(base_dir / "run.json") or {}
+    there = files.read_object(base_dir / "run.json") or {}
     network = {k: v for k, v in there.items() if k.startswith(("model.", "vocabulary."))}
     free = re.compile(
         r"(?!model\.|vocabulary\.).*|model\.(dtype|product_dtype|remat|dropout_rate)=.*"
@@ -121,7 +121,7 @@ def note_changes(run_dir: epath.Path, step: int, changes: Mapping[str, tuple[str
     if not changes:
         return
     path = run_dir / CHANGES_FILE
-    noted = files.read_json(path) or {"features": None, "changes": []}
+    noted = files.read_object(path) or {"features": None, "changes": []}
     features = run_dir / "features.json"
     if noted["features"] is None and features.exists():
         noted["features"] = features.read_text().removesuffix("\n")
@@ -142,7 +142,7 @@ def features_identity(run_dir: epath.Path, space: FeatureSpace, changing: bool) 
       space: of the run as it is now.
       changing: whether it is about to be changed, and not noted yet.
     """
-    noted = (files.read_json(run_dir / CHANGES_FILE) or {}).get("features")
+    noted = (files.read_object(run_dir / CHANGES_FILE) or {}).get("features")
     path = run_dir / "features.json"
     if noted is None and changing and path.exists():
         noted = path.read_text().removesuffix("\n")
@@ -177,7 +177,7 @@ def base_trained_on(run: Run) -> set[str]:
         return trained_on(run.base)
     if run.base == RANDOM:
         return set()
-    return set(files.read_json(epath.Path(run.base) / TRAINED_ON_FILE) or ())
+    return set(files.read_texts(epath.Path(run.base) / TRAINED_ON_FILE) or ())
 
 
 def check_held_out(run: Run, split: CellSplit) -> None:

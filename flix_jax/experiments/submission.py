@@ -161,7 +161,7 @@ def _predictions(
 ) -> tuple[list[Any] | str, str]:
     """(the predictions of a cell, or why there are none; what names the model)."""
     path = files.predictions_file(folder, cell.name)
-    made = files.read_json(files.scores_file(folder, cell.name))
+    made = files.read_object(files.scores_file(folder, cell.name))
     if made is None or not path.exists():
         return "not evaluated", ""
     if made.get("cell") != cell.name or made.get("split") != split:

@@ -70,7 +70,7 @@ def read_sweep(run_dir: epath.PathLike) -> Sweep:
       ValueError: it is no sweep's.
     """
     path = epath.Path(run_dir) / "sweep.json"
-    record = files.read_json(path)
+    record = files.read_object(path)
     if record is None:
         raise ValueError(f"{path}: no such file; not the folder of a sweep")
     return Sweep.from_json(record)
@@ -83,7 +83,7 @@ def read_record(run_dir: epath.PathLike, trial: Trial) -> TrialRecord:
       ValueError: it knows a trial of the same name and other bindings.
     """
     path = trial_dir(run_dir, trial) / "trial.json"
-    record = files.read_json(path)
+    record = files.read_object(path)
     if record is None:
         return TrialRecord(trial)
     if tuple(record["bindings"]) != trial.bindings:

@@ -202,7 +202,7 @@ def _check_scores(sweep: Sweep, trial: Trial, scores: Mapping[str, Scoreboard]) 
 
 
 def _claim_folder(sweep: Sweep, run_dir: epath.Path) -> None:
-    record = files.read_json(run_dir / "sweep.json")
+    record = files.read_object(run_dir / "sweep.json")
     if record is not None:
         for field in ("name", "base"):
             if record.get(field) != getattr(sweep, field):

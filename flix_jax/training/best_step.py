@@ -29,7 +29,7 @@ class BestStep:
     def __init__(self, run_dir: epath.Path, of: Mapping[str, Any] | None) -> None:
         self._path = run_dir / NAME
         self._of = None if of is None else dict(of)
-        record = files.read_json(self._path) or {}
+        record = files.read_object(self._path) or {}
         same = of is not None and record.get("of") == self._of
         self._values = _of_record(record) if same else {}
 
@@ -59,7 +59,7 @@ class BestStep:
         step, value = self.among(steps) or (None, None)
         values = {str(step): value for step, value in sorted(self._values.items())}
         record = {"step": step, "value": value, "of": self._of, "values": values}
-        if files.read_json(self._path) != record:
+        if files.read_object(self._path) != record:
             files.write_json(self._path, record)
 
 
@@ -79,7 +79,7 @@ def find(run_dir: epath.Path, steps: Iterable[int] | None = None) -> int:
 
 def values(run_dir: epath.Path) -> dict[int, float]:
     """Step -> value of all steps of a run that were evaluated."""
-    return _of_record(files.read_json(run_dir / NAME) or {})
+    return _of_record(files.read_object(run_dir / NAME) or {})
 
 
 def greatest(values: Mapping[int, float]) -> tuple[int, float] | None:
