@@ -1,0 +1,78 @@
+"""Seconds from the command to the first step, with compiled programs kept from before and without.
+
+    python benchmarks/start_up.py [--rounds 5]
+
+The run of configs/experiments/babel.gin with configs/adapters/flix.gin, whose data and whose base
+(of few steps) are there already. Every start is a process of its own with a folder of its own; both
+kinds take turns, and a ratio is taken within a round. The first step counts when its metrics have
+been written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+FLAGS = (
+    "--gin_file=configs/experiments/babel.gin",
+    "--gin_file=configs/adapters/flix.gin",
+    "--gin.Run.total_steps=1",
+    "--gin.Run.log_every=1",
+    "--gin.Schedule.warmup_steps=0",
+)
+
+
+def start(folder: Path, name: str, cache: str) -> float:
+    """Seconds until the first step of a run that had none."""
+    run_dir = folder / name
+    command = [sys.executable, "-m", "flix_jax.cli", "train", *FLAGS]
+    command += [f"--gin.BABEL_DIR='{folder / 'babel'}'", f"--gin.Run.base='{folder / 'base'}'"]
+    if name == "base":
+        command[-1] = "--gin.Run.base='random'"
+        command += ["--gin.Run.adapters=None"]
+    command += [f"--run_dir={run_dir}", f"--compilation_cache={cache}"]
+    environment = {
+        name: text for name, text in os.environ.items() if not name.startswith("JAX_COMPILATION")
+    }
+    began = time.perf_counter()
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE)
+    while process.poll() is None and not (run_dir / "metrics.jsonl").exists():
+        time.sleep(0.01)
+    seconds = time.perf_counter() - began
+    told = process.communicate()[1].decode()
+    if process.returncode != 0:
+        sys.exit(told)
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        kept = str(folder / "kept")
+        start(folder, "base", "none")
+        start(folder, "first", kept)
+        without, with_kept = [], []
+        for number in range(arguments.rounds):
+            without.append(start(folder, f"without_{number}", "none"))
+            with_kept.append(start(folder, f"kept_{number}", kept))
+            print(f"{without[-1]:6.1f} s without, {with_kept[-1]:6.1f} s with", flush=True)
+    ratios = sorted(b / a for a, b in zip(without, with_kept, strict=True))
+    print(
+        f"median {statistics.median(without):.1f} s without, {statistics.median(with_kept):.1f} s "
+        f"with kept programs; ratio {statistics.median(ratios):.2f} ({ratios[0]:.2f} – "
+        f"{ratios[-1]:.2f}, {arguments.rounds} rounds)"
+    )
+
+
+if __name__ == "__main__":
+    main()
