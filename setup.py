@@ -88,7 +88,6 @@ setup(
         "safetensors>=0.4.5",
         "tensorstore>=0.1.60",
         "xxhash>=3.4",
-        "filelock>=3.12",  # by which JAX keeps the size of its compilation cache
     ],
     extras_require={
         "tpu": [JAX.replace("jax", "jax[tpu]", 1)],

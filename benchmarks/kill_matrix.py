@@ -28,7 +28,7 @@ import time
 from pathlib import Path
 
 import killing
-from killing import BASE, ENDING, Attempt, base_dir, saved
+from killing import BASE, ENDING, Attempt, Told, base_dir, saved
 
 from flix_jax.preemption import STATUS
 
@@ -164,7 +164,7 @@ class Matrix:
         phase = attempt.told().phase
         sent = time.monotonic()
         # Before processes have met, one cannot tell the others: whoever asks has to ask them all.
-        met = phase not in ("python", "starting", BASE + "starting")
+        met = all(self._has_met(attempt.told(index)) for index in range(self.processes))
         to = plan.to if met or plan.signal == signal.SIGKILL else range(self.processes)
         attempt.send(plan.signal, to)
         if plan.signal == signal.SIGKILL:
@@ -177,6 +177,9 @@ class Matrix:
         if statuses == [0] * self.processes:
             return None
         return self._judge(attempt, plan, phase, statuses, seconds, run_dir)
+
+    def _has_met(self, told: Told) -> bool:
+        return any(name.endswith("reading the data") for name, _ in told.phases)
 
     def _judge(
         self,

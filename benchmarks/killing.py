@@ -260,8 +260,8 @@ def work(journal: str, arguments: Sequence[str]) -> int:
     installed, phase = preemption.installed, preemption.phase
 
     @contextlib.contextmanager
-    def telling_installed(grace: float) -> Iterator[None]:
-        with installed(grace):
+    def telling_installed(grace: float, to_the_end: bool) -> Iterator[None]:
+        with installed(grace, to_the_end):
             enter("starting")
             yield
 
@@ -310,7 +310,7 @@ def work(journal: str, arguments: Sequence[str]) -> int:
         training.__dict__.update(fit=telling_fit, train_base=telling_base)
 
     preemption.__dict__.update(installed=telling_installed, phase=telling_phase)
-    return cli.console(arguments)
+    return cli.main(arguments, to_the_end=True)
 
 
 def saved(folder: Path) -> int:

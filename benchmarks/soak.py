@@ -142,7 +142,7 @@ def reference(folder: Path) -> float:
     steps = folder / "run" / "checkpoints"
     newest = steps / str(max(saved_steps(steps)))
     command = [sys.executable, __file__, "--growth_of_orbax", str(newest)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return float(done.stdout.split()[-1])
 
 

@@ -12,6 +12,7 @@ when the first of them was asked.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import select
@@ -52,34 +53,20 @@ class Preempted(BaseException):
         super().__init__(f"{name}: {saved}; the same command goes on from there")
 
 
-def from_the_start() -> None:
-    """Gives SIGTERM outside of `installed` the status that it has within: there is nothing to save.
-
-    For a process that is about to run a command, and for nothing else.
-    """
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(STATUS))
-
-
-def all_is_done() -> None:
-    """From here on SIGTERM changes nothing: the process ends by itself, with the status it has.
-
-    Python takes its handlers away before the libraries have been unloaded, where the signal would
-    make a failure of what is finished.
-    """
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
 @contextlib.contextmanager
-def installed(grace_seconds: float = GRACE) -> Iterator[None]:
+def installed(grace_seconds: float = GRACE, to_the_end: bool = False) -> Iterator[None]:
     """Takes SIGTERM and SIGINT while it is open; outside of the main thread it does nothing.
 
     Args:
       grace_seconds: after which a process that was asked to stop is ended, whatever it does.
+      to_the_end: whether it goes on taking them while the process ends, until what was registered
+        with `atexit` within is done. From then on SIGTERM changes nothing: Python takes handlers
+        away before it unloads libraries, where the signal would make a failure of what is finished.
 
     Raises:
       ValueError: a grace that is not above 0.
     """
-    global _watch
+    global _watch, _phase
     if not grace_seconds > 0:
         raise ValueError(f"--grace_seconds={grace_seconds:g}: expected more than 0")
     if threading.current_thread() is not threading.main_thread():
@@ -89,14 +76,25 @@ def installed(grace_seconds: float = GRACE) -> Iterator[None]:
     fd = signal.set_wakeup_fd(watch.write_to, warn_on_full_buffer=False)
     handlers = {number: signal.signal(number, lambda *_: None) for number in _SIGNALS}
     _watch = watch
+
+    def ignore() -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.set_wakeup_fd(-1)
+        watch.close()
+
+    if to_the_end:
+        atexit.register(ignore)  # before others are, which run first
     try:
         yield
     finally:
-        _watch = before
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        signal.set_wakeup_fd(fd)
-        watch.close()
+        if to_the_end:
+            _phase = "ending"
+        else:
+            _watch = before
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            signal.set_wakeup_fd(fd)
+            watch.close()
 
 
 @contextlib.contextmanager

@@ -8,8 +8,6 @@ os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 # Collectives of CPU devices wait for each other in one pool of threads: give it more threads than
 # devices, and (below) run one program at a time.
 os.environ.setdefault("PJRT_NPROC", "32")
-# A user's own cache is neither read nor filled by tests.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "")
 # Tests compile much and compute little.
 os.environ.setdefault(
     "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"

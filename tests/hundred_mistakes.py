@@ -338,8 +338,6 @@ FLAGS = (
     command("a word too many", "train --gin_file=run.gin --run_dir=new more", "more"),
     command("steps that are none", "train --gin_file=run.gin --run_dir=new --profile=3", "--profile"),
     flag("steps beyond the end", "--profile=5:9", "--profile=5:9"),
-    command("compiled programs into a file", "train --gin_file=run.gin --run_dir=new --compilation_cache=run.gin", "--compilation_cache=run.gin"),
-    command("compiled programs into another cloud", "sweep --gin_file=run.gin --run_dir=new --compilation_cache=s3://bucket/x", "s3://bucket/x"),
     command("process without others", "train --gin_file=run.gin --run_dir=new --processes=2", "--coordinator"),
     command("process that there is not", "train --gin_file=run.gin --run_dir=new --coordinator=localhost:1 --processes=2 --process=2", "--process=2"),
     command("gin flag where there is none", "report --run_dir=trained --gin.X=1", "--gin.X=1"),

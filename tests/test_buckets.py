@@ -370,31 +370,6 @@ def test_a_run_that_is_killed_in_its_saves_ends_as_one_that_was_not(store, tmp_p
     assert timeless(epath.Path("whole")) == timeless(epath.Path("gs://bucket/runs/killed"))
 
 
-def test_compiled_programs_are_kept_in_a_bucket(store):
-    script = """
-from flix_jax import compilation_cache
-compilation_cache.use("gs://bucket/compiled/")
-import jax
-print(jax.jit(lambda x: 2 * x)(3.0))
-"""
-    environment = {**os.environ, "PYTHONPATH": ROOT}
-    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    written = []
-    for _ in range(2):
-        start = len(store.requests)
-        done = subprocess.run(
-            [sys.executable, "-W", "error", "-c", script],
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
-        assert (done.returncode, done.stdout) == (0, "6.0\n"), done.stderr
-        written.append({name for action, name in store.requests[start:] if action == "write"})
-    assert any("/jit__lambda" in name for name in written[0])
-    assert all(name.startswith("compiled/") for name in written[0])
-    assert not written[1]
-
-
 @pytest.mark.slow
 def test_a_sweep_in_a_bucket(store, tmp_path, capsys):
     write_gin(tmp_path, sweep=SWEEP)

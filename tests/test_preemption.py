@@ -334,31 +334,42 @@ def test_a_few_writes_are_not_broken():
     assert ended(process, 5)[0] == 75
 
 
-WHOLE = """
-import os, sys, time
-from flix_jax import cli, preemption
+ENDING = """
+import atexit, os, sys, time
+from flix_jax import preemption
 
 def wait(seconds, write=os.write, sleep=time.sleep):  # as modules are gone at the very end
     write(1, b"ready\\n")
     sleep(seconds)
 
-{work}
-sys.exit(cli.console([]))
+class Late:
+    def __del__(self, wait=wait):
+        wait(0.5)
+
+with preemption.installed(30, to_the_end=True):
+    {work}
+sys.exit(3)
 """
 
 
-def test_sigterm_before_the_command_has_the_status_of_one_within():
-    process = begun(WHOLE.format(work="cli.main = lambda _: wait(60)"))
+def test_sigterm_while_others_end_is_still_taken():
+    # As JAX, which waits there for other processes.
+    process = begun(ENDING.format(work="atexit.register(wait, 60)"))
     process.send_signal(signal.SIGTERM)
-    assert ended(process, 5)[0] == 75
+    status, said = ended(process, 5)
+    assert status == 75 and said.startswith("stopped by SIGTERM while ending: there was nothing")
 
 
-def test_sigterm_when_all_is_done_leaves_the_status():
-    # At its end Python takes the handlers away, and only then what is left is deleted.
-    late = "class Late:\n    def __del__(self, wait=wait): wait(0.5)\n\nsys.late = Late()"
-    process = begun(WHOLE.format(work=f"cli.main = lambda _: 3\n{late}"))
+def test_sigterm_at_the_very_end_leaves_the_status():
+    # Python has taken the handlers away when what is left is deleted.
+    process = begun(ENDING.format(work="sys.late = Late()"))
     process.send_signal(signal.SIGTERM)
     assert ended(process, 5)[0] == 3
+
+
+def test_errors_pass_through_to_the_end():
+    process = begun(ENDING.format(work="wait(0); sys.exit(4)"))
+    assert ended(process, 5)[0] == 4
 
 
 def test_temporary_files_of_processes_that_are_gone_are_removed(tmp_path):

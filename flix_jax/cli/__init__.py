@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
-from flix_jax import compilation_cache, preemption
+from flix_jax import preemption
 from flix_jax.adapters.suggest import did_you_mean
 from flix_jax.cli.commands import UsageError
 from flix_jax.cli.flags import make_parser
@@ -142,15 +142,12 @@ def _stop_all(error: BaseException, known: tuple[int, str] | None, debug: bool) 
         processes.leave(told.status)
 
 
-def console(argv: Sequence[str] | None = None) -> int:
-    """`main` as the whole of a process, from its first signal to its last."""
-    preemption.from_the_start()
-    status = main(argv)
-    preemption.all_is_done()
-    return status
+def console() -> int:
+    """`main` as the whole of a process, which heeds signals until it is gone."""
+    return main(to_the_end=True)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, *, to_the_end: bool = False) -> int:
     """Runs a command line and returns its exit status.
 
     0; 2 after a mistake of the user's; 1 where training diverged; 70 after a fault of the
@@ -164,13 +161,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     quiet()
     try:
         arguments = parse(argv)
-        if hasattr(arguments, "compilation_cache"):
-            why_not = compilation_cache.use(arguments.compilation_cache)
-            if why_not is not None:
-                print(f"warning: {why_not}", file=sys.stderr)
         with contextlib.ExitStack() as stack:
             if hasattr(arguments, "grace_seconds"):
-                stack.enter_context(preemption.installed(arguments.grace_seconds))
+                stack.enter_context(preemption.installed(arguments.grace_seconds, to_the_end))
             arguments.run(arguments)
     except (Exception, KeyboardInterrupt, preemption.Preempted) as error:
         known, debug = _explained(error), "--debug" in argv

@@ -121,15 +121,6 @@ def _add_grace(parser: Parser) -> None:
     )
 
 
-def _add_cache(parser: Parser) -> None:
-    parser.add_argument(
-        "--compilation_cache",
-        metavar="DIR|none",
-        help="where compiled programs are kept for the next start, local or in a bucket (default: "
-        "JAX_COMPILATION_CACHE_DIR if it is set, else ~/.cache/flix_jax/compiled)",
-    )
-
-
 def _add_step(parser: Parser) -> None:
     parser.add_argument(
         "--step",
@@ -338,7 +329,6 @@ def make_parser() -> argparse.ArgumentParser:
         help="before the first step, compare loss and gradient norm of one batch with those in "
         "float32, and refuse to train where they differ by more than rounding can explain",
     )
-    _add_cache(train)
     _add_grace(train)
     _add_processes(train)
     _add_gin(train, required=True)
@@ -416,7 +406,6 @@ def make_parser() -> argparse.ArgumentParser:
         help="add bootstrap intervals, of 0.95 unless another share is given",
     )
     _add_step(evaluate)
-    _add_cache(evaluate)
     _add_grace(evaluate)
     _add_processes(evaluate)
     _add_gin(evaluate, required=False)
@@ -453,7 +442,6 @@ def make_parser() -> argparse.ArgumentParser:
         "(default: auto, with a float32 base)",
     )
     _add_step(infer)
-    _add_cache(infer)
     _add_grace(infer)
     _add_gin(infer, required=False)
 
@@ -470,7 +458,6 @@ def make_parser() -> argparse.ArgumentParser:
     _add_chosen_features(chat, "features at the start")
     _add_decoding(chat, "Four beams by default.")
     _add_step(chat)
-    _add_cache(chat)
     _add_gin(chat, required=False)
 
     export = _command(
@@ -557,7 +544,6 @@ def make_parser() -> argparse.ArgumentParser:
         help="one of N workers on the same folder, which may be on several machines; each takes "
         "trials that no other has",
     )
-    _add_cache(sweep)
     _add_grace(sweep)
     _add_gin(sweep, required=True)
 
