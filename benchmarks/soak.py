@@ -3,11 +3,11 @@
     python benchmarks/soak.py --minutes 60 --seed 0
 
 One process after another trains the same run; each is killed, or asked to stop, after a lifetime
-that is drawn, and the next one goes on. Of each the resident memory and the open file descriptors
-are read every second. Of lives that are long enough the slope after the first part is fitted by
-least squares; the slopes are averaged with the lives as their samples. Prints them per hour with
-their uncertainty, and exits with 1 where memory grows by more than its allowance with certainty, a
-life ends with more files than it had, or a process does not go on.
+that is drawn, and the next one goes on. Of each the resident memory, that of files left out, and
+the open file descriptors are read every second. Of lives that are long enough the slope after the
+first part is fitted by least squares; the slopes are averaged with the lives as their samples.
+Prints them per hour with their uncertainty, and exits with 1 where memory grows by more than its
+allowance with certainty, a life ends with more files than it had, or a process does not go on.
 
 TensorStore (0.1.71 to 0.1.86) never frees the lists of what it tells as json: of its metrics, for
 which orbax asks twice for each item of a checkpoint, and of specifications, for every array. How
@@ -82,6 +82,12 @@ class Life:
         return 3600 * float(np.polyfit(self.settled[:, 0], self.settled[:, column], 1)[0])
 
 
+def memory(process: Path) -> float:
+    """MiB of a process that no file holds: pages of libraries come and go with those of others."""
+    lines = (process / "status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon:")) / 1024
+
+
 def live(folder: Path, run_dir: Path, lifetime: float, number: int, flags: list[str]) -> Life:
     """Trains for so many seconds from the first step on, and ends that by a signal."""
     attempt = killing.Attempt(folder, run_dir, 1, flags)
@@ -96,9 +102,8 @@ def live(folder: Path, run_dir: Path, lifetime: float, number: int, flags: list[
             if now - first > lifetime:
                 break
             with contextlib.suppress(OSError):  # it has just ended by itself, which is told below
-                pages = int((process / "statm").read_text().split()[1])
                 files = len(os.listdir(process / "fd"))
-                samples.append((now - first, pages * os.sysconf("SC_PAGE_SIZE") / 2**20, files))
+                samples.append((now - first, memory(process), files))
         time.sleep(1.0)
     attempt.send(number, [0])
     statuses = attempt.wait(60)
@@ -124,7 +129,7 @@ def growth_of_orbax(checkpoint: Path) -> float:
     reader = ocp.StandardCheckpointer()
     items = {name: reader.restore(checkpoint / name) for name in handlers}
     options = ocp.CheckpointManagerOptions(max_to_keep=2)
-    pages = []
+    resident = []
     with (
         tempfile.TemporaryDirectory() as name,
         ocp.CheckpointManager(name, options=options, item_handlers=handlers) as manager,
@@ -132,8 +137,8 @@ def growth_of_orbax(checkpoint: Path) -> float:
         for step in range(REFERENCE):
             args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
             manager.save(step, args=ocp.args.Composite(**args))
-            pages.append(int(Path("/proc/self/statm").read_text().split()[1]))
-    settled = np.array(pages[REFERENCE // 4 :]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+            resident.append(memory(Path("/proc/self")))
+    settled = resident[REFERENCE // 4 :]
     return float(np.polyfit(np.arange(len(settled)), settled, 1)[0])
 
 
@@ -173,9 +178,9 @@ def main() -> int:
         number = draw.choice((signal.SIGKILL, signal.SIGTERM))
         life = live(folder, folder / "run", lifetime, number, flags)
         lives.append(life)
-        memory, files = life.samples[-1][1:] if life.samples else (0.0, 0)
+        held, files = life.samples[-1][1:] if life.samples else (0.0, 0)
         line = f"life {len(lives)}: {lifetime:.0f} s, {life.steps} steps, {life.saves} saves, "
-        line += f"{life.ended_by}, {memory:.0f} MiB and {files} files at its end"
+        line += f"{life.ended_by}, {held:.0f} MiB and {files} files at its end"
         if life.counts:
             line += f"; {life.slope(1):+.1f} MiB and {life.slope(2):+.2f} files an hour"
         print(line, flush=True)
