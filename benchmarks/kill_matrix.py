@@ -161,7 +161,7 @@ class Matrix:
                     time.sleep(max(0.0, entered[plan.occurrence - 1] + plan.after - time.time()))
                     break
             time.sleep(0.002)
-        phase = attempt.told().phase
+        phases = [attempt.told(index).phase for index in range(self.processes)]
         sent = time.monotonic()
         # Before processes have met, one cannot tell the others: whoever asks has to ask them all.
         met = all(self._has_met(attempt.told(index)) for index in range(self.processes))
@@ -176,7 +176,7 @@ class Matrix:
         seconds = time.monotonic() - sent
         if statuses == [0] * self.processes:
             return None
-        return self._judge(attempt, plan, phase, statuses, seconds, run_dir)
+        return self._judge(attempt, plan, phases, statuses, seconds, run_dir)
 
     def _has_met(self, told: Told) -> bool:
         return any(name.endswith("reading the data") for name, _ in told.phases)
@@ -185,11 +185,12 @@ class Matrix:
         self,
         attempt: Attempt,
         plan: Plan,
-        phase: str,
+        phases: list[str],
         statuses: list[int] | None,
         seconds: float,
         run_dir: Path,
     ) -> Kill:
+        phase = phases[0]
         told = [attempt.told(index) for index in range(self.processes)]
         folders = {"base": base_dir(run_dir), "run": run_dir}
         wrong, repeated = [], 0
@@ -202,7 +203,7 @@ class Matrix:
         if plan.signal == signal.SIGTERM:
             if statuses is None:
                 wrong.append("it did not end in time")
-            elif phase != "python" and set(statuses) != {STATUS}:
+            elif {s for s, p in zip(statuses, phases, strict=True) if p != "python"} - {STATUS}:
                 wrong.append(f"exit status {statuses}")
             if repeated > 0:
                 wrong.append(f"{repeated} steps were lost")
