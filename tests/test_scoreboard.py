@@ -245,9 +245,10 @@ def test_bad_scores_are_refused_in_one_line(scores, groups, metric, message):
 def test_a_folder_without_scores_says_so(tmp_path):
     with pytest.raises(ValueError, match="scores.json: no such file"):
         scoreboard.read_scores(tmp_path)
-    (tmp_path / "scores.json").write_text("[]")
-    with pytest.raises(ValueError, match="scores.json: not a scoreboard"):
-        scoreboard.read_scores(tmp_path)
+    for text, message in (("[]", "expected a JSON object, got"), ("{}", "not a scoreboard")):
+        (tmp_path / "scores.json").write_text(text)
+        with pytest.raises(ValueError, match=f"scores.json: {message}"):
+            scoreboard.read_scores(tmp_path)
 
 
 score = st.floats(0, 100)
