@@ -28,7 +28,7 @@ import time
 from pathlib import Path
 
 import killing
-from killing import BASE, ENDING, Attempt, Told, base_dir, saved
+from killing import BASE, ENDING, Attempt, base_dir, saved
 
 from flix_jax.preemption import STATUS
 
@@ -161,11 +161,12 @@ class Matrix:
                     time.sleep(max(0.0, entered[plan.occurrence - 1] + plan.after - time.time()))
                     break
             time.sleep(0.002)
-        phases = [attempt.told(index).phase for index in range(self.processes)]
-        sent = time.monotonic()
+        journals = [attempt.told(index) for index in range(self.processes)]
+        phases = [journal.phase for journal in journals]
         # Before processes have met, one cannot tell the others: whoever asks has to ask them all.
-        met = all(self._has_met(attempt.told(index)) for index in range(self.processes))
+        met = all(journal.has_met_others for journal in journals)
         to = plan.to if met or plan.signal == signal.SIGKILL else range(self.processes)
+        sent = time.monotonic()
         attempt.send(plan.signal, to)
         if plan.signal == signal.SIGKILL:
             # What flix launch does: the others are given a moment, and are ended then.
@@ -177,9 +178,6 @@ class Matrix:
         if statuses == [0] * self.processes:
             return None
         return self._judge(attempt, plan, phases, statuses, seconds, run_dir)
-
-    def _has_met(self, told: Told) -> bool:
-        return any(name.endswith("reading the data") for name, _ in told.phases)
 
     def _judge(
         self,

@@ -106,6 +106,11 @@ class Told(NamedTuple):
     def phase(self) -> str:
         return self.phases[-1][0] if self.phases else "python"
 
+    @property
+    def has_met_others(self) -> bool:
+        """Whether it has done what comes behind that, where there are several processes."""
+        return any(name.endswith("reading the data") for name, _ in self.phases)
+
 
 class Attempt:
     """The processes of one start of a run."""

@@ -131,8 +131,8 @@ def growth_of_orbax(checkpoint: Path) -> float:
     options = ocp.CheckpointManagerOptions(max_to_keep=2)
     resident = []
     with (
-        tempfile.TemporaryDirectory() as name,
-        ocp.CheckpointManager(name, options=options, item_handlers=handlers) as manager,
+        tempfile.TemporaryDirectory() as folder,
+        ocp.CheckpointManager(folder, options=options, item_handlers=handlers) as manager,
     ):
         for step in range(REFERENCE):
             args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}

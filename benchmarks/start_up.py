@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -27,17 +28,14 @@ FLAGS = (
     "--gin.Run.log_every=1",
     "--gin.Schedule.warmup_steps=0",
 )
+BASE = ("--gin.Run.base='random'", "--gin.Run.adapters=None")
 
 
-def start(folder: Path, name: str, cache: str) -> float:
-    """Seconds until the first step of a run that had none."""
+def start(folder: Path, name: str, cache: str, flags: Sequence[str]) -> float:
+    """Seconds until the first step of a run that had none; `cache` is '' for none."""
     run_dir = folder / name
     command = [sys.executable, "-m", "flix_jax.cli", "train", *FLAGS]
-    command += [f"--gin.BABEL_DIR='{folder / 'babel'}'", f"--gin.Run.base='{folder / 'base'}'"]
-    if name == "base":
-        command[-1] = "--gin.Run.base='random'"
-        command += ["--gin.Run.adapters=None"]
-    command += [f"--run_dir={run_dir}"]
+    command += [f"--gin.BABEL_DIR='{folder / 'babel'}'", f"--run_dir={run_dir}", *flags]
     environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": cache}
     log = folder / f"{name}.log"
     began = time.perf_counter()
@@ -57,13 +55,13 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        kept = str(folder / "kept")
-        start(folder, "base", "")
-        start(folder, "first", kept)
+        kept, adapted = str(folder / "kept"), (f"--gin.Run.base='{folder / 'base'}'",)
+        start(folder, "base", "", BASE)
+        start(folder, "first", kept, adapted)
         without, with_kept = [], []
         for number in range(arguments.rounds):
-            without.append(start(folder, f"without_{number}", ""))
-            with_kept.append(start(folder, f"kept_{number}", kept))
+            without.append(start(folder, f"without_{number}", "", adapted))
+            with_kept.append(start(folder, f"kept_{number}", kept, adapted))
             print(f"{without[-1]:6.1f} s without, {with_kept[-1]:6.1f} s with", flush=True)
     ratios = sorted(b / a for a, b in zip(without, with_kept, strict=True))
     print(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 from etils import epath
 
@@ -12,6 +12,8 @@ from flix_jax.adapters import plain_json
 #: Descriptions: of a network, an adapter, a run, an index of weights, a table of languages.
 DESCRIPTION = 2**26
 _BLOCK = 2**20
+
+Value = TypeVar("Value")
 
 
 def read_bytes(path: epath.PathLike, most: int = DESCRIPTION) -> bytes:
@@ -42,10 +44,9 @@ def read_json(path: epath.PathLike, most: int = DESCRIPTION) -> Any:
     return _parsed(plain_json.parse, path, most)
 
 
-def read_object(path: epath.PathLike, most: int = DESCRIPTION) -> Mapping[str, Any]:
+def read_object(path: epath.PathLike, most: int = DESCRIPTION) -> dict[str, Any]:
     """`read_json` of what must be an object."""
-    value: Mapping[str, Any] = _parsed(plain_json.parse_object, path, most)
-    return value
+    return _parsed(plain_json.parse_object, path, most)
 
 
 def lines(path: epath.PathLike, most: int) -> Iterator[bytes]:
@@ -68,7 +69,7 @@ def lines(path: epath.PathLike, most: int) -> Iterator[bytes]:
     yield rest
 
 
-def _parsed(parse: Callable[[bytes], Any], path: epath.PathLike, most: int) -> Any:
+def _parsed(parse: Callable[[bytes], Value], path: epath.PathLike, most: int) -> Value:
     content = read_bytes(path, most)
     try:
         return parse(content)

@@ -68,7 +68,7 @@ def read_object(path: epath.PathLike) -> dict[str, Any] | None:
       ValueError: the file is no json or of something else, or larger than any that is written
         here; names the file.
     """
-    return dict(bounded.read_object(path)) if epath.Path(path).exists() else None
+    return bounded.read_object(path) if epath.Path(path).exists() else None
 
 
 def read_texts(path: epath.PathLike) -> list[str] | None:

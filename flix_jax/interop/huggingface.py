@@ -132,7 +132,7 @@ def read_config(folder: epath.PathLike) -> dict[str, Any]:
 
 def _record(folder: epath.Path) -> dict[str, Any]:
     path = folder / "config.json"
-    record = dict(bounded.read_object(path))
+    record = bounded.read_object(path)
     family = record.get("model_type")
     if family not in MODEL_TYPES:
         raise ValueError(

@@ -151,7 +151,7 @@ def _config(folder: epath.Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.exists():
         raise ValueError(f"{folder}: no {CONFIG}, expected a folder of PEFT's")
-    record = dict(bounded.read_object(path))
+    record = bounded.read_object(path)
     if record.get("peft_type") != "LORA":
         raise ValueError(f"{path}: peft_type is {record.get('peft_type')!r}, expected 'LORA'")
     for name in _OTHERS:

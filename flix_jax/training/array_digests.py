@@ -8,7 +8,6 @@ This guards against damage, not against an adversary.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -55,17 +54,18 @@ def _digest(array: jax.Array) -> tuple[jax.Array, jax.Array]:
     mixed = _mix(bits + place * jnp.uint32(0x9E3779B9))
     sums = mixed, mixed * (2 * place + 1)
     if bits.ndim > 1:  # first of each row, which a CPU's threads share, and both sums in one pass
-        sums = jax.lax.optimization_barrier(_sums(sums, range(1, bits.ndim)))
-        return _sums(sums, [0])
-    return _sums(sums, range(bits.ndim))
+        sums = jax.lax.optimization_barrier(_sums(sums, first_axis=1))
+    return _sums(sums, first_axis=0)
 
 
-def _sums(of: tuple[jax.Array, jax.Array], axes: Iterable[int]) -> tuple[jax.Array, jax.Array]:
+def _sums(of: tuple[jax.Array, jax.Array], first_axis: int) -> tuple[jax.Array, jax.Array]:
+    """Both summed over an axis and all behind it."""
+
     def add(x: Any, y: Any) -> Any:
         return x[0] + y[0], x[1] + y[1]
 
     zero = jnp.uint32(0)
-    return jax.lax.reduce(of, (zero, zero), add, tuple(axes))
+    return jax.lax.reduce(of, (zero, zero), add, tuple(range(first_axis, of[0].ndim)))
 
 
 def _mix(x: jax.Array) -> jax.Array:
