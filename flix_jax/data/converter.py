@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import seqio
-import tensorflow as tf
-
+from flix_jax.data.libraries import seqio, tf
 from flix_jax.data.pipeline import SOURCE_TOKENS, SOURCES
 
 FEATURE_IDS = "feature_ids"

@@ -5,13 +5,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import seqio
-import tensorflow as tf
 from jaxtyping import Int
 
 from flix_jax.data.cells import Cell
 from flix_jax.data.converter import FEATURE_IDS
 from flix_jax.data.examples import CellData, Ragged
+from flix_jax.data.libraries import seqio, tf
 from flix_jax.data.pipeline import SOURCES, TOKENS, check_lengths
 
 ANSWER = "answer"

@@ -57,7 +57,7 @@ class ByteVocabulary:
 
     def build(self) -> Any:
         """The seqio vocabulary."""
-        import seqio
+        from flix_jax.data.libraries import seqio
 
         return seqio.ByteVocabulary(extra_ids=self.extra_ids)
 
@@ -113,7 +113,7 @@ class SentencePieceVocabulary:
 
     def build(self) -> Any:
         """The seqio vocabulary."""
-        import seqio
+        from flix_jax.data.libraries import seqio
 
         _load_model(self.path)  # its errors are clearer
         return seqio.SentencePieceVocabulary(self.path, extra_ids=self.extra_ids)
