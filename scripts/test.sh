@@ -1,18 +1,19 @@
 #!/usr/bin/env bash
 # Makes the environment and checks everything: style, types, imports, tests.
 #
-#   ./scripts/test.sh              all tests
-#   ./scripts/test.sh --fast       all but the slow ones
+#   ./scripts/test.sh              all but the exhaustive tests; what continuous integration runs
+#   ./scripts/test.sh --all        every test; before a release
+#   ./scripts/test.sh --fast       all but the slow and the exhaustive ones
 #   ./scripts/test.sh tests/test_cli.py -k help     further arguments go to pytest
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_environment.sh"
 cd "$ROOT"
 
-passes=("not slow" "slow")
-if [[ "${1:-}" == "--fast" ]]; then
-  passes=("not slow")
-  shift
-fi
+chosen="not exhaustive"
+case "${1:-}" in
+  --all) chosen="" && shift ;;
+  --fast) chosen="not slow and not exhaustive" && shift ;;
+esac
 
 ensure_environment test
 python="$VENV/bin/python"
@@ -35,19 +36,9 @@ JAX_COMPILATION_CACHE_DIR="$(mktemp -d)"
 trap 'rm -rf "$JAX_COMPILATION_CACHE_DIR"' EXIT
 export JAX_COMPILATION_CACHE_DIR JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.5
 
-ran=0
-run_pytest() {
-  local status=0
-  "$python" -m pytest --numprocesses="${FLIX_TEST_WORKERS:-2}" --dist=loadfile --durations=10 "$@" || status=$?
-  # 5: no test matches, as when a file is named that has no slow ones.
-  if [[ $status == 5 ]]; then return; fi
-  ran=1
-  return "$status"
-}
-for marker in "${passes[@]}"; do
-  check "pytest ($marker)" run_pytest -m "$marker" "$@"
-done
-if [[ $ran == 0 ]]; then failed+=("pytest: no test matches"); fi
+# Files are given to the workers in the order of tests/conftest.py: those that take longest first.
+check "pytest" "$python" -m pytest --numprocesses="${FLIX_TEST_WORKERS:-2}" --dist=loadfile \
+  --no-loadscope-reorder --durations=20 -m "$chosen" "$@"
 
 if ((${#failed[@]})); then
   fail "failed after $SECONDS s: $(printf '%s; ' "${failed[@]}")"

@@ -15,6 +15,7 @@ os.environ.setdefault(
 
 import jax  # noqa: E402
 import jaxtyping  # noqa: E402
+import pytest  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
 
 # Virtual devices, for meshes. Commands that tests start see the one real device.
@@ -24,6 +25,13 @@ jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 # Shapes in the signatures of these packages are checked on every call that a test makes.
 jaxtyping.install_import_hook(["flix_jax.adapters", "flix_jax.models"], "beartype.beartype")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts files with slow tests first: no worker is left alone with one of them at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
 
 # The same examples on every run: a suite that fails fails again.
 settings.register_profile(

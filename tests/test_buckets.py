@@ -341,7 +341,7 @@ def environment(store):
     return os.environ | {"FSSPEC_GCS": '{"token": "anon"}', "PYTHONPATH": ROOT}
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_run_that_is_killed_in_its_saves_ends_as_one_that_was_not(store, tmp_path, environment):
     write_gin(tmp_path)
     flags = ["train", "--gin_file=run.gin", "--gin.DATA_DIR='data'", "--gin.Run.base='random'"]
@@ -370,7 +370,7 @@ def test_a_run_that_is_killed_in_its_saves_ends_as_one_that_was_not(store, tmp_p
     assert timeless(epath.Path("whole")) == timeless(epath.Path("gs://bucket/runs/killed"))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_sweep_in_a_bucket(store, tmp_path, capsys):
     write_gin(tmp_path, sweep=SWEEP)
     flags = ["sweep", "--gin_file=sweep.gin", "--gin.DATA_DIR='data'"]

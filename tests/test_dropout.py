@@ -131,7 +131,7 @@ def step_of(model, trained, microbatches):
     return step, TrainState.create(trained, optimizer)
 
 
-@pytest.mark.parametrize("scan", [True, False])
+@pytest.mark.parametrize("scan", [True, pytest.param(False, marks=pytest.mark.exhaustive)])
 def test_microbatches_change_neither_losses_nor_gradients(scan):
     model, trained, frozen, batch = made(scan)
     found = {}
@@ -152,6 +152,7 @@ def test_microbatches_change_neither_losses_nor_gradients(scan):
         assert np.linalg.norm(one - other) <= 1e-6 * np.linalg.norm(other)
 
 
+@pytest.mark.exhaustive
 def test_microbatches_need_no_more_memory():
     model, trained, frozen, batch = made(True)
     needed = []

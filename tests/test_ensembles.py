@@ -287,6 +287,7 @@ def run_dir(run, tmp_path_factory):
     return run_dir
 
 
+@pytest.mark.exhaustive
 def test_a_trained_run_is_evaluated_as_an_ensemble_in_its_own_folder(run, run_dir):
     inference.evaluate(run, run_dir, say=lambda text: None)
     cells = ("low/x", "low/z", "odd/w", "up/x", "up/y")

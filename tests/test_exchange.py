@@ -185,7 +185,7 @@ def test_an_export_that_means_nothing_is_refused(options, message, run, tmp_path
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("form", ["huggingface", "t5x"])
+@pytest.mark.parametrize("form", ["huggingface", pytest.param("t5x", marks=pytest.mark.exhaustive)])
 def test_a_run_adapts_a_network_of_others(form, run, tmp_path):
     """A base that is written out and read in again trains as the run's own does."""
     short = dataclasses.replace(run, total_steps=2, save_every=2)

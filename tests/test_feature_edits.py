@@ -268,7 +268,7 @@ def test_commands_edit_folders(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "f").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_run_gives_its_adapters_and_another_starts_from_them(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(write_gin(tmp_path))
     train = ["train", "--gin_file=run.gin", "--gin.DATA_DIR='data'"]
@@ -333,7 +333,7 @@ def test_a_value_is_trained_beside_others_that_keep_their_bits(second, grown, tm
     assert all(np.abs(after[path] - before[path]).max() > 1e-4 for path in before)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_restarted_run_is_the_run_bit_for_bit_and_needs_the_folder_no_more(
     second, grown, tmp_path
 ):

@@ -32,7 +32,7 @@ def space(rank):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_trials_of_other_ranks_are_the_trials_by_themselves():
     """With the function whose logits are divided by the root of a rank."""
     fusion = Fusion("cross_attention")

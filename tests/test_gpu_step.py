@@ -69,7 +69,7 @@ def test_the_flops_are_those_of_the_products_of_the_network(benchmark, kernels):
     assert found == expected
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_it_prints_every_side_beside_the_first(benchmark, monkeypatch, capsys):
     command = "gpu_step --model tiny --rows 2 --input_length 8 --target_length 4 --rounds 2"
     monkeypatch.setattr(sys, "argv", [*command.split(), "--sides", "frozen,rows,lora"])

@@ -131,7 +131,9 @@ def networks(scan, tied, one_hot=False):
     return model, adapters, {"float": base, "int8": narrow, "wide": int8.dequantise(narrow)}, batch
 
 
-@pytest.mark.parametrize(("scan", "tied"), [(True, False), (False, True)])
+@pytest.mark.parametrize(
+    ("scan", "tied"), [(True, False), pytest.param(False, True, marks=pytest.mark.exhaustive)]
+)
 def test_a_network_computes_with_the_dequantised_weights(scan, tied):
     """Logits, gradients of adapters and decoding; near the float base, and not equal to it."""
     model, adapters, of, batch = networks(scan, tied)
@@ -261,6 +263,7 @@ def test_a_run_trains_beside_it(run, tmp_path):
         np.testing.assert_allclose(logits / largest, expected / largest, atol=1e-5)
 
 
+@pytest.mark.exhaustive
 def test_a_mesh_changes_no_loss(run, tmp_path):
     losses = [
         steps(dataclasses.replace(run, base="random", mesh=mesh), tmp_path, devices)[0]
@@ -272,6 +275,7 @@ def test_a_mesh_changes_no_loss(run, tmp_path):
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
 
 
+@pytest.mark.exhaustive
 def test_trials_of_one_program_share_it(run, tmp_path):
     short = dataclasses.replace(run, total_steps=3, save_every=3)
     runs = [dataclasses.replace(short, seed=seed, data_seed=0) for seed in (0, 1)]
@@ -293,6 +297,7 @@ def test_trials_of_one_program_share_it(run, tmp_path):
     np.testing.assert_allclose(one, other, rtol=1e-5)
 
 
+@pytest.mark.exhaustive
 def test_a_plan_tells_what_it_takes(run):
     made, plain = (
         plan.make(dataclasses.replace(run, frozen_dtype=dtype), topology.find("cpu:8"))

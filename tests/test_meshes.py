@@ -103,7 +103,7 @@ def steps(run, folder, devices):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["sgd", "adamw"])
+@pytest.mark.parametrize("name", [pytest.param("sgd", marks=pytest.mark.exhaustive), "adamw"])
 def test_a_mesh_changes_neither_losses_nor_parameters(run, name, tmp_path):
     run = with_optimizer(run, name)
     alone = dataclasses.replace(run, mesh=MeshSpec(data=1))
@@ -132,7 +132,7 @@ def test_a_run_goes_on_on_another_mesh(run, tmp_path):
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_predictions_are_those_of_one_device(run, tmp_path):
     rows = np.random.default_rng(0).integers(3, 300, (8, run.inputs_length), dtype=np.int32)
     ids = np.asarray([[0, 1], [1, 0], [-1, 2], [0, -1]] * 2, np.int32)

@@ -103,7 +103,7 @@ def test_every_bad_file_is_told(world, capsys):
     assert places == ["data/same/train/x.jsonl:1", "data/same/validation/x.jsonl:1"]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_changed_run_goes_on_where_that_is_allowed(world, capsys):
     """The change is noted with its step, and the folder is the changed run's from then on."""
     folder = world / "changed"

@@ -167,7 +167,7 @@ def test_healthy_steps_made_again_have_the_very_numbers_of_the_log(stopped, run)
         assert sum(step.metrics[name] for step in made) / 3 == line[name]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_dumped_step_made_again_is_not_finite_in_the_same_place(stopped, run, bad_steps):
     folder, line = stopped
     found = diagnosis.diagnose(run, folder)
@@ -205,6 +205,7 @@ def test_skipped_steps_leave_the_state_as_it_was_and_are_counted(skipped, bad_st
     assert all(np.isfinite(x["loss"]) for x in lines(skipped))
 
 
+@pytest.mark.exhaustive
 def test_a_run_with_skipped_steps_goes_on_bit_for_bit(skipping, skipped, bad_steps, tmp_path):
     stop = 9
     assert bad_steps == [7] and stop % skipping.log_every == 0
@@ -220,7 +221,7 @@ def test_a_run_with_skipped_steps_goes_on_bit_for_bit(skipping, skipped, bad_ste
     assert lines(tmp_path)[-1] == lines(skipped)[-1]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_too_many_in_a_row_stop_the_run(skipping, tmp_path):
     everywhere = dataclasses.replace(
         skipping,
@@ -265,7 +266,7 @@ def test_a_gradient_that_is_not_finite_stops_though_the_loss_is(run, tmp_path, m
     assert largest.path == "encoder/encoder/mlp/wi_0/flix/task/b" and largest.largest > 1e28
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_row_of_an_adapter_that_is_not_a_number_is_named(run, batches, tmp_path, monkeypatch):
     tasks = ("back", "up")  # the values, in their order
     changed_start(monkeypatch, lambda a: a.at[tasks.index("up")].set(jnp.nan))
@@ -278,6 +279,7 @@ def test_a_row_of_an_adapter_that_is_not_a_number_is_named(run, batches, tmp_pat
         training.train(dataclasses.replace(run, base="random", save_every=50), tmp_path)
 
 
+@pytest.mark.exhaustive
 def test_an_update_that_is_too_large_is_never_saved(run, tmp_path):
     large = dataclasses.replace(
         run,
@@ -301,6 +303,7 @@ def test_the_choice_is_checked_and_may_change_where_a_run_stands(run):
     assert together.alone(skip) and not together.alone(run)
 
 
+@pytest.mark.exhaustive
 def test_parity_is_close_where_only_rounding_differs_and_refused_where_more_does(run, tmp_path):
     model = dataclasses.replace(run.model, dtype="bfloat16")
     rounded = dataclasses.replace(run, base="random", model=model, frozen_dtype="int8")

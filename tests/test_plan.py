@@ -225,6 +225,7 @@ def test_the_time_of_a_step(made):
     assert "100 to 110 ms" in plan_text.ranking([there])
 
 
+@pytest.mark.exhaustive
 def test_a_search_ranks_meshes_and_leaves_out_what_cannot_be(run):
     run = dataclasses.replace(
         run, batch_size=4, evaluation=dataclasses.replace(run.evaluation, batch_size=8)
@@ -299,13 +300,13 @@ for data, fsdp, model in ((8, 4, 1), (4, 2, 4), (2, 1, 16), (32, 1, 1)):
 """
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @needs_the_tpu_compiler
 def test_slices_are_arranged_as_jax_arranges_them():
     subprocess.run([sys.executable, "-c", ARRANGED], check=True)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @needs_the_tpu_compiler
 def test_a_plan_for_two_slices(tmp_path):
     write_gin(tmp_path)

@@ -414,7 +414,7 @@ def listing(run_dir):
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_run_that_was_asked_to_stop_ends_as_one_that_was_not(run, tmp_path, monkeypatch):
     bases_dir, whole, stopped = (tmp_path / name for name in ("bases", "whole", "stopped"))
     training.train(run, whole, bases_dir=bases_dir)

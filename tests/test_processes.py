@@ -140,7 +140,7 @@ def test_two_processes_train_what_one_does(folder):
         assert one.read_text() == other.read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_run_goes_on_in_other_numbers_of_processes(folder):
     train("--run_dir=whole")
     train("--run_dir=parts", *mesh(data=4, model=2), steps=7)
@@ -153,7 +153,7 @@ def test_a_run_goes_on_in_other_numbers_of_processes(folder):
     np.testing.assert_allclose(losses("parts"), losses("whole"), rtol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc")
 def test_where_one_is_killed_the_other_stops_and_the_run_goes_on_later(folder):
     running = launch("--run_dir=killed", "--gin.Run.log_every=1000", steps=10**6)
@@ -175,7 +175,7 @@ def test_where_one_is_killed_the_other_stops_and_the_run_goes_on_later(folder):
     assert steps[-2:] == [last + 1, last + 2]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc")
 @pytest.mark.parametrize("asked", ["all, by the command that started them", "the second alone"])
 def test_where_one_is_asked_to_stop_all_stop_at_one_step(folder, asked):

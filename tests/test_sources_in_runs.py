@@ -198,7 +198,7 @@ def test_a_prompt_takes_a_source_for_the_next_input(run, whole, bases_dir):
     assert once[2] == answers([line["input"]])[0]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_run_goes_on_bit_for_bit(run, whole, bases_dir, tmp_path):
     training.train(dataclasses.replace(run, total_steps=2), tmp_path, bases_dir=bases_dir)
     training.train(run, tmp_path, bases_dir=bases_dir)
@@ -206,7 +206,7 @@ def test_a_run_goes_on_bit_for_bit(run, whole, bases_dir, tmp_path):
     assert all((np.asarray(ours[path]) == np.asarray(theirs[path])).all() for path in ours)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_microbatches_and_devices_change_nothing(run, whole, bases_dir, tmp_path):
     parts = dataclasses.replace(run, microbatches=2, mesh=MeshSpec(data=4, model=2))
     training.train(parts, tmp_path, bases_dir=bases_dir)
@@ -215,7 +215,7 @@ def test_microbatches_and_devices_change_nothing(run, whole, bases_dir, tmp_path
         np.testing.assert_allclose(np.asarray(leaf), np.asarray(ours[path]), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_fused_trials_train_together(base, bases_dir, tmp_path):
     runs = [
         adapted(

@@ -77,7 +77,7 @@ def test_a_sweep_together_is_the_sweep_one_after_another(folder, together):
     assert scores(together) == scores(alone)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_sweep_that_is_killed_at_random_ends_as_if_it_had_not_been(folder, together):
     kills = int(os.environ.get("FLIX_TEST_KILLS", "3"))
     draw = random.Random(int(os.environ.get("FLIX_TEST_SEED", "0")))
@@ -138,7 +138,7 @@ def test_mistakes_are_one_line_before_any_compute(folder, capsys, more, message)
     assert not (folder / "mistake").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_folder_of_another_sweep_is_refused(together, capsys):
     assert cli.main(flags("together", "--gin.Sweep.name='other'")) == cli.USER_ERROR
     assert "holds a sweep of name" in capsys.readouterr().err

@@ -160,9 +160,9 @@ def looped_gradient(golden):
     ("scan_layers", "remat"),
     [
         (True, "full"),
-        pytest.param(False, "full", marks=pytest.mark.slow),
-        pytest.param(False, "minimal", marks=pytest.mark.slow),
-        pytest.param(True, "none", marks=pytest.mark.slow),
+        pytest.param(False, "full", marks=pytest.mark.exhaustive),
+        pytest.param(False, "minimal", marks=pytest.mark.exhaustive),
+        pytest.param(True, "none", marks=pytest.mark.exhaustive),
         pytest.param(True, "minimal", marks=pytest.mark.slow),
     ],
 )

@@ -112,12 +112,19 @@ def test_a_step_is_that_of_banks(run, kind, expected, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", tables.KINDS)
-@pytest.mark.parametrize(("mesh", "scanned"), [(0, False), (1, True), (2, True)])
+@pytest.mark.parametrize(
+    ("mesh", "scanned"),
+    [
+        pytest.param(0, False, marks=pytest.mark.exhaustive),
+        pytest.param(1, True, marks=pytest.mark.exhaustive),
+        (2, True),
+    ],
+)
 def test_a_step_on_a_mesh_is_that_of_banks(run, kind, mesh, scanned, expected, tmp_path):
     check(run, kind, mesh, scanned, 1, expected, tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_in_bfloat16_gradients_are_those_of_float32_tables(run, tmp_path):
     """Products are rounded, sums over the batch are not: as close to float32 as with banks."""
     exact, before = one_step(with_layers(run, True), tmp_path)[1:]

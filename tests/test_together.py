@@ -99,7 +99,14 @@ OPTIMIZERS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "steps"), [("adamw", STEPS), ("sgd", 20), ("adafactor", 20)])
+@pytest.mark.parametrize(
+    ("name", "steps"),
+    [
+        pytest.param("adamw", STEPS, marks=pytest.mark.exhaustive),
+        ("sgd", 20),
+        pytest.param("adafactor", 20, marks=pytest.mark.exhaustive),
+    ],
+)
 def test_every_trial_equals_its_solo_run(name, steps, base_run, bases_dir, tmp_path):
     runs = trials(base_run, OPTIMIZERS[name], steps)
     outcomes = run_together(runs, tmp_path / "together", bases_dir)
@@ -131,6 +138,7 @@ def test_a_trial_that_diverges_stops_alone(base_run, bases_dir, tmp_path):
     assert not (tmp_path / "1" / "checkpoints" / "8").exists()
 
 
+@pytest.mark.exhaustive
 def test_an_interrupted_program_goes_on_and_ends_bit_for_bit(base_run, bases_dir, tmp_path):
     runs = trials(base_run, OPTIMIZERS["adamw"], 12)
     run_together(runs, tmp_path / "whole", bases_dir)
@@ -159,7 +167,7 @@ def test_an_interrupted_program_goes_on_and_ends_bit_for_bit(base_run, bases_dir
         assert lines(tmp_path / "cut" / str(i)) == lines(tmp_path / "whole" / str(i))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_program_that_is_asked_to_stop_ends_as_one_that_is_not(
     base_run, bases_dir, tmp_path, monkeypatch
 ):
@@ -236,6 +244,7 @@ def test_whole_networks_and_ensembles_are_programs_of_their_own(base_run):
     ]
 
 
+@pytest.mark.exhaustive
 def test_predictions_of_a_padded_trial_are_those_of_its_folder(base_run, bases_dir, tmp_path):
     runs = trials(base_run, OPTIMIZERS["adamw"], 8)
     outcomes = run_together(runs, tmp_path, bases_dir)

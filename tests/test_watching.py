@@ -22,9 +22,9 @@ TYPES = (FeatureType("task", rank=2), FeatureType("language", rank=2))
 @pytest.mark.parametrize(
     ("scan", "remat", "microbatches", "tables"),
     [
-        pytest.param(True, "none", 1, "banks", marks=pytest.mark.slow),
+        pytest.param(True, "none", 1, "banks", marks=pytest.mark.exhaustive),
         (True, "minimal", 2, "rows"),
-        pytest.param(False, "full", 1, "all", marks=pytest.mark.slow),
+        pytest.param(False, "full", 1, "all", marks=pytest.mark.exhaustive),
     ],
 )
 def test_outputs_and_gradients_are_those_of_the_model(tmp_path, scan, remat, microbatches, tables):
