@@ -259,7 +259,7 @@ def test_loss_is_that_of_the_logits(looped):
     assert float(sums["weight"]) == float((targets > 0).sum())
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", [pytest.param(False, marks=pytest.mark.exhaustive), True])
 def test_chunks_of_the_loss_are_the_whole_with_dropout_and_adapters(tied):
     """Loss, metrics and gradients of adapters, and of the whole network, its output layer too."""
     config = dataclasses.replace(CONFIG, logits_via_embedding=tied)

@@ -224,6 +224,7 @@ def test_a_base_is_quantised_as_it_is_read(run, tmp_path):
             assert leaf.sharding.is_equivalent_to(shape.sharding, leaf.ndim)
 
 
+@pytest.mark.exhaustive
 def test_a_run_trains_beside_it(run, tmp_path):
     """It learns, near to the float base; what it trained alone is kept, and goes out whole."""
     training.train(run, tmp_path / "run", show_cells=False)

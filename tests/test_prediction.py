@@ -82,6 +82,7 @@ def infer(run, whole, bases_dir, tmp_path):
     return infer
 
 
+@pytest.mark.exhaustive
 def test_by_beams_and_by_drawing(infer):
     greedily = [line["prediction"] for line in infer(MIXED)]
     one = infer(MIXED, decoding=Decoding(beams=1))

@@ -260,7 +260,12 @@ def test_a_row_does_not_depend_on_the_sources_of_others(looped):
 
 
 @pytest.mark.parametrize(
-    ("scan_layers", "remat"), [(True, "none"), (False, "minimal"), (True, "full")]
+    ("scan_layers", "remat"),
+    [
+        pytest.param(True, "none", marks=pytest.mark.exhaustive),
+        pytest.param(False, "minimal", marks=pytest.mark.exhaustive),
+        (True, "full"),
+    ],
 )
 def test_loop_scan_and_remat_agree(looped, scan_layers, remat):
     _, params, loss, by_adapters = looped
@@ -348,6 +353,7 @@ def test_members_of_an_ensemble_read_the_source_of_their_row():
     assert len(np.unique(expected)) > 3
 
 
+@pytest.mark.exhaustive
 def test_microbatches_read_their_own_sources():
     model = model_of("cross_attention", scan_layers=True)
     base, adapters = split_adapters(params_of(model))

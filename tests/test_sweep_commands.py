@@ -61,7 +61,7 @@ def together(folder):
     return folder / "together"
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_sweep_together_is_the_sweep_one_after_another(folder, together):
     alone = folder / "alone"
     assert cli.main(flags("alone", "--gin.Sweep.trials_per_program=1")) == 0

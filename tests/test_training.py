@@ -196,6 +196,7 @@ def test_a_base_that_another_worker_trains_is_waited_for(run, base_run, tmp_path
     assert not mine.is_alive() and (job.base_dir / "metrics.jsonl").read_text() == made
 
 
+@pytest.mark.exhaustive
 def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(run, bases_dir, tmp_path):
     diverging = dataclasses.replace(
         run,
@@ -268,7 +269,7 @@ def test_a_language_more_in_the_data_is_named(run, data_dir, whole, bases_dir, t
         inference.evaluate(more, tmp_path / "run", bases_dir=bases_dir)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_best_checkpoint_is_kept_through_a_restart_and_read(run, data_dir, bases_dir, tmp_path):
     chrf = TaskFormat(metrics=("chrf", "cer"))  # varies more than the exact match of a tiny model
     run = dataclasses.replace(

@@ -22,8 +22,8 @@ TYPES = (FeatureType("task", rank=2), FeatureType("language", rank=2))
 @pytest.mark.parametrize(
     ("scan", "remat", "microbatches", "tables"),
     [
-        pytest.param(True, "none", 1, "banks", marks=pytest.mark.exhaustive),
-        (True, "minimal", 2, "rows"),
+        (True, "none", 1, "banks"),
+        pytest.param(True, "minimal", 2, "rows", marks=pytest.mark.exhaustive),
         pytest.param(False, "full", 1, "all", marks=pytest.mark.exhaustive),
     ],
 )
