@@ -120,6 +120,17 @@ def test_strict_and_reading_refuse_damage(run_dir):
     assert folder.exists()
 
 
+@pytest.mark.parametrize("content", ["1", "[]", '{"commit_timestamp_nsecs": "x"}'])
+def test_a_record_that_orbax_cannot_read_is_named(run_dir, content):
+    """Orbax reads when a step was written for every step that there is, before any is asked for."""
+    place = run_dir / "checkpoints" / "3" / "_CHECKPOINT_METADATA"
+    place.write_text(content)
+    with pytest.raises(Damaged, match=rf"{place.parent} is damaged: {place.name} .*; move it away"):
+        resumed(run_dir)
+    place.parent.rename(run_dir / "away")
+    assert resumed(run_dir)[0] == 2
+
+
 def test_without_a_sound_step_nothing_begins_anew_by_itself(run_dir):
     for step in (1, 2, 3):
         (run_dir / "checkpoints" / str(step) / "commit_success.txt").unlink()

@@ -31,6 +31,8 @@ _TEMPORARY = ".orbax-checkpoint-tmp"  # in the name of a checkpoint's folder unt
 
 # What a failed write is raised as, by orbax and by tensorstore.
 _WRITING = (OSError, ValueError, RuntimeError)
+# What orbax raises where a file is not of the form that it expects.
+_READING = (ValueError, KeyError, TypeError, AttributeError, AssertionError, OverflowError)
 
 Step = int | Literal["best"] | None
 
@@ -96,21 +98,24 @@ class Checkpoints:
         self._sound: set[int] = set()  # steps whose files were compared already
         self._best = BestStep(self.directory.parent, best)
         self._retention = Retention(keep, keep_period, self._best, planned)
-        self._manager = ocp.CheckpointManager(
-            self.directory,
-            options=ocp.CheckpointManagerOptions(
-                create=create,
-                cleanup_tmp_directories=create,
-                preservation_policy=self._retention,
-                temporary_path_class=sealing.sealed(self.directory, self._seal),
-            ),
-            item_handlers={
-                "trained": ocp.StandardCheckpointHandler(),
-                "optimizer": ocp.StandardCheckpointHandler(),
-                "data": ocp.JsonCheckpointHandler(),
-                "identity": ocp.JsonCheckpointHandler(),
-            },
-        )
+        try:
+            self._manager = ocp.CheckpointManager(
+                self.directory,
+                options=ocp.CheckpointManagerOptions(
+                    create=create,
+                    cleanup_tmp_directories=create,
+                    preservation_policy=self._retention,
+                    temporary_path_class=sealing.sealed(self.directory, self._seal),
+                ),
+                item_handlers={
+                    "trained": ocp.StandardCheckpointHandler(),
+                    "optimizer": ocp.StandardCheckpointHandler(),
+                    "data": ocp.JsonCheckpointHandler(),
+                    "identity": ocp.JsonCheckpointHandler(),
+                },
+            )
+        except _READING as error:
+            raise self._unreadable(error) from error
         if create:  # a run may have ended between a checkpoint and its note
             self._best.forget_after(self.latest_step() or 0)
             self._best.write(self.all_steps())
@@ -379,10 +384,21 @@ class Checkpoints:
         """
         try:
             yield
-        except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
+        except _READING as error:
             folder = self.directory / str(step)
-            raise ValueError(f"checkpoint {folder} cannot be read: {reason}") from error
+            raise ValueError(f"checkpoint {folder} cannot be read: {_reason(error)}") from error
+
+    def _unreadable(self, error: Exception) -> ValueError:
+        """What is told where orbax cannot list the steps, for it reads when each was written."""
+        steps = (int(path.name) for path in self.directory.iterdir() if path.name.isdecimal())
+        for step in sorted(steps, reverse=True):
+            found = manifest.damage(self.directory / str(step))
+            if found is not None:
+                return Damaged(
+                    f"checkpoint {self.directory / str(step)} is damaged: {found}; move it away to "
+                    "go on from the one before"
+                )
+        return ValueError(f"the checkpoints in {self.directory} cannot be read: {_reason(error)}")
 
     def _check_files(self, step: int) -> None:
         if step in self._sound:
@@ -456,6 +472,10 @@ def _specs(tree: Any) -> dict[str, str]:
     """Leaf name -> ``dtype[shape]``, for arrays, shapes and orbax's metadata alike."""
     leaves = leaves_by_name(tree, is_leaf=lambda x: hasattr(x, "shape"))
     return {name: f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}" for name, leaf in leaves}
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _short(text: str | None) -> str:
