@@ -63,6 +63,12 @@ def first_fields(path: Any) -> list[str]:
     return list(dict.fromkeys(name for _, record in records for name in record))
 
 
+def _names(record: Record) -> str:
+    """The fields of a record as an error tells them: in one line, whatever they are called."""
+    shown = (name if name.isprintable() and len(name) <= 40 else shorten(name) for name in record)
+    return ", ".join(shown) or "none"
+
+
 def text(record: Record, name: str, *, numbers: bool = False) -> str:
     """The string field `name`; ValueError when it is missing, no string, or no valid Unicode.
 
@@ -70,7 +76,7 @@ def text(record: Record, name: str, *, numbers: bool = False) -> str:
       numbers: take a number too, as JSON writes it.
     """
     if name not in record:
-        raise ValueError(f"field {name!r} is missing: the record has {', '.join(record) or 'none'}")
+        raise ValueError(f"field {name!r} is missing: the record has {_names(record)}")
     value = record[name]
     if numbers and type(value) in (int, float):
         return json.dumps(value)
@@ -86,7 +92,7 @@ def text(record: Record, name: str, *, numbers: bool = False) -> str:
 def integer(record: Record, name: str) -> int:
     """The whole number of the field `name`; ValueError when it is missing or something else."""
     if name not in record:
-        raise ValueError(f"field {name!r} is missing: there is {', '.join(record) or 'none'}")
+        raise ValueError(f"field {name!r} is missing: there is {_names(record)}")
     value = record[name]
     if type(value) is not int:
         raise ValueError(f"field {name!r}: expected a whole number, got {shorten(value)}")

@@ -64,6 +64,7 @@ def test_fewer_names_may_be_asked_for(saved):
     ("identity", "template", "step", "message"),
     [
         ({**IDENTITY, "base": "xyz"}, a_state(0), None, "another base: saved abc, here xyz"),
+        ({**IDENTITY, "base": "x\n y"}, a_state(0), None, "another base: saved abc, here x y"),
         (IDENTITY, a_state(0), 7, r"no checkpoint of step 7 .*\(2, 3\)"),
         (IDENTITY, a_state(0, jnp.bfloat16), None, "flix/a is float32.* there, bfloat16"),
         (IDENTITY, a_state(0, rows=5), None, r"flix/a is float32\[4, 2\] there, float32\[5, 2\]"),
@@ -72,6 +73,23 @@ def test_fewer_names_may_be_asked_for(saved):
 def test_what_does_not_agree_is_refused(saved, identity, template, step, message):
     with pytest.raises(ValueError, match=message):
         Checkpoints(saved, identity).restore(template, step)
+
+
+@pytest.mark.parametrize("saved_text", [None, ["a"], "no space"])
+def test_a_text_that_none_has_saved_is_shown_as_it_is(tmp_path, saved_text):
+    """What tells differences in the program's words reads texts that the program has saved."""
+
+    def difference(text: str) -> str:
+        raise ValueError(f"{text} is no feature space")
+
+    with Checkpoints(tmp_path, {"features": saved_text}) as checkpoints:
+        checkpoints.save(a_state(), {})
+    with (
+        Checkpoints(tmp_path, IDENTITY, differences={"features": difference}) as checkpoints,
+        pytest.raises(ValueError, match="3 has another features: saved .*, here") as refused,
+    ):
+        checkpoints.restore(a_state())
+    assert str(saved_text) in str(refused.value)
 
 
 def test_an_array_that_is_missing_is_named(saved):

@@ -124,6 +124,7 @@ def test_bad_offsets_are_refused(start, limit, message):
     ("line", "message"),
     [
         ('{"input": "a", "target"', "malformed JSON"),
+        ('{"a\\n": 1}', r'field .input. is missing: the record has "a\\n"'),
         ('{"input": "a"}', "field 'target' is missing: the record has input"),
         ('{"input": "a", "target": null}', "field 'target': expected a string, got null"),
         ('{"input": "a", "target": ["b"]}', 'expected a string, got \\["b"\\]'),

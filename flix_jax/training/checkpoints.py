@@ -427,8 +427,9 @@ class Checkpoints:
             there = saved.get(name)
             if there != here:
                 shown = f"saved {_short(there)}, here {_short(here)}"
-                if there is not None and name in self._differences:
-                    shown = self._differences[name](there)
+                if isinstance(there, str) and name in self._differences:
+                    with contextlib.suppress(ValueError):  # no text that was ever saved
+                        shown = self._differences[name](there)
                 raise ValueError(
                     f"checkpoint {self.directory / str(step)} has another {name}: {shown}"
                 )
@@ -478,5 +479,6 @@ def _reason(error: Exception) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-def _short(text: str | None) -> str:
-    return str(text) if len(str(text)) <= 200 else f"{str(text)[:200]}…"
+def _short(saved: Any) -> str:
+    text = " ".join(str(saved).split())
+    return text if len(text) <= 200 else f"{text[:200]}…"
