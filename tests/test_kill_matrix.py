@@ -11,7 +11,12 @@ SCRIPT = Path(__file__).parent.parent / "benchmarks" / "kill_matrix.py"
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("processes", "kills"), [(1, 3), pytest.param(2, 4, marks=pytest.mark.exhaustive)]
+    ("processes", "kills"),
+    [
+        (1, 3),
+        pytest.param(1, 6, marks=pytest.mark.exhaustive),
+        pytest.param(2, 4, marks=pytest.mark.exhaustive),
+    ],
 )
 def test_a_run_that_is_killed_ends_as_one_that_is_not(processes, kills, tmp_path):
     command = [sys.executable, str(SCRIPT), "--seed=0", f"--kills={kills}"]
