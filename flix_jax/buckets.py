@@ -23,6 +23,8 @@ import fsspec.config
 from etils import epath
 from etils.epath import gpath
 
+from flix_jax.mistakes import reason
+
 # gcsfs brings google-cloud-storage along.
 NOT_INSTALLED = (
     "buckets need gcsfs, which is not installed; pip install gcsfs (or the extra 'gcs' of flix_jax)"
@@ -121,11 +123,6 @@ def mistake(error: BaseException) -> str | None:
     if refused or type(error).__module__.startswith(("gcsfs.", "google.a")):
         return f"a bucket refuses: {reason(error)}"
     return None
-
-
-def reason(error: BaseException) -> str:
-    """What a client says, in one line."""
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _describe(bucket: str) -> None:

@@ -70,3 +70,8 @@ def describe(error: BaseException) -> str:
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{error.filename}: {error.strerror}"
     return " ".join(str(error).split())
+
+
+def reason(error: BaseException) -> str:
+    """What a library says, in one line; the kind of its error where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -23,6 +23,7 @@ from flix_jax.adapters.suggest import did_you_mean
 from flix_jax.data import bounded
 from flix_jax.interop import network
 from flix_jax.interop.leaves import Index, Leaf
+from flix_jax.mistakes import reason
 from flix_jax.models.config import T5Config
 
 MODEL_TYPES = ("t5", "mt5", "umt5")  # ByT5 is a t5
@@ -379,8 +380,7 @@ def _pytorch(path: epath.Path) -> dict[str, Leaf]:
     try:  # weights alone: a pickle may name any code
         tensors = torch.load(_local(path), map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # of any kind, for what it is given
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{path}: refused or damaged: {reason[:200]}") from None
+        raise ValueError(f"{path}: refused or damaged: {reason(error)[:200]}") from None
     leaves = {}
     for name, tensor in tensors.items() if isinstance(tensors, dict) else ((None, tensors),):
         source = f"{path}: {name}"

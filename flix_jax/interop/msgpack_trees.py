@@ -15,6 +15,7 @@ import numpy as np
 from etils import epath
 
 from flix_jax.data import bounded
+from flix_jax.mistakes import reason
 
 MOST_BYTES = 2**35  # what is in the file is in memory
 _MOST_CHILDREN = 2**16
@@ -44,8 +45,7 @@ def read(file: epath.Path) -> Any:
         )
         return _joined(tree)
     except (ValueError, TypeError, KeyError, RecursionError, msgpack.UnpackException) as error:
-        message = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{file}: no msgpack of flax's: {message[:200]}") from None
+        raise ValueError(f"{file}: no msgpack of flax's: {reason(error)[:200]}") from None
 
 
 def _extension(code: int, data: bytes) -> np.ndarray:

@@ -24,6 +24,7 @@ from etils import epath
 from flix_jax.data import bounded
 from flix_jax.interop import msgpack_trees, network, zarr_arrays
 from flix_jax.interop.leaves import Index, Leaf
+from flix_jax.mistakes import reason
 from flix_jax.models.config import T5Config
 
 MSGPACK, STATE = "checkpoint", "state"
@@ -149,8 +150,7 @@ def _read_orbax(folder: epath.Path) -> dict[str, Leaf]:
             raise ValueError("holds no 'target', expected a checkpoint of T5X's")
         names = list(_flat(entries["target"], "target"))
     except Exception as error:  # of any kind, for what it is given
-        message = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{folder}: {message[:400]}") from None
+        raise ValueError(f"{folder}: {reason(error)[:400]}") from None
     ocdbt = (folder / "manifest.ocdbt").exists()
     leaves = {}
     for name in names:

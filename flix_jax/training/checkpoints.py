@@ -21,6 +21,7 @@ from etils import epath
 
 from flix_jax import buckets, processes
 from flix_jax.adapters.tree import leaves_by_name
+from flix_jax.mistakes import reason
 from flix_jax.training import array_digests, best_step, manifest, sealing
 from flix_jax.training.best_step import BestStep
 from flix_jax.training.partitioning import gathered
@@ -326,16 +327,16 @@ class Checkpoints:
         manifest.write(folder, step, array_digests.texts(self._digests.pop(step)), announced)
 
     def _unwritten(self, error: BaseException) -> ValueError:
-        reason = " ".join(str(error).split())
+        said = reason(error)
         # Of tensorstore's long tale the end says why: "…: No space left on device [os_error…]".
-        told = re.search(r"([^:]*) \[(os_error|http_)", reason)
+        told = re.search(r"([^:]*) \[(os_error|http_)", said)
         steps = sorted(saved_steps(self.directory))
         with contextlib.suppress(OSError):  # what there is of it takes space that is needed
             for path in self.directory.glob(f"*{_TEMPORARY}*"):
                 path.rmtree()
         return ValueError(
             f"a checkpoint could not be written to {self.directory}: "
-            f"{told[1].strip() if told else _short(reason)}; "
+            f"{told[1].strip() if told else _short(said)}; "
             f"the steps before it stand: {', '.join(map(str, steps)) or 'none'}"
         )
 
@@ -386,7 +387,9 @@ class Checkpoints:
             yield
         except _READING as error:
             folder = self.directory / str(step)
-            raise ValueError(f"checkpoint {folder} cannot be read: {_reason(error)}") from error
+            raise ValueError(
+                f"checkpoint {folder} cannot be read: {reason(error)[:300]}"
+            ) from error
 
     def _unreadable(self, error: Exception) -> ValueError:
         """What is told where orbax cannot list the steps, for it reads when each was written."""
@@ -398,7 +401,9 @@ class Checkpoints:
                     f"checkpoint {self.directory / str(step)} is damaged: {found}; move it away to "
                     "go on from the one before"
                 )
-        return ValueError(f"the checkpoints in {self.directory} cannot be read: {_reason(error)}")
+        return ValueError(
+            f"the checkpoints in {self.directory} cannot be read: {reason(error)[:300]}"
+        )
 
     def _check_files(self, step: int) -> None:
         if step in self._sound:
@@ -473,10 +478,6 @@ def _specs(tree: Any) -> dict[str, str]:
     """Leaf name -> ``dtype[shape]``, for arrays, shapes and orbax's metadata alike."""
     leaves = leaves_by_name(tree, is_leaf=lambda x: hasattr(x, "shape"))
     return {name: f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}" for name, leaf in leaves}
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _short(saved: Any) -> str:
