@@ -235,6 +235,15 @@ def run_cli(*arguments, capsys):
     return status, out.out, out.err
 
 
+def test_the_data_position_of_the_newest_step_is_what_was_written_or_none(run_dir, tmp_path):
+    assert stored_steps.data_position(run_dir) == {"position": 3}
+    flip(run_dir / "checkpoints" / "3" / stored_steps.DATA_FILE, random.Random(0))
+    assert stored_steps.data_position(run_dir) is None
+    (run_dir / "checkpoints" / "3" / manifest.NAME).unlink()
+    assert stored_steps.data_position(run_dir) is None
+    assert stored_steps.data_position(tmp_path / "new") is None
+
+
 def test_the_command_lists_verifies_and_prunes(run_dir, capsys):
     status, out, _ = run_cli("list", f"--run_dir={run_dir}", capsys=capsys)
     assert status == 0 and [line.split()[0] for line in out.splitlines()[2:]] == ["1", "2", "3"]

@@ -11,12 +11,13 @@ from flix_jax.adapters.features import FeatureSpace, FeatureType
 from flix_jax.adapters.injection import AdapterSpec
 from flix_jax.data.cells import Mixture
 from flix_jax.data.vocabularies import ByteVocabulary
-from flix_jax.experiments import data_notes, training
+from flix_jax.experiments import checks, data_notes, training
 from flix_jax.experiments.job import Job
 from flix_jax.experiments.run import Evaluation, Run
 from flix_jax.experiments.run_folder import check_folder, note_folder
 from flix_jax.models.config import T5Config
 from flix_jax.tasks.xtreme_up import XtremeUp
+from flix_jax.training import stored_steps
 
 MODEL = T5Config(
     vocab_size=384,
@@ -91,6 +92,22 @@ def test_a_restarted_run_goes_on_with_the_same_examples_dropped_only(run, tmp_pa
     again.pipeline().check_state(saved)
     with pytest.raises(ValueError, match="belongs to other training data"):
         reporting.pipeline().check_state(saved)
+
+
+@pytest.mark.parametrize("overlap", ["drop", "report", "ignore"])
+def test_other_numbers_of_records_are_told_before_anything_is_tokenised(
+    run, overlap, tmp_path, monkeypatch
+):
+    run = with_overlap(run, overlap)
+    saved = {"step": 1, **Job(run, tmp_path).pipeline().state()}
+    monkeypatch.setattr(stored_steps, "data_position", lambda _: saved)
+    monkeypatch.setattr(Job, "pipeline", None)
+    checks.start(run, tmp_path)
+    saved["sizes"]["up/x"] += 2
+    with pytest.raises(ValueError, match=r"training data .*: sizes\[up/x\] (\d) -> (\d)$") as error:
+        checks.start(run, tmp_path)
+    there, here = map(int, str(error.value).split()[-3::2])
+    assert there == here + 2
 
 
 def test_the_folder_and_the_log_tell_what_was_dropped(run, tmp_path, capsys, monkeypatch):

@@ -1,7 +1,8 @@
-"""seqio and TensorFlow, imported without what TensorFlow's libraries say of missing GPUs.
+"""seqio and TensorFlow, for reading text alone. All of this package imports them from here.
 
-They say it in native code, before any setting of theirs is heard, and it would stand before the one
-line of an error. All of this package imports the two from here.
+What TensorFlow's libraries say of GPUs is left out: they say it in native code, before any setting
+of theirs is heard, and it would stand before the one line of an error. The GPUs are hidden from it,
+for it would take their memory.
 """
 
 import contextlib
@@ -51,5 +52,7 @@ def native_log_left_out() -> Iterator[None]:
 with native_log_left_out():
     import seqio
     import tensorflow as tf
+
+    tf.config.set_visible_devices([], "GPU")  # its driver is asked now, and says what it lacks
 
 __all__ = ["seqio", "tf"]

@@ -163,24 +163,7 @@ class TrainPipeline:
 
     def check_state(self, saved: Mapping[str, Any]) -> None:
         """ValueError, in one line, when a saved state belongs to another sequence of batches."""
-        differences = []
-        for name, now in self._state.items():
-            before = saved.get(name)
-            if before == now:
-                continue
-            if isinstance(before, Mapping) and isinstance(now, Mapping):
-                for key in sorted({*before, *now}):
-                    if before.get(key) != now.get(key):
-                        differences.append(f"{name}[{key}] {before.get(key)} -> {now.get(key)}")
-            else:
-                differences.append(f"{name} {before} -> {now}")
-        if differences:
-            more = f" and {len(differences) - 4} more" if len(differences) > 4 else ""
-            raise ValueError(
-                "the saved data position belongs to other training data (saved -> now): "
-                + ", ".join(differences[:4])
-                + more
-            )
+        check_same(saved, self._state)
 
     def _describe(self) -> dict[str, Any]:
         order = self._order
@@ -335,6 +318,28 @@ def as_batch(inputs: np.ndarray, targets: np.ndarray) -> Batch:
         "decoder_target_tokens": targets,
         "decoder_loss_weights": (targets != 0).astype(np.int32),
     }
+
+
+def check_same(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """ValueError, in one line, where a saved state is another one in the parts that `now` has."""
+    differences = []
+    for name, here in now.items():
+        there = saved.get(name)
+        if there == here:
+            continue
+        if isinstance(there, Mapping) and isinstance(here, Mapping):
+            for key in sorted({*there, *here}):
+                if there.get(key) != here.get(key):
+                    differences.append(f"{name}[{key}] {there.get(key)} -> {here.get(key)}")
+        else:
+            differences.append(f"{name} {there} -> {here}")
+    if differences:
+        more = f" and {len(differences) - 4} more" if len(differences) > 4 else ""
+        raise ValueError(
+            "the saved data position belongs to other training data (saved -> now): "
+            + ", ".join(differences[:4])
+            + more
+        )
 
 
 def check_lengths(lengths: Mapping[str, int], names: Sequence[str] = TOKENS) -> None:

@@ -21,11 +21,13 @@ from flix_jax.adapters import text_tables, tree
 from flix_jax.adapters.suggest import did_you_mean
 from flix_jax.data.cells import RETRIEVE, Cell
 from flix_jax.data.cells import columns as columns_of
+from flix_jax.data.pipeline import check_same
 from flix_jax.experiments import base as base_lib
 from flix_jax.experiments.job import Job
 from flix_jax.experiments.run import Run
 from flix_jax.experiments.run_folder import saved_steps
 from flix_jax.mistakes import Collected, Mistake
+from flix_jax.training import stored_steps
 
 TRAIN = "train"
 _NO_FOLDER = "a folder of its own"  # where none is named; it is never made
@@ -310,9 +312,26 @@ def read_data(job: Job) -> list[tuple[str, str]]:
             with mistakes.part():
                 source.index(cell)
     mistakes.tell()
-    examples: Mapping[Any, int] = found if compared is None else compared.examples
-    trained = sum(n for key, n in examples.items() if isinstance(key, str) or key[1] == TRAIN)
-    return [("examples", f"{trained:,} to train on; all of their records can be read")]
+    if compared is None:
+        examples = {cell.name: n for (cell, split), n in found.items() if split == TRAIN}
+    else:
+        examples = {
+            name: n - len(compared.dropped.get(name, ())) for name, n in compared.examples.items()
+        }
+    _check_unchanged(job, examples)
+    return [
+        ("examples", f"{sum(examples.values()):,} to train on; all of their records can be read")
+    ]
+
+
+def _check_unchanged(job: Job, examples: Mapping[str, int]) -> None:
+    """Refuses records that are more or fewer than those that a run in its folder was trained on.
+
+    Whether they are the same is known when they are tokenised, which takes much longer.
+    """
+    saved = stored_steps.data_position(job.run_dir) or {}
+    if examples.keys() == saved.get("sizes", {}).keys():
+        check_same(saved, {"sizes": examples})
 
 
 def _splits(job: Job, *, all_of_them: bool = False) -> Iterator[tuple[Cell, str]]:

@@ -104,6 +104,16 @@ def damage(folder: epath.Path) -> str | None:
     return "; ".join(problems[:3]) + more
 
 
+def content(folder: epath.Path, name: str) -> bytes | None:
+    """What a small file of a checkpoint holds; None where that is not what was written."""
+    try:
+        expected = read(folder)["files"].get(name)
+        found = (folder / name).read_bytes()
+    except (ValueError, OSError):
+        return None
+    return found if expected == [len(found), xxhash.xxh3_128_hexdigest(found)] else None
+
+
 def files_of(folder: epath.Path) -> list[str]:
     """The paths of all files in a folder, relative to it."""
     found: list[str] = []

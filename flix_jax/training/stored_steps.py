@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import json
+from typing import Any, NamedTuple
 
 from etils import epath
 
@@ -10,6 +11,8 @@ from flix_jax.adapters.suggest import did_you_mean
 from flix_jax.training import best_step, manifest
 from flix_jax.training.checkpoints import saved_steps
 from flix_jax.training.retention import kept
+
+DATA_FILE = "data/metadata"  # of a step, where orbax writes the json of its item `data`
 
 
 class StoredStep(NamedTuple):
@@ -68,6 +71,14 @@ def find(run_dir: epath.PathLike, *, step: int | None = None, verify: bool) -> l
             damage = manifest.damage(folder)
         found.append(StoredStep(one, folder, time, size, arrays, values.get(one), damage))
     return found
+
+
+def data_position(run_dir: epath.PathLike) -> dict[str, Any] | None:
+    """The position in the examples of a run's newest checkpoint; None for none that is sound."""
+    directory = epath.Path(run_dir) / "checkpoints"
+    newest = max(saved_steps(directory), default=None)
+    text = None if newest is None else manifest.content(directory / str(newest), DATA_FILE)
+    return None if text is None else dict(json.loads(text))
 
 
 def prune(
