@@ -70,8 +70,8 @@ def outcomes(run_dir: Path, tries: int, draw: random.Random) -> collections.Coun
         kind, name = draw.choice(KINDS), draw.choice(names)
         damage(newest / name, kind, draw)
         said: list[str] = []
-        with Checkpoints(run_dir / "checkpoints", {}) as checkpoints:
-            resumed = checkpoints.resume(a_state(0, 64), say=said.append)
+        with Checkpoints(run_dir / "checkpoints", {}, warn=said.append) as checkpoints:
+            resumed = checkpoints.resume(a_state(0, 64))
         taken = resumed is not None and int(resumed[0].step) == 1
         named = len(said) == 1 and name in said[0]
         found[kind, "found, named, older step" if taken and named else f"MISSED {name}"] += 1

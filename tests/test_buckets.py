@@ -276,10 +276,10 @@ def test_a_damaged_step_is_set_aside_in_a_bucket(store, stopped):
     names = {name.removeprefix(place) for name in store.names("bucket", place)}
     said = []
     with (
-        job.checkpoints(None) as checkpoints,
+        job.checkpoints(None, warn=said.append) as checkpoints,
         pytest.raises(ValueError, match="no sound step is left"),
     ):
-        checkpoints.resume(job.parameters.state_template(job.optimizer()), say=said.append)
+        checkpoints.resume(job.parameters.state_template(job.optimizer()))
     assert name.removeprefix(place) in said[0] and "gs://bucket/runs/stopped/damaged/6" in said[0]
     aside = "runs/stopped/damaged/6/"
     assert {name.removeprefix(aside) for name in store.names("bucket", aside)} == names

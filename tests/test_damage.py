@@ -3,6 +3,7 @@
 import errno
 import json
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -54,10 +55,11 @@ def flip(path, draw: random.Random) -> None:
     path.write_bytes(content)
 
 
-def resumed(run_dir, **options):
+def resumed(run_dir, strict=False):
     said: list[str] = []
-    with Checkpoints(run_dir / "checkpoints", IDENTITY) as checkpoints:
-        state, data = checkpoints.resume(a_state(0), say=said.append, **options)
+    warn = None if strict else said.append
+    with Checkpoints(run_dir / "checkpoints", IDENTITY, warn=warn) as checkpoints:
+        state, data = checkpoints.resume(a_state(0))
         return int(state.step), data, said, checkpoints.all_steps()
 
 
@@ -125,10 +127,16 @@ def test_a_record_that_orbax_cannot_read_is_named(run_dir, content):
     """Orbax reads when a step was written for every step that there is, before any is asked for."""
     place = run_dir / "checkpoints" / "3" / "_CHECKPOINT_METADATA"
     place.write_text(content)
-    with pytest.raises(Damaged, match=rf"{place.parent} is damaged: {place.name} .*; move it away"):
-        resumed(run_dir)
-    place.parent.rename(run_dir / "away")
-    assert resumed(run_dir)[0] == 2
+    told = rf"{place.parent} is damaged: {place.name} "
+    with pytest.raises(Damaged, match=told + ".*; move it away to read the others"):
+        resumed(run_dir, strict=True)
+    with pytest.raises(Damaged, match=told):
+        Checkpoints(run_dir / "checkpoints", IDENTITY, create=False)
+    (run_dir / "checkpoints" / "1" / place.name).write_text(content)
+    step, _, said, left = resumed(run_dir)
+    assert step == 2 and left == (2,)
+    assert [re.search(r"/(\d) is damaged", line)[1] for line in said] == ["3", "1"]
+    assert said[0].endswith(f"set aside in {run_dir / 'damaged' / '3'}")
 
 
 def test_without_a_sound_step_nothing_begins_anew_by_itself(run_dir):
@@ -154,8 +162,8 @@ def test_what_an_interrupted_save_or_deletion_left_is_removed(run_dir):
     shutil.copytree(directory / "3", directory / "4.orbax-checkpoint-tmp")
     (directory / "1" / "manifest.json").unlink()  # half deleted
     said: list[str] = []
-    with Checkpoints(directory, IDENTITY, keep=2) as checkpoints:
-        state, _ = checkpoints.resume(a_state(0), say=said.append)
+    with Checkpoints(directory, IDENTITY, keep=2, warn=said.append) as checkpoints:
+        state, _ = checkpoints.resume(a_state(0))
     assert int(state.step) == 3 and not said
     assert sorted(path.name for path in directory.iterdir()) == ["2", "3"]
 

@@ -476,11 +476,19 @@ class Job:
         return f"random, seed {self.run.seed}" if base is None else digest(base)
 
     def checkpoints(
-        self, base: Any | None, *, create: bool = True, origin: str | None = None
+        self,
+        base: Any | None,
+        *,
+        create: bool = True,
+        origin: str | None = None,
+        warn: Callable[[str], None] | None = None,
     ) -> Checkpoints:
         """This run's checkpoints, bound to all that their arrays depend on.
 
-        `origin` is the base's `base_digest`, where that is known already.
+        Args:
+          base: the parameters that the run stands on, None for random ones.
+          create, warn: as of `Checkpoints`.
+          origin: the base's `base_digest`, where that is known already.
         """
         adapters = self.model.adapters
         if adapters is not None:
@@ -505,6 +513,7 @@ class Job:
             create=create,
             best=best,
             differences={"features": self._features_difference},
+            warn=warn,
         )
 
     @functools.cached_property

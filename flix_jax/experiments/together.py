@@ -274,7 +274,7 @@ class _Group:
         self.frozen = self.lead.frozen_parameters(self.base)
         origin = self.lead.base_digest(self.base)  # hashed once: a base may be large
         self.checkpoints: list[Checkpoints] = [
-            job.checkpoints(self.base, origin=origin) for job in self.jobs
+            job.checkpoints(self.base, origin=origin, warn=_logger.warning) for job in self.jobs
         ]
 
     def close(self) -> None:
@@ -293,7 +293,7 @@ class _Group:
         Of no such step: those of the beginning, and nothing.
         """
         for checkpoints in self.checkpoints:
-            checkpoints.set_aside_damaged(_logger.warning)
+            checkpoints.set_aside_damaged()
         common = set.intersection(*(set(c.all_steps()) for c in self.checkpoints))
         for checkpoints in self.checkpoints:  # a program may have ended between two of its saves
             checkpoints.delete_after(max(common, default=0))

@@ -92,13 +92,9 @@ def train(
     template = job.parameters.state_template(optimizer)
 
     with contextlib.ExitStack() as stack:
-        checkpoints = stack.enter_context(job.checkpoints(base, origin=origin))
-        resumed = checkpoints.resume(
-            template,
-            strict=strict,
-            say=_logger.warning,
-            fits=pipeline.check_state,
-        )
+        warn = None if strict else _logger.warning
+        checkpoints = stack.enter_context(job.checkpoints(base, origin=origin, warn=warn))
+        resumed = checkpoints.resume(template, pipeline.check_state)
         if resumed is not None:
             state, data_state = resumed
             frozen = job.frozen_parameters(base)

@@ -75,6 +75,12 @@ class Checkpoints:
         keeps the newest alone.
       differences: name -> what tells how a saved text of the identity differs from the one here;
         where there is none, both are shown.
+      warn: is told of each damaged step that is set aside, in the folder ``damaged`` of the run, so
+        that training goes on from the one before; None makes it an error.
+
+    Raises:
+      Damaged: orbax cannot list the steps, for one is damaged that is not set aside.
+      ValueError: there is nothing to read, or orbax cannot list it.
     """
 
     def __init__(
@@ -88,6 +94,7 @@ class Checkpoints:
         create: bool = True,
         best: Mapping[str, Any] | None = None,
         differences: Mapping[str, Callable[[str], str]] | None = None,
+        warn: Callable[[str], None] | None = None,
     ) -> None:
         self.directory = buckets.resolved(directory)
         if not create and not self.directory.exists():
@@ -99,27 +106,40 @@ class Checkpoints:
         self._sound: set[int] = set()  # steps whose files were compared already
         self._best = BestStep(self.directory.parent, best)
         self._retention = Retention(keep, keep_period, self._best, planned)
-        try:
-            self._manager = ocp.CheckpointManager(
-                self.directory,
-                options=ocp.CheckpointManagerOptions(
-                    create=create,
-                    cleanup_tmp_directories=create,
-                    preservation_policy=self._retention,
-                    temporary_path_class=sealing.sealed(self.directory, self._seal),
-                ),
-                item_handlers={
-                    "trained": ocp.StandardCheckpointHandler(),
-                    "optimizer": ocp.StandardCheckpointHandler(),
-                    "data": ocp.JsonCheckpointHandler(),
-                    "identity": ocp.JsonCheckpointHandler(),
-                },
-            )
-        except _READING as error:
-            raise self._unreadable(error) from error
+        self._warn = warn
+        self._manager = self._open()
         if create:  # a run may have ended between a checkpoint and its note
             self._best.forget_after(self.latest_step() or 0)
             self._best.write(self.all_steps())
+
+    def _open(self) -> ocp.CheckpointManager:
+        """Orbax's manager, which reads of every step when it was written."""
+        while True:
+            try:
+                return ocp.CheckpointManager(
+                    self.directory,
+                    options=ocp.CheckpointManagerOptions(
+                        create=self._writes,
+                        cleanup_tmp_directories=self._writes,
+                        preservation_policy=self._retention,
+                        temporary_path_class=sealing.sealed(self.directory, self._seal),
+                    ),
+                    item_handlers={
+                        "trained": ocp.StandardCheckpointHandler(),
+                        "optimizer": ocp.StandardCheckpointHandler(),
+                        "data": ocp.JsonCheckpointHandler(),
+                        "identity": ocp.JsonCheckpointHandler(),
+                    },
+                )
+            except _READING as error:
+                step, damage = processes.from_first(self._newest_damaged)
+                if step is None:
+                    raise ValueError(
+                        f"the checkpoints in {self.directory} cannot be read: {reason(error)[:300]}"
+                    ) from error
+                if self._warn is None:
+                    raise Damaged(f"{damage}; move it away to read the others") from error
+                self._set_aside(step, Damaged(damage))
 
     def latest_step(self) -> int | None:
         """The newest checkpoint, None if there is none."""
@@ -187,22 +207,15 @@ class Checkpoints:
     def resume(
         self,
         template: TrainState,
-        *,
-        strict: bool = False,
-        say: Callable[[str], None] = print,
         fits: Callable[[Mapping[str, Any]], None] | None = None,
     ) -> tuple[TrainState, dict[str, Any]] | None:
         """The newest sound state and its data position, to train on from; None for no step.
 
         Args:
-          template: as for `restore`.
-          strict: whether a damaged step is an error; else it is set aside, in the folder
-            ``damaged`` of the run, and the step before it is taken.
-          say: is told of each that is set aside.
-          fits: as for `restore`.
+          template, fits: as for `restore`.
 
         Raises:
-          Damaged: no step is sound, or `strict` and the newest is not.
+          Damaged: no step is sound, or the newest is not, and is not to be set aside.
           ValueError: as `restore`.
         """
         last: Damaged | None = None
@@ -212,9 +225,7 @@ class Checkpoints:
                 self._end_deletions()
                 return restored
             except Damaged as error:
-                if strict:
-                    raise Damaged(f"{error}{self._instead(step)}") from None
-                say(f"{error}; set aside in {self.set_aside(step)}")
+                self._set_aside(step, error)
                 last = error
         if last is not None:
             raise Damaged(
@@ -230,17 +241,26 @@ class Checkpoints:
                 self._manager.delete(later)
         self._best.forget_after(step)
 
-    def set_aside_damaged(self, say: Callable[[str], None] = print) -> None:
-        """Sets aside the newest steps up to one whose files are sound."""
+    def set_aside_damaged(self) -> None:
+        """Sets aside the newest steps up to one whose files are sound.
+
+        Raises:
+          Damaged: one is not, and is not to be set aside.
+        """
         for step in reversed(self.all_steps()):
             try:
                 self._check_files(step)
                 return self._end_deletions()
             except Damaged as error:
-                say(f"{error}; set aside in {self.set_aside(step)}")
+                self._set_aside(step, error)
 
-    def set_aside(self, step: int) -> epath.Path:
-        """Moves a step out of the way; the folder where it is now."""
+    def _set_aside(self, step: int, damage: Damaged) -> None:
+        """Moves a damaged step out of the way, where that is wanted; else raises what it is told.
+
+        Before orbax's manager is made, too.
+        """
+        if self._warn is None:
+            raise Damaged(f"{damage}{self._instead(step)}") from None
         source, damaged = self.directory / str(step), self.directory.parent / "damaged"
 
         def move() -> str:
@@ -249,9 +269,9 @@ class Checkpoints:
             _move(source, place)
             return str(place)
 
-        place = epath.Path(processes.from_first(move))
-        self._manager.reload()
-        return place
+        self._warn(f"{damage}; set aside in {processes.from_first(move)}")
+        if hasattr(self, "_manager"):
+            self._manager.reload()
 
     def restore(
         self,
@@ -391,19 +411,14 @@ class Checkpoints:
                 f"checkpoint {folder} cannot be read: {reason(error)[:300]}"
             ) from error
 
-    def _unreadable(self, error: Exception) -> ValueError:
-        """What is told where orbax cannot list the steps, for it reads when each was written."""
-        steps = (int(path.name) for path in self.directory.iterdir() if path.name.isdecimal())
-        for step in sorted(steps, reverse=True):
-            found = manifest.damage(self.directory / str(step))
+    def _newest_damaged(self) -> tuple[int | None, str]:
+        """The newest step whose files are not as written, and what is told of it; None for none."""
+        for step in sorted(saved_steps(self.directory), reverse=True):
+            folder = self.directory / str(step)
+            found = manifest.damage(folder)
             if found is not None:
-                return Damaged(
-                    f"checkpoint {self.directory / str(step)} is damaged: {found}; move it away to "
-                    "go on from the one before"
-                )
-        return ValueError(
-            f"the checkpoints in {self.directory} cannot be read: {reason(error)[:300]}"
-        )
+                return step, f"checkpoint {folder} is damaged: {found}"
+        return None, ""
 
     def _check_files(self, step: int) -> None:
         if step in self._sound:
@@ -416,7 +431,7 @@ class Checkpoints:
 
     def _instead(self, step: int) -> str:
         """What else could be read, if the newest step was to be."""
-        older = [s for s in reversed(self.all_steps()) if s < step]
+        older = [s for s in sorted(saved_steps(self.directory), reverse=True) if s < step]
         sound = next((s for s in older if manifest.damage(self.directory / str(s)) is None), None)
         return "" if sound is None else f"; the newest sound one is of step {sound}"
 
