@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from flix_jax.data.cells import Cell
 from flix_jax.data.examples import CellData, Ragged
 from flix_jax.data.order import BLOCK, VERSION, ExampleOrder, integer_shares, permutation
-from flix_jax.data.pipeline import PrefetchIterator, TrainPipeline
+from flix_jax.data.pipeline import TrainPipeline
+from flix_jax.data.prefetch import PrefetchIterator
 
 LENGTHS = {"inputs": 6, "targets": 4}
 

@@ -14,7 +14,8 @@ from flix_jax.data.cells import Cell
 from flix_jax.data.converter import FlixFeatureConverter
 from flix_jax.data.description import describe
 from flix_jax.data.examples import CellData, Ragged, report_on
-from flix_jax.data.pipeline import PrefetchIterator, TrainPipeline
+from flix_jax.data.pipeline import TrainPipeline
+from flix_jax.data.prefetch import PrefetchIterator
 from flix_jax.data.seqio_tasks import load_cell, register_task
 from flix_jax.data.vocabularies import ByteVocabulary
 from flix_jax.evaluation.batches import predict_in_batches

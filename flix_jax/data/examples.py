@@ -125,10 +125,43 @@ class CellReport:
 
 
 @dataclass(frozen=True)
+class PackingReport:
+    """How full rows are that hold several examples.
+
+    Attributes:
+      rows, examples: of a window.
+      tokens: of all its inputs and of all its targets.
+      limits: tokens of inputs and of targets that a row has room for.
+    """
+
+    rows: int
+    examples: int
+    tokens: tuple[int, ...]
+    limits: tuple[int, int]
+
+    def line(self) -> str:
+        """The report in a line, with what it would be without packing."""
+        full = [
+            f"{used / (rows * limit):.0%}"
+            for rows in (self.rows, self.examples)
+            for used, limit in zip(self.tokens, self.limits, strict=True)
+        ]
+        return (
+            f"packed: {self.examples / self.rows:.1f} examples a row; {full[0]} of the inputs' "
+            f"positions and {full[1]} of the targets' hold tokens (without packing {full[2]} and "
+            f"{full[3]})"
+        )
+
+
+@dataclass(frozen=True)
 class DataReport:
-    """Per training cell: examples, rate, token lengths, and how much the lengths cut off."""
+    """Per training cell: examples, rate, token lengths, and how much the lengths cut off.
+
+    `packing` is None where a row holds one example.
+    """
 
     cells: Mapping[Cell, CellReport]
+    packing: PackingReport | None = None
 
     @property
     def cut(self) -> bool:
@@ -167,7 +200,11 @@ class DataReport:
         return text_tables.plain(rows)
 
 
-def report_on(data: Mapping[Cell, CellData], rates: Mapping[Cell, float]) -> DataReport:
+def report_on(
+    data: Mapping[Cell, CellData],
+    rates: Mapping[Cell, float],
+    packing: PackingReport | None = None,
+) -> DataReport:
     """Counts `data`."""
     return DataReport(
         {
@@ -183,7 +220,8 @@ def report_on(data: Mapping[Cell, CellData], rates: Mapping[Cell, float]) -> Dat
                 without_source=examples.without_source,
             )
             for cell, examples in data.items()
-        }
+        },
+        packing,
     )
 
 

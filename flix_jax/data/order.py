@@ -87,8 +87,8 @@ class ExampleOrder:
         self._offset = int(philox(self.seed, "offset").random_raw() % _ONE)
         # Draws of every cell before each _STRIDE-th block.
         self._drawn = [np.zeros(len(self.names), np.int64)]
-        self._blocks: _Recent = _Recent(4)
-        self._permutations: _Recent = _Recent(2 * len(self.names))
+        self._blocks: Recent = Recent(4)
+        self._permutations: Recent = Recent(2 * len(self.names))
 
     def cells_at(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Of `count` positions from `start`: index into `names`, and number of that cell's draw."""
@@ -110,6 +110,13 @@ class ExampleOrder:
         key = (self.seed, "epoch", self.names[cell], epoch)
         order = self._permutations.get(key, lambda: permutation(size, *key))
         return int(order[index])
+
+    def examples(self, cells: np.ndarray, draws: np.ndarray) -> Int[np.ndarray, " draws"]:
+        """`example` of many draws at once, each of its cell."""
+        found = np.zeros(len(cells), np.int64)
+        for place, (cell, draw) in enumerate(zip(cells.tolist(), draws.tolist(), strict=True)):
+            found[place] = self.example(cell, draw)
+        return found
 
     def _counts(self, first: int, limit: int) -> np.ndarray:
         """Draws of every cell in the blocks first to limit: int64 [blocks, cells]."""
@@ -140,7 +147,7 @@ class ExampleOrder:
         return cells, self._drawn_before(block)[cells] + rank
 
 
-class _Recent:
+class Recent:
     """The `limit` values that were used last."""
 
     def __init__(self, limit: int):

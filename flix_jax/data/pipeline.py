@@ -1,15 +1,13 @@
-"""Training batches: a pure function of (seed, step) over examples held in memory, and a prefetcher.
+"""Training batches: a pure function of (seed, step) over examples held in memory.
 
-`TrainPipeline.batch_at(step)` can be asked for any step in any order; `PrefetchIterator` walks the
-steps in a background thread. Neither touches TensorFlow: the examples come from `seqio_tasks`.
+`TrainPipeline.batch_at(step)` can be asked for any step in any order, and `prefetch` walks the
+steps in a background thread. Neither touches TensorFlow: the examples come from `seqio_tasks`. A
+row holds one example, or several where rows are packed (`packing`).
 """
 
 from __future__ import annotations
 
 import hashlib
-import queue
-import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,12 +16,15 @@ import numpy as np
 from flix_jax.data.cells import Cell, match
 from flix_jax.data.examples import CellData, DataReport, Example, report_on
 from flix_jax.data.order import VERSION, ExampleOrder, philox
+from flix_jax.data.packing import Drawn, PackedOrder
 
 Batch = dict[str, np.ndarray]
 Transform = Callable[[Example, np.random.Generator], Example]
 TOKENS = ("inputs", "targets")
 SOURCES = "sources"  # of an example, and of the seqio task that it comes from
 SOURCE_TOKENS = "source_input_tokens"  # of a batch
+SEGMENTS = ("encoder_segment_ids", "decoder_segment_ids")  # of a packed batch
+PACKED = "packed"  # in a saved position: where its row is
 
 
 class TrainPipeline:
@@ -43,10 +44,12 @@ class TrainPipeline:
         to apply, given the cell's examples.
       rows: which rows of the global batch to make, ascending, where another process makes the
         others; None makes all.
+      packing: whether a row holds several examples of equal features, as many as have room.
 
     Raises:
       ValueError: for no cells, lengths below 1, rows that are not of the batch, cells of which only
-        some have feature ids or sources, transforms for no cell.
+        some have feature ids or sources, transforms for no cell; packing with transforms or with
+        sources.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class TrainPipeline:
         seed: int = 0,
         transforms: Mapping[str, Transform] | None = None,
         rows: Sequence[int] | np.ndarray | None = None,
+        packing: bool = False,
     ):
         if global_batch_size < 1:
             raise ValueError(f"global_batch_size={global_batch_size}: expected at least 1")
@@ -84,7 +88,12 @@ class TrainPipeline:
             else transform
             for name, transform in self._transforms.items()
         }
-        self._report = report_on(data, rates)
+        self._packed = None
+        if packing:
+            of = (self._order, self._data, self.lengths, tuple(self._transforms))
+            self._packed = PackedOrder(*of)
+        packed = None if self._packed is None else self._packed.report()
+        self._report = report_on(data, rates, packed)
         self._state = self._describe()
 
     @property
@@ -97,27 +106,36 @@ class TrainPipeline:
         Returns:
           int32 `encoder_input_tokens` [rows, L], `decoder_input_tokens`, `decoder_target_tokens`,
           `decoder_loss_weights` [rows, T], and, where the cells have them, `feature_ids` [rows,
-          slots] and `source_input_tokens` [rows, S], zeros for an example without a source.
+          slots] and `source_input_tokens` [rows, S], zeros for an example without a source. Of
+          packed rows `encoder_segment_ids` [rows, L] and `decoder_segment_ids` [rows, T], too: the
+          examples of a row by number from 1 on, 0 where there is padding.
         """
         rows = len(self.rows)
-        start = int(step) * self.global_batch_size
-        cells, draws = self._order.cells_at(start, self.global_batch_size)
         inputs = np.zeros((rows, self.lengths["inputs"]), np.int32)
         targets = np.zeros((rows, self.lengths["targets"]), np.int32)
+        segments = np.zeros_like(inputs), np.zeros_like(targets)
         feature_ids = np.zeros((rows, self.num_slots or 0), np.int32)
         sources = np.zeros((rows, self.lengths.get(SOURCES, 0)), np.int32)
+        drawn = self._rows_at(step)
         for row, place in enumerate(self.rows):
-            example = self._example(int(cells[place]), int(draws[place]), start + int(place))
-            tokens = example["inputs"][: inputs.shape[1]]
-            inputs[row, : len(tokens)] = tokens
-            tokens = example["targets"][: targets.shape[1]]
-            targets[row, : len(tokens)] = tokens
-            if self.num_slots is not None:
-                feature_ids[row] = example["feature_ids"]
-            if self.has_sources:
-                tokens = example[SOURCES][: sources.shape[1]]
-                sources[row, : len(tokens)] = tokens
+            ends = [0, 0]
+            for number, one in enumerate(drawn[place], 1):
+                example = self._example(one)
+                for side, array in enumerate((inputs, targets)):
+                    tokens = example[TOKENS[side]][: array.shape[1] - ends[side]]
+                    of = slice(ends[side], ends[side] + len(tokens))
+                    array[row, of], segments[side][row, of] = tokens, number
+                    ends[side] = of.stop
+                if self.num_slots is not None:  # the same for all of a row
+                    feature_ids[row] = example["feature_ids"]
+                if self.has_sources:
+                    tokens = example[SOURCES][: sources.shape[1]]
+                    sources[row, : len(tokens)] = tokens
         batch = as_batch(inputs, targets)
+        if self._packed is not None:
+            batch |= zip(SEGMENTS, segments, strict=True)
+            starts = segments[1][:, 1:] != segments[1][:, :-1]
+            batch["decoder_input_tokens"][:, 1:][starts] = 0
         if self.num_slots is not None:
             batch["feature_ids"] = feature_ids
         if self.has_sources:
@@ -128,13 +146,25 @@ class TrainPipeline:
         """Where the examples of the global batch of `step` come from.
 
         Returns:
-          (name of the cell, example of the cell, position in the sequence) of every row.
+          (name of the cell, example of the cell, position in the sequence) of every example, row
+          by row.
         """
-        start = int(step) * self.global_batch_size
-        cells, draws = self._order.cells_at(start, self.global_batch_size)
         return [
-            (self._order.names[cell], self._order.example(int(cell), int(draw)), start + row)
-            for row, (cell, draw) in enumerate(zip(cells, draws, strict=True))
+            (self._order.names[one.cell], one.example, one.position)
+            for row in self._rows_at(step)
+            for one in row
+        ]
+
+    def _rows_at(self, step: int) -> list[list[Drawn]]:
+        """The examples of every row of the global batch."""
+        start = int(step) * self.global_batch_size
+        if self._packed is not None:
+            return self._packed.rows_at(start, self.global_batch_size)
+        cells, draws = self._order.cells_at(start, self.global_batch_size)
+        examples = self._order.examples(cells, draws)
+        return [
+            [Drawn(int(cell), int(example), start + place)]
+            for place, (cell, example) in enumerate(zip(cells, examples, strict=True))
         ]
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -147,6 +177,8 @@ class TrainPipeline:
             "decoder_target_tokens": targets,
             "decoder_loss_weights": targets,
         }
+        if self._packed is not None:
+            shapes |= zip(SEGMENTS, (inputs, targets), strict=True)
         if self.num_slots is not None:
             shapes["feature_ids"] = (rows, self.num_slots)
         if self.has_sources:
@@ -161,9 +193,24 @@ class TrainPipeline:
         """What the sequence of batches depends on, as json; equal states give equal batches."""
         return dict(self._state)
 
+    def position(self, step: int) -> dict[str, Any]:
+        """What is saved to go on with `step`, as json: the step and the `state`.
+
+        Of packed rows also what saves the packing of all that came before.
+        """
+        packed = {}
+        if self._packed is not None:
+            packed = {PACKED: self._packed.mark(int(step) * self.global_batch_size)}
+        return {"step": int(step), **self._state, **packed}
+
     def check_state(self, saved: Mapping[str, Any]) -> None:
-        """ValueError, in one line, when a saved state belongs to another sequence of batches."""
+        """ValueError, in one line, when a saved state belongs to another sequence of batches.
+
+        Of the same one, what a `position` says of packed rows is known from now on.
+        """
         check_same(saved, self._state)
+        if self._packed is not None and PACKED in saved:
+            self._packed.take_over(saved[PACKED])
 
     def _describe(self) -> dict[str, Any]:
         order = self._order
@@ -177,132 +224,17 @@ class TrainPipeline:
             "shares": dict(zip(order.names, order.shares, strict=True)),
             "transforms": {name: describe(self._transforms[name]) for name in self._transforms},
             "data_digest": hashlib.blake2b(repr(digests).encode(), digest_size=16).hexdigest(),
+            "packing": None if self._packed is None else self._packed.version,
         }
 
-    def _example(self, cell: int, draw: int, position: int) -> Example:
-        name = self._order.names[cell]
-        example = self._data[name][self._order.example(cell, draw)]
+    def _example(self, drawn: Drawn) -> Example:
+        name = self._order.names[drawn.cell]
+        example = self._data[name][drawn.example]
         transform = self._prepared.get(name)
         if transform is None:
             return example
-        generator = np.random.Generator(philox(self.seed, "transform", position))
+        generator = np.random.Generator(philox(self.seed, "transform", drawn.position))
         return {**example, **transform(example, generator)}
-
-
-class PrefetchIterator:
-    """Batches from a step on, made and placed by a background thread.
-
-    Args:
-      pipeline: where the batches come from.
-      step: the first step to deliver.
-      depth: how many batches wait at most.
-      put: applied to each batch in the thread (say, placement on the devices).
-
-    Attributes:
-      wait_seconds: how long the consumer has waited for batches so far.
-
-    An exception in the thread is raised by the `next` that would have delivered the batch. Close
-    the iterator, or use it as a context manager, to end the thread.
-    """
-
-    def __init__(
-        self,
-        pipeline: TrainPipeline,
-        step: int = 0,
-        *,
-        depth: int = 2,
-        put: Callable[[Batch], Any] | None = None,
-    ):
-        if depth < 1:
-            raise ValueError(f"depth={depth}: expected at least 1 batch")
-        self._pipeline = pipeline
-        self._depth = depth
-        self._put = put
-        self.wait_seconds = 0.0
-        self._failure: Exception | None = None
-        self._thread: threading.Thread | None = None
-        self._start(step)
-
-    def __iter__(self) -> PrefetchIterator:
-        return self
-
-    def __next__(self) -> Any:
-        if self._failure is not None:
-            raise self._failure
-        if self._thread is None:
-            raise ValueError("the iterator is closed")
-        started = time.perf_counter()
-        batch, failure = self._queue.get()
-        self.wait_seconds += time.perf_counter() - started
-        if failure is not None:
-            self._failure = failure
-            raise failure
-        self._step += 1
-        return batch
-
-    @property
-    def step(self) -> int:
-        """The step that the next batch belongs to."""
-        return self._step
-
-    def state(self) -> dict[str, Any]:
-        """The position, and what the sequence depends on, as json."""
-        return {"step": self._step, **self._pipeline.state()}
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Goes on from a saved state.
-
-        Raises:
-          ValueError: when the state belongs to another sequence; says what differs.
-        """
-        self._pipeline.check_state(state)
-        self.close()
-        self._start(int(state["step"]))
-
-    def close(self) -> None:
-        """Ends the thread; batches that were made and not delivered are dropped. Safe to repeat."""
-        thread, self._thread = self._thread, None
-        if thread is not None:
-            self._stop.set()
-            thread.join()
-
-    def __enter__(self) -> PrefetchIterator:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _start(self, step: int) -> None:
-        if step < 0:
-            raise ValueError(f"step={step}: expected at least 0")
-        self._step = step
-        self._failure = None
-        self._stop = threading.Event()
-        self._queue: queue.Queue = queue.Queue(self._depth)
-        # The thread gets its own stop and queue, so that it cannot meet those of a later start.
-        thread = threading.Thread(
-            target=self._produce, args=(step, self._stop, self._queue), daemon=True, name="prefetch"
-        )
-        thread.start()
-        self._thread = thread
-
-    def _produce(self, step: int, stop: threading.Event, out: queue.Queue) -> None:
-        while not stop.is_set():
-            item: tuple[Any, Exception | None]
-            try:
-                batch = self._pipeline.batch_at(step)
-                item = (batch if self._put is None else self._put(batch), None)
-            except Exception as failure:  # handed to the consumer, which raises it
-                item = (None, failure)
-            while not stop.is_set():
-                try:
-                    out.put(item, timeout=0.05)
-                    break
-                except queue.Full:
-                    continue
-            if item[1] is not None:
-                return
-            step += 1
 
 
 def as_batch(inputs: np.ndarray, targets: np.ndarray) -> Batch:

@@ -1,6 +1,6 @@
 """What a run's folder and its log tell of its data.
 
-cells.txt     examples per cell: how many there are, are cut, and are dropped
+cells.txt     examples per cell: how many there are, are cut, and are dropped; how rows are packed
 overlap.txt   inputs that stand in training and in evaluation data
 missing.txt   files that the benchmark lists and the data folder lacks
 skipped.txt   records that cannot be read and were left out
@@ -47,8 +47,10 @@ def _note(job: Job, name: str, text: str) -> str:
 
 
 def _cells(job: Job, report: DataReport) -> list[str]:
-    place = _note(job, "cells.txt", f"{job.cells_table(report)}\n\n{report.table()}")
-    lines = [f"some examples are cut, {place}"] if report.cut else []
+    packed = [] if report.packing is None else [report.packing.line()]
+    tables = [job.cells_table(report), report.table(), *packed]
+    place = _note(job, "cells.txt", "\n\n".join(tables))
+    lines = [*packed, *([f"some examples are cut, {place}"] if report.cut else [])]
     without = report.without_source
     if without:
         lines.append(

@@ -22,11 +22,12 @@ from flix_jax.data import overlap
 from flix_jax.data.cells import COMPLETE, GENERATE, RETRIEVE, Cell
 from flix_jax.data.examples import CellData, DataReport
 from flix_jax.data.pipeline import (
+    SEGMENTS,
     SOURCE_TOKENS,
     SOURCES,
-    PrefetchIterator,
     TrainPipeline,
 )
+from flix_jax.data.prefetch import PrefetchIterator
 from flix_jax.evaluation import files
 from flix_jax.evaluation.batches import GUESSES
 from flix_jax.experiments import base as base_lib
@@ -241,6 +242,9 @@ class Job:
             "decoder_target_tokens": targets,
             "decoder_loss_weights": targets,
         }
+        if self.run.packing:
+            inputs = shapes["encoder_input_tokens"]
+            shapes |= zip(SEGMENTS, (inputs, targets), strict=True)
         if self.space is not None:
             shapes["feature_ids"] = (batch_size, self.space.num_slots)
         if self.run.sources_length is not None:
@@ -392,6 +396,7 @@ class Job:
             seed=run.order_seed,
             transforms=run.transforms,
             rows=partitioning.local_rows(self.mesh, run.batch_size),
+            packing=run.packing,
         )
 
     def _check_features(self, data: Mapping[Cell, CellData]) -> None:

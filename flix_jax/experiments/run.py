@@ -129,7 +129,8 @@ class Run:
       mixture: the cells that are trained on and those that are held out.
       inputs_length, targets_length: tokens, the end of the sequence included; longer examples are
         cut, and counted.
-      total_steps, batch_size: updates, and examples of the global batch in each.
+      total_steps, batch_size: updates, and rows of the global batch in each: examples, without
+        `packing`.
       base: the parameters to start from: ``'random'``, the folder of a run that trained every
         parameter, or such a run, which is then trained first, as is one of a LoRA, which is then
         folded; or a folder of Hugging Face's or a checkpoint of T5X's, local or in a bucket, of the
@@ -148,6 +149,9 @@ class Run:
       optimizer: over the trained parameters.
       transforms: by pattern over cells, what is done to an example whenever it is drawn (noise,
         windows); see ``TrainPipeline``.
+      packing: whether a row of a batch holds several examples, as many as have room, all of equal
+        features (T5X's `pack`; see `data.packing`). Not with transforms, nor with sources that are
+        fused. Feature dropout is drawn for the row.
       read_lengths: (inputs, targets) in tokens to which examples are cut when they are read, for
         transforms that shorten them; None is the lengths of the batch.
       microbatches: parts of a batch that are computed one after another, to save memory.
@@ -193,6 +197,7 @@ class Run:
     trainable: tuple[str, ...] | None = None
     optimizer: Optimizer = Optimizer()
     transforms: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    packing: bool = False
     read_lengths: tuple[int, int] | None = None
     microbatches: int = 1
     loss_chunks: int = 1
@@ -241,6 +246,7 @@ class Run:
             )
         if self.read_lengths is not None and not self.transforms:
             raise ValueError("Run.read_lengths has no effect without Run.transforms")
+        self._check_packing()
         if self.frozen_dtype is not None and self.frozen_dtype not in FROZEN_DTYPES:
             raise ValueError(
                 f"Run.frozen_dtype {self.frozen_dtype!r} is none of {list(FROZEN_DTYPES)}; "
@@ -276,6 +282,21 @@ class Run:
                     raise ValueError(f"Run.base has another {name} than the run itself")
             self.base.check_is_base()
         self.optimizer.schedule.build(self.total_steps)
+
+    def _check_packing(self) -> None:
+        if self.packing not in (True, False):
+            raise ValueError(f"Run.packing = {self.packing!r}: expected True or False")
+        if self.packing and self.transforms:
+            raise ValueError(
+                "Run.packing = True: Run.transforms change the lengths of examples when they are "
+                "drawn, which packing must know before; expected one or the other (in gin, a base "
+                "that is a run may need base/Run.packing = False)"
+            )
+        if self.packing and self.sources_length is not None:
+            raise ValueError(
+                "Run.packing = True: examples with sources that adapters fuse with are not packed; "
+                "expected Run.packing = False, or SourceText.joined"
+            )
 
     def _check_tables(self) -> None:
         known = (tables_lib.AUTO, tables_lib.NONE, *tables_lib.KINDS)

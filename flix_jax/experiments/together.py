@@ -24,7 +24,7 @@ from flix_jax import preemption, processes
 from flix_jax.adapters import tree
 from flix_jax.adapters.activation import FeatureSettings
 from flix_jax.adapters.features import FeatureSpace
-from flix_jax.data.pipeline import PrefetchIterator
+from flix_jax.data.prefetch import PrefetchIterator
 from flix_jax.experiments import checks, data_notes, inference, scoring, training
 from flix_jax.experiments.job import Job
 from flix_jax.experiments.run import FREE, RANDOM, SKIP, Run

@@ -1,0 +1,312 @@
+"""Rows of several examples: which share one, and that the network sees each by itself."""
+
+import collections
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flix_jax.adapters.features import FeatureSpace, FeatureType
+from flix_jax.adapters.injection import AdapterSpec
+from flix_jax.data import packing
+from flix_jax.data.cells import Cell
+from flix_jax.data.examples import CellData, Ragged
+from flix_jax.data.pipeline import SEGMENTS, TrainPipeline, as_batch
+from flix_jax.data.prefetch import PrefetchIterator
+from flix_jax.models.config import T5Config
+from flix_jax.models.encoder_decoder import EncoderDecoder
+from flix_jax.models.t5 import Transformer
+
+LENGTHS = {"inputs": 16, "targets": 10}
+CELLS = {Cell("ner", "sw"): (0, 0), Cell("ner", "yo"): (0, 1), Cell("qa", "sw"): (1, 0)}
+ROWS = 8
+
+
+def data_of(seed, features=CELLS, longest=(9, 5)):
+    """Cells of 40 examples, whose tokens tell cell and example apart."""
+    draw = np.random.default_rng(seed)
+    found = {}
+    for number, cell in enumerate(CELLS):
+        sides = []
+        for limit in longest:
+            rows = [draw.integers(2, 60, draw.integers(1, limit + 1)) for _ in range(40)]
+            sides.append(Ragged.from_rows(rows))
+        ids = None if features is None else np.tile(np.int32([features[cell]]), (40, 1))
+        found[cell] = CellData(*sides, ids, cut_inputs=number)
+    return found
+
+
+def make(seed=0, features=CELLS, batch=ROWS, pack=True, **options):
+    data = data_of(seed, features)
+    rates = dict(zip(data, (0.2, 0.5, 0.3), strict=True))
+    more = {"lengths": LENGTHS, "global_batch_size": batch, "packing": pack}
+    return TrainPipeline(data, rates, **more, **options)
+
+
+@pytest.fixture
+def small_windows(monkeypatch):
+    monkeypatch.setattr(packing, "WINDOW", 64)
+
+
+def unpacked(pipeline, data, step, rows):
+    """The examples of a batch, one in a row of `rows`; the others are padding."""
+    by_name = {cell.name: (cell, of) for cell, of in data.items()}
+    inputs = np.zeros((rows, LENGTHS["inputs"]), np.int32)
+    targets = np.zeros((rows, LENGTHS["targets"]), np.int32)
+    ids = np.zeros((rows, 2), np.int32)
+    for row, (name, example, _) in enumerate(pipeline.origins_at(step)):
+        cell, of = by_name[name]
+        inputs[row, : len(of.inputs[example])] = of.inputs[example]
+        targets[row, : len(of.targets[example])] = of.targets[example]
+        ids[row] = CELLS[cell]
+    return as_batch(inputs, targets) | {"feature_ids": ids}
+
+
+# Which examples share a row
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 12), st.integers(0, 5), st.integers(0, 3)), max_size=60),
+    st.integers(12, 30),
+    st.integers(5, 9),
+)
+def test_rows_hold_every_example_once_within_their_limits_and_of_one_group(examples, most, few):
+    sizes = np.array([e[:2] for e in examples], np.int64).reshape(-1, 2)
+    groups = np.array([e[2] for e in examples], np.int64)
+    rows = packing.pack(sizes, groups, (most, few))
+    assert sorted(i for row in rows for i in row) == list(range(len(examples)))
+    for row in rows:
+        assert (sizes[row].sum(axis=0) <= (most, few)).all()
+        assert len(set(groups[row])) == 1
+    # First fit: no row would have room for all of a later one of its group.
+    for early, row in enumerate(rows):
+        for later in rows[early + 1 :]:
+            if groups[later[0]] == groups[row[0]]:
+                both = sizes[row].sum(axis=0) + sizes[later].sum(axis=0)
+                assert (both > (most, few)).any()
+
+
+def test_an_example_that_fits_no_row_is_an_error():
+    with pytest.raises(ValueError, match=r"example 1 of size \[9, 1\] in rows of \(8, 8\)"):
+        packing.pack(np.array([[1, 1], [9, 1]]), np.zeros(2, np.int64), (8, 8))
+
+
+def test_a_window_holds_the_examples_that_it_holds_without_packing(small_windows):
+    """So rates are kept exactly, and no example is lost or seen twice."""
+    packed = make(batch=1)
+    plain = make(pack=False, batch=64)
+    row = 0
+    for window in range(3):
+        expected = collections.Counter(plain.origins_at(window))
+        found = collections.Counter()
+        while found.total() < 64:
+            found.update(packed.origins_at(row))
+            row += 1
+        assert found == expected
+
+
+def test_without_features_or_with_equal_ones_all_cells_share_rows(small_windows):
+    for features in (None, dict.fromkeys(CELLS, (0, 0))):
+        rows = [make(features=features, batch=1).origins_at(step) for step in range(12)]
+        assert any(len({name for name, _, _ in row}) > 1 for row in rows)
+    rows = [make(batch=1).origins_at(step) for step in range(12)]
+    assert all(len({name for name, _, _ in row}) == 1 for row in rows)
+    assert any(len(row) > 2 for row in rows)
+
+
+def test_a_row_holds_its_examples_one_after_another(small_windows):
+    pipeline, data = make(), {cell.name: of for cell, of in data_of(0).items()}
+    for step in range(5):
+        batch, left = pipeline.batch_at(step), pipeline.origins_at(step)
+        for row in range(ROWS):
+            numbers = batch["encoder_segment_ids"][row]
+            assert (np.diff(numbers[numbers > 0]) >= 0).all()
+            for number in range(1, numbers.max() + 1):
+                name, example, _ = left.pop(0)
+                inputs = batch["encoder_input_tokens"][row][numbers == number]
+                of_targets = batch["decoder_segment_ids"][row] == number
+                targets = batch["decoder_target_tokens"][row][of_targets]
+                read = batch["decoder_input_tokens"][row][of_targets]
+                assert inputs.tolist() == data[name].inputs[example].tolist()
+                assert targets.tolist() == data[name].targets[example].tolist()
+                assert read.tolist() == [0, *targets[:-1]]
+            for side, segments in zip(("encoder_input", "decoder_target"), SEGMENTS, strict=True):
+                tokens = batch[f"{side}_tokens"][row]
+                assert ((tokens > 0) == (batch[segments][row] > 0)).all()
+        assert not left
+
+
+def test_batches_have_the_shapes_that_were_announced(small_windows):
+    pipeline = make()
+    batch = pipeline.batch_at(3)
+    assert {name: array.shape for name, array in batch.items()} == pipeline.shapes()
+    assert all(array.dtype == np.int32 for array in batch.values())
+    assert set(SEGMENTS) <= set(batch)
+
+
+# Which batch comes at which step
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_the_slices_of_the_processes_make_the_global_batch(small_windows, processes):
+    parts = [make(rows=rows) for rows in np.split(np.arange(ROWS), processes)]
+    for step in (0, 3, 40):
+        whole = make().batch_at(step)
+        for name, array in whole.items():
+            joined = np.concatenate([part.batch_at(step)[name] for part in parts])
+            np.testing.assert_array_equal(array, joined)
+
+
+def test_steps_may_be_asked_for_in_any_order(small_windows):
+    one, other = make(), make()
+    later = {step: one.batch_at(step) for step in (30, 2, 17)}
+    for step in (2, 17, 30):
+        for name, array in other.batch_at(step).items():
+            np.testing.assert_array_equal(array, later[step][name])
+
+
+def test_a_saved_position_spares_the_packing_of_what_came_before(small_windows, monkeypatch):
+    with PrefetchIterator(make(), 0) as batches:
+        expected = [next(batches) for _ in range(45)][40:]
+    with PrefetchIterator(make(), 0) as batches:
+        for _ in range(40):
+            next(batches)
+        saved = batches.state()
+    made = []
+    make_window = packing.PackedOrder._make
+    monkeypatch.setattr(
+        packing.PackedOrder, "_make", lambda self, n: made.append(n) or make_window(self, n)
+    )
+    pipeline = make()
+    made.clear()  # the first one, for the report
+    pipeline.check_state(saved)
+    with PrefetchIterator(pipeline, saved["step"]) as batches:
+        found = [next(batches) for _ in range(5)]
+    for one, other in zip(found, expected, strict=True):
+        for name, array in one.items():
+            np.testing.assert_array_equal(array, other[name])
+    assert min(made) >= saved["packed"]["window"] > 5
+    # Steps before it are counted from the beginning.
+    np.testing.assert_array_equal(
+        pipeline.batch_at(7)["encoder_input_tokens"], make().batch_at(7)["encoder_input_tokens"]
+    )
+
+
+def test_packed_and_unpacked_positions_are_told_apart(small_windows):
+    packed, plain = make(), make(pack=False)
+    for pipeline in (packed, plain):
+        pipeline.check_state(pipeline.position(3))
+    with pytest.raises(ValueError, match=r"other training data .*: packing None -> \[1, 64\]"):
+        packed.check_state(plain.position(3))
+    with pytest.raises(ValueError, match=r"other training data .*: packing \[1, 64\] -> None"):
+        plain.check_state(packed.position(3))
+    older = plain.position(3)  # of a version that did not pack
+    del older["packing"]
+    plain.check_state(older)
+
+
+def test_what_cannot_be_packed_is_refused():
+    keep = {"qa/*": lambda example, rng: example}
+    with pytest.raises(ValueError, match="packing: the lengths of qa/sw change by a transform"):
+        make(transforms=keep)
+    of = data_of(0)
+    sourced = {
+        cell: CellData(one.inputs, one.targets, one.feature_ids, sources=one.inputs)
+        for cell, one in of.items()
+    }
+    rates = dict.fromkeys(of, 1 / 3)
+    with pytest.raises(ValueError, match="packing: examples have sources"):
+        TrainPipeline(
+            sourced, rates, lengths=LENGTHS | {"sources": 16}, global_batch_size=8, packing=True
+        )
+
+
+def test_the_report_tells_how_full_rows_are(small_windows):
+    pipeline = make(batch=1)
+    report = pipeline.report().packing
+    drawn, rows = 0, 0
+    used = np.zeros(2)
+    while drawn < 64:
+        batch = pipeline.batch_at(rows)
+        drawn += len(pipeline.origins_at(rows))
+        rows += 1
+        for side, name in enumerate(("encoder_input_tokens", "decoder_target_tokens")):
+            used[side] += (batch[name] > 0).sum()
+    assert (report.rows, report.examples, report.tokens) == (rows, 64, tuple(used))
+    shares = [used[0] / (rows * 16), used[1] / (rows * 10), used[0] / (64 * 16), used[1] / 640]
+    full = [f"{share:.0%}" for share in shares]
+    assert report.line() == (
+        f"packed: {64 / rows:.1f} examples a row; {full[0]} of the inputs' positions and "
+        f"{full[1]} of the targets' hold tokens (without packing {full[2]} and {full[3]})"
+    )
+    assert make(pack=False).report().packing is None
+
+
+# What the network makes of them
+
+
+@functools.cache
+def model_and_params():
+    space = FeatureSpace(
+        (FeatureType("task", ("ner", "qa"), rank=2), FeatureType("language", ("sw", "yo"), rank=3))
+    )
+    config = T5Config(
+        vocab_size=64,
+        emb_dim=8,
+        num_heads=2,
+        head_dim=4,
+        mlp_dim=12,
+        num_encoder_layers=2,
+        num_decoder_layers=2,
+    )
+    model = EncoderDecoder(Transformer(config), AdapterSpec(space), z_loss=1e-3)
+    shapes = {name: array.shape for name, array in make(pack=False).batch_at(0).items()}
+    params = jax.jit(lambda key: model.init(key, shapes))(jax.random.key(0))
+    # Adapters begin at zero; here they are to matter.
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    moved = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    return model, jax.tree.unflatten(structure, moved)
+
+
+@functools.cache
+def loss_and_gradients():
+    model, _ = model_and_params()
+    return jax.jit(jax.value_and_grad(model.loss, has_aux=True))
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(0, 2**16), st.integers(0, 30))
+def test_loss_and_gradients_are_those_of_the_unpacked_batch(seed, step):
+    _, params = model_and_params()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "WINDOW", 64)
+        pipeline = make(seed=seed)
+        packed = pipeline.batch_at(step)
+    plain = unpacked(pipeline, data_of(seed), step, rows=64)
+    program = loss_and_gradients()
+    (loss, sums), gradients = program(params, jax.tree.map(jnp.asarray, packed))
+    (expected, expected_sums), expected_gradients = program(
+        params, jax.tree.map(jnp.asarray, plain)
+    )
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    for name, value in expected_sums.items():
+        np.testing.assert_allclose(sums[name], value, rtol=1e-5, err_msg=name)
+    for found, wanted in zip(
+        jax.tree.leaves(gradients), jax.tree.leaves(expected_gradients), strict=True
+    ):
+        assert jnp.linalg.norm(found - wanted) <= 1e-5 * jnp.linalg.norm(wanted)
+    assert sums["weight"] == (packed["decoder_target_tokens"] > 0).sum()
+
+
+def test_without_segments_examples_of_a_row_would_see_each_other(small_windows):
+    _, params = model_and_params()
+    batch = jax.tree.map(jnp.asarray, make().batch_at(1))
+    loss = loss_and_gradients()(params, batch)[0][0]
+    ones = {name: (batch[name] > 0).astype(jnp.int32) for name in SEGMENTS}
+    mixed = loss_and_gradients()(params, batch | ones)[0][0]
+    assert abs(mixed / loss - 1) > 1e-3
