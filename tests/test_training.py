@@ -9,9 +9,8 @@ import time
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
-from tiny_runs import MODEL, make_base_run, write_words
+from tiny_runs import MODEL, arrays, make_base_run, write_words
 
 from flix_jax.adapters.features import FeatureSpace, FeatureType
 from flix_jax.adapters.injection import AdapterSpec
@@ -64,18 +63,6 @@ def whole(run, bases_dir, tmp_path_factory):
     run = dataclasses.replace(run, evaluation=Evaluation(batch_size=8, every=20))
     training.train(run, run_dir, bases_dir=bases_dir)
     return run_dir
-
-
-def arrays(run_dir, step):
-    """All that a checkpoint holds, read by orbax alone."""
-    items = {
-        name: ocp.StandardCheckpointer().restore(run_dir / "checkpoints" / str(step) / name)
-        for name in ("trained", "optimizer")
-    }
-    return {
-        jax.tree_util.keystr(path): np.asarray(leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(items)
-    }
 
 
 def data_state(run_dir, step):

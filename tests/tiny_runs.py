@@ -2,7 +2,9 @@
 
 import json
 
+import jax
 import numpy as np
+import orbax.checkpoint as ocp
 
 from flix_jax.data.cells import Mixture
 from flix_jax.data.vocabularies import ByteVocabulary
@@ -36,6 +38,18 @@ def write_words(root):
                 lines = [json.dumps({"input": word, "target": change(word)}) for word in words]
                 path.write_text("\n".join(lines) + "\n")
     return root
+
+
+def arrays(run_dir, step):
+    """All that a checkpoint holds, read by orbax alone."""
+    items = {
+        name: ocp.StandardCheckpointer().restore(run_dir / "checkpoints" / str(step) / name)
+        for name in ("trained", "optimizer")
+    }
+    return {
+        jax.tree_util.keystr(path): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(items)
+    }
 
 
 def make_base_run(data_dir):

@@ -1,0 +1,109 @@
+"""Runs whose batches are packed: they go on as they were, and say how full their rows are."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from tiny_runs import arrays, make_base_run, write_words
+
+from flix_jax.adapters.features import FeatureSpace, FeatureType
+from flix_jax.adapters.injection import AdapterSpec
+from flix_jax.data import packing
+from flix_jax.experiments import together, training
+from flix_jax.experiments.job import Job
+from flix_jax.training.optimizers import Optimizer, Schedule
+from flix_jax.training.reporting import read_metrics
+
+STEPS = 24
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    types = (FeatureType("task", rank=2, dropout=0.3), FeatureType("language", rank=2))
+    plain = make_base_run(write_words(tmp_path_factory.mktemp("data")))
+    return dataclasses.replace(
+        plain,
+        model=dataclasses.replace(plain.model, dropout_rate=0.0),
+        adapters=AdapterSpec(FeatureSpace(types)),
+        optimizer=Optimizer("adamw", Schedule(learning_rate=1e-2)),
+        inputs_length=20,
+        targets_length=16,
+        batch_size=16,
+        packing=True,
+        total_steps=STEPS,
+        save_every=12,
+        log_every=4,
+        keep=5,
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_windows():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "WINDOW", 64)  # of 64 examples: two or three steps
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole(run, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("whole")
+    training.train(run, run_dir)
+    return run_dir
+
+
+def logged(run_dir):
+    lines = read_metrics(run_dir / "metrics.jsonl")
+    return [(x["step"], x["loss"], x["tokens"]) for x in lines if "loss" in x]
+
+
+def test_a_restarted_run_is_the_run_bit_for_bit(run, whole, tmp_path):
+    training.train(dataclasses.replace(run, total_steps=12), tmp_path)
+    training.train(run, tmp_path)
+    for name, value in arrays(whole, STEPS).items():
+        np.testing.assert_array_equal(value, arrays(tmp_path, STEPS)[name], err_msg=name)
+    assert logged(tmp_path) == logged(whole) and logged(whole)[-1][0] == STEPS
+
+
+def test_it_learns_from_all_that_the_rows_hold(run, whole):
+    pipeline = Job(run, whole).pipeline()
+    tokens = sum((pipeline.batch_at(s)["decoder_target_tokens"] > 0).sum() for s in range(STEPS))
+    losses = [loss for _, loss, _ in logged(whole)]
+    assert logged(whole)[-1][2] == tokens > 1.5 * STEPS * run.batch_size * 5  # a word and its end
+    assert losses[-1] < losses[0]
+
+
+def test_the_folder_says_how_full_rows_are(run, whole):
+    job = Job(run, whole)
+    told = job.pipeline().report().packing.line()
+    assert (
+        told.startswith("packed: 2.8 examples a row; 70% of")
+        and told in (whole / "cells.txt").read_text()
+    )
+    shapes = {name: array.shape for name, array in job.pipeline().batch_at(0).items()}
+    assert job.batch_shapes(run.batch_size) == shapes
+
+
+def test_a_folder_goes_on_packed_or_not_as_it_began(run, whole):
+    with pytest.raises(ValueError, match="packing is True there and False here; packing cannot"):
+        Job(dataclasses.replace(run, packing=False), whole)
+
+
+@pytest.mark.exhaustive
+def test_trials_of_one_program_are_their_solo_runs(run, whole, tmp_path):
+    other = dataclasses.replace(run, seed=1, data_seed=run.order_seed)
+    same = dataclasses.replace(run, data_seed=run.order_seed)
+    folders = [tmp_path / "a", tmp_path / "b"]
+    together.train_together(
+        [same, other],
+        folders,
+        bases_dir=tmp_path / "bases",
+        configs=[None, None],
+        splits=[],
+        log_dir=tmp_path / "program",
+        title="program",
+    )
+    alone, first, second = map(logged, (whole, *folders))
+    assert len(first) == len(alone)
+    for (step, loss, tokens), (_, expected, _) in zip(first, alone, strict=True):
+        assert loss == pytest.approx(expected, rel=1e-5) and tokens > 0, step
+    assert second != first
