@@ -113,10 +113,8 @@ class ExampleOrder:
 
     def examples(self, cells: np.ndarray, draws: np.ndarray) -> Int[np.ndarray, " draws"]:
         """`example` of many draws at once, each of its cell."""
-        found = np.zeros(len(cells), np.int64)
-        for place, (cell, draw) in enumerate(zip(cells.tolist(), draws.tolist(), strict=True)):
-            found[place] = self.example(cell, draw)
-        return found
+        both = zip(cells.tolist(), draws.tolist(), strict=True)
+        return np.array([self.example(cell, draw) for cell, draw in both], np.int64)
 
     def _counts(self, first: int, limit: int) -> np.ndarray:
         """Draws of every cell in the blocks first to limit: int64 [blocks, cells]."""

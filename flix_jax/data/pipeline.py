@@ -113,26 +113,28 @@ class TrainPipeline:
         rows = len(self.rows)
         inputs = np.zeros((rows, self.lengths["inputs"]), np.int32)
         targets = np.zeros((rows, self.lengths["targets"]), np.int32)
-        segments = np.zeros_like(inputs), np.zeros_like(targets)
+        packed = self._packed is not None
+        segments = [np.zeros_like(inputs), np.zeros_like(targets)] if packed else []
         feature_ids = np.zeros((rows, self.num_slots or 0), np.int32)
         sources = np.zeros((rows, self.lengths.get(SOURCES, 0)), np.int32)
-        drawn = self._rows_at(step)
-        for row, place in enumerate(self.rows):
+        for row, drawn in enumerate(self._rows_at(step, self.rows)):
             ends = [0, 0]
-            for number, one in enumerate(drawn[place], 1):
+            for number, one in enumerate(drawn, 1):
                 example = self._example(one)
                 for side, array in enumerate((inputs, targets)):
-                    tokens = example[TOKENS[side]][: array.shape[1] - ends[side]]
-                    of = slice(ends[side], ends[side] + len(tokens))
-                    array[row, of], segments[side][row, of] = tokens, number
-                    ends[side] = of.stop
+                    start = ends[side]
+                    tokens = example[TOKENS[side]][: array.shape[1] - start]
+                    ends[side] = end = start + len(tokens)
+                    array[row, start:end] = tokens
+                    if packed:
+                        segments[side][row, start:end] = number
                 if self.num_slots is not None:  # the same for all of a row
                     feature_ids[row] = example["feature_ids"]
                 if self.has_sources:
                     tokens = example[SOURCES][: sources.shape[1]]
                     sources[row, : len(tokens)] = tokens
         batch = as_batch(inputs, targets)
-        if self._packed is not None:
+        if packed:
             batch |= zip(SEGMENTS, segments, strict=True)
             starts = segments[1][:, 1:] != segments[1][:, :-1]
             batch["decoder_input_tokens"][:, 1:][starts] = 0
@@ -151,21 +153,20 @@ class TrainPipeline:
         """
         return [
             (self._order.names[one.cell], one.example, one.position)
-            for row in self._rows_at(step)
+            for row in self._rows_at(step, np.arange(self.global_batch_size))
             for one in row
         ]
 
-    def _rows_at(self, step: int) -> list[list[Drawn]]:
-        """The examples of every row of the global batch."""
+    def _rows_at(self, step: int, places: np.ndarray) -> list[list[Drawn]]:
+        """The examples of rows of the global batch."""
         start = int(step) * self.global_batch_size
         if self._packed is not None:
-            return self._packed.rows_at(start, self.global_batch_size)
-        cells, draws = self._order.cells_at(start, self.global_batch_size)
+            rows = self._packed.rows_at(start, self.global_batch_size)
+            return [rows[place] for place in places]
+        cells, draws = (of[places] for of in self._order.cells_at(start, self.global_batch_size))
         examples = self._order.examples(cells, draws)
-        return [
-            [Drawn(int(cell), int(example), start + place)]
-            for place, (cell, example) in enumerate(zip(cells, examples, strict=True))
-        ]
+        drawn = zip(cells.tolist(), examples.tolist(), (start + places).tolist(), strict=True)
+        return [[Drawn(*one)] for one in drawn]
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every array of the global batch."""
