@@ -209,6 +209,13 @@ def test_packed_and_unpacked_positions_are_told_apart(small_windows):
     plain.check_state(older)
 
 
+@pytest.mark.parametrize("mark", [3, {}, {"window": 1}, {"window": "1", "first_row": 8}])
+def test_a_position_that_is_none_is_refused(mark):
+    pipeline = make()
+    with pytest.raises(ValueError, match="tells no window of packed rows"):
+        pipeline.check_state(pipeline.position(0) | {"packed": mark})
+
+
 def test_what_cannot_be_packed_is_refused():
     keep = {"qa/*": lambda example, rng: example}
     with pytest.raises(ValueError, match="packing: the lengths of qa/sw change by a transform"):

@@ -143,10 +143,18 @@ class PackedOrder:
             first, window = self._window_of(row)
         return {"window": window, "first_row": first}
 
-    def take_over(self, mark: Mapping[str, Any]) -> None:
-        """Knows from now on what a `mark` of the same sequence says."""
+    def take_over(self, mark: Any) -> None:
+        """Knows from now on what a `mark` of the same sequence says.
+
+        Raises:
+          ValueError: it is none.
+        """
+        known = mark if isinstance(mark, Mapping) else {}
+        first, window = known.get("first_row"), known.get("window")
+        if not (type(first) is int and type(window) is int and min(first, window) >= 0):
+            raise ValueError(f"the saved data position tells no window of packed rows: {mark!r}")
         with self._lock:
-            self._note(int(mark["first_row"]), int(mark["window"]))
+            self._note(first, window)
 
     def report(self) -> PackingReport:
         """How full rows are, by the first window."""
