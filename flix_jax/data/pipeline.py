@@ -170,21 +170,8 @@ class TrainPipeline:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every array of the global batch."""
-        rows = self.global_batch_size
-        inputs, targets = (rows, self.lengths["inputs"]), (rows, self.lengths["targets"])
-        shapes: dict[str, tuple[int, ...]] = {
-            "encoder_input_tokens": inputs,
-            "decoder_input_tokens": targets,
-            "decoder_target_tokens": targets,
-            "decoder_loss_weights": targets,
-        }
-        if self._packed is not None:
-            shapes |= zip(SEGMENTS, (inputs, targets), strict=True)
-        if self.num_slots is not None:
-            shapes["feature_ids"] = (rows, self.num_slots)
-        if self.has_sources:
-            shapes[SOURCE_TOKENS] = (rows, self.lengths[SOURCES])
-        return shapes
+        packing = self._packed is not None
+        return batch_shapes(self.global_batch_size, self.lengths, self.num_slots, packing)
 
     def report(self) -> DataReport:
         """Examples, rates, lengths and cut examples per cell. Transforms are not counted."""
@@ -236,6 +223,33 @@ class TrainPipeline:
             return example
         generator = np.random.Generator(philox(self.seed, "transform", drawn.position))
         return {**example, **transform(example, generator)}
+
+
+def batch_shapes(
+    rows: int, lengths: Mapping[str, int], num_slots: int | None, packing: bool
+) -> dict[str, tuple[int, ...]]:
+    """The shape of every array of a batch.
+
+    Args:
+      rows: of the batch.
+      lengths: of inputs, targets and, where there are some, sources.
+      num_slots: of the features; None for none.
+      packing: whether rows are packed.
+    """
+    inputs, targets = (rows, lengths["inputs"]), (rows, lengths["targets"])
+    shapes: dict[str, tuple[int, ...]] = {
+        "encoder_input_tokens": inputs,
+        "decoder_input_tokens": targets,
+        "decoder_target_tokens": targets,
+        "decoder_loss_weights": targets,
+    }
+    if packing:
+        shapes |= zip(SEGMENTS, (inputs, targets), strict=True)
+    if num_slots is not None:
+        shapes["feature_ids"] = (rows, num_slots)
+    if SOURCES in lengths:
+        shapes[SOURCE_TOKENS] = (rows, lengths[SOURCES])
+    return shapes
 
 
 def as_batch(inputs: np.ndarray, targets: np.ndarray) -> Batch:

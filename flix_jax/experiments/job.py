@@ -22,10 +22,10 @@ from flix_jax.data import overlap
 from flix_jax.data.cells import COMPLETE, GENERATE, RETRIEVE, Cell
 from flix_jax.data.examples import CellData, DataReport
 from flix_jax.data.pipeline import (
-    SEGMENTS,
     SOURCE_TOKENS,
     SOURCES,
     TrainPipeline,
+    batch_shapes,
 )
 from flix_jax.data.prefetch import PrefetchIterator
 from flix_jax.evaluation import files
@@ -235,21 +235,8 @@ class Job:
 
     def batch_shapes(self, batch_size: int) -> dict[str, tuple[int, ...]]:
         """The shape of every array of a batch."""
-        targets = (batch_size, self.run.targets_length)
-        shapes: dict[str, tuple[int, ...]] = {
-            "encoder_input_tokens": (batch_size, self.run.inputs_length),
-            "decoder_input_tokens": targets,
-            "decoder_target_tokens": targets,
-            "decoder_loss_weights": targets,
-        }
-        if self.run.packing:
-            inputs = shapes["encoder_input_tokens"]
-            shapes |= zip(SEGMENTS, (inputs, targets), strict=True)
-        if self.space is not None:
-            shapes["feature_ids"] = (batch_size, self.space.num_slots)
-        if self.run.sources_length is not None:
-            shapes[SOURCE_TOKENS] = (batch_size, self.run.sources_length)
-        return shapes
+        slots = None if self.space is None else self.space.num_slots
+        return batch_shapes(batch_size, self.lengths, slots, self.run.packing)
 
     @property
     def _texts(self) -> dict[str, Any]:

@@ -132,14 +132,15 @@ class Checkpoints:
                     },
                 )
             except _READING as error:
-                step, damage = processes.from_first(self._newest_damaged)
-                if step is None:
+                found = self._newest_damaged()
+                if found is None:
                     raise ValueError(
                         f"the checkpoints in {self.directory} cannot be read: {reason(error)[:300]}"
                     ) from error
+                step, damage = found
                 if self._warn is None:
                     raise Damaged(f"{damage}; move it away to read the others") from error
-                self._set_aside(step, Damaged(damage))
+                self._set_aside(step, damage)
 
     def latest_step(self) -> int | None:
         """The newest checkpoint, None if there is none."""
@@ -226,6 +227,7 @@ class Checkpoints:
                 return restored
             except Damaged as error:
                 self._set_aside(step, error)
+                self._manager.reload()
                 last = error
         if last is not None:
             raise Damaged(
@@ -253,11 +255,12 @@ class Checkpoints:
                 return self._end_deletions()
             except Damaged as error:
                 self._set_aside(step, error)
+                self._manager.reload()
 
     def _set_aside(self, step: int, damage: Damaged) -> None:
-        """Moves a damaged step out of the way, where that is wanted; else raises what it is told.
+        """Moves a damaged step out of the way, where that is wanted; else raises what is told.
 
-        Before orbax's manager is made, too.
+        A manager of orbax's that is made already does not see it.
         """
         if self._warn is None:
             raise Damaged(f"{damage}{self._instead(step)}") from None
@@ -270,8 +273,6 @@ class Checkpoints:
             return str(place)
 
         self._warn(f"{damage}; set aside in {processes.from_first(move)}")
-        if hasattr(self, "_manager"):
-            self._manager.reload()
 
     def restore(
         self,
@@ -411,14 +412,14 @@ class Checkpoints:
                 f"checkpoint {folder} cannot be read: {reason(error)[:300]}"
             ) from error
 
-    def _newest_damaged(self) -> tuple[int | None, str]:
+    def _newest_damaged(self) -> tuple[int, Damaged] | None:
         """The newest step whose files are not as written, and what is told of it; None for none."""
-        for step in sorted(saved_steps(self.directory), reverse=True):
-            folder = self.directory / str(step)
-            found = manifest.damage(folder)
-            if found is not None:
-                return step, f"checkpoint {folder} is damaged: {found}"
-        return None, ""
+        for step in processes.from_first(lambda: sorted(saved_steps(self.directory), reverse=True)):
+            try:
+                self._check_files(step)
+            except Damaged as error:
+                return step, error
+        return None
 
     def _check_files(self, step: int) -> None:
         if step in self._sound:
