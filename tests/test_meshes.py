@@ -14,6 +14,7 @@ from flix_jax.adapters.features import FeatureSpace, FeatureType
 from flix_jax.adapters.injection import AdapterSpec
 from flix_jax.experiments import training
 from flix_jax.experiments.job import Job
+from flix_jax.experiments.step_program import step_program
 from flix_jax.training.axis_rules import AxisRules
 from flix_jax.training.optimizers import Optimizer, Schedule
 from flix_jax.training.partitioning import MeshSpec
@@ -93,7 +94,7 @@ def steps(run, folder, devices):
     template = job.parameters.state_template(optimizer)
     trained, frozen = job.initial_parameters(None)
     state = job.parameters.create_state(trained, optimizer)
-    step = training.step_program(job, optimizer, template)
+    step = step_program(job, optimizer, template)
     losses = []
     with job.batches(job.pipeline(), 0) as batches:
         for _ in range(STEPS):

@@ -18,6 +18,7 @@ from flix_jax.data.cells import Mixture
 from flix_jax.experiments import diagnosis, dumps, parity, together, training
 from flix_jax.experiments.job import Job
 from flix_jax.experiments.replay import replay
+from flix_jax.experiments.step_program import step_program
 from flix_jax.training.not_finite import NotFinite
 from flix_jax.training.optimizers import Optimizer, Schedule
 from flix_jax.training.reporting import read_metrics
@@ -154,7 +155,7 @@ def test_healthy_steps_made_again_have_the_very_numbers_of_the_log(stopped, run)
     base = job.load_base()
     frozen, origin = job.frozen_parameters(base), job.base_digest(base)
     template = job.parameters.state_template(job.optimizer())
-    program = training.step_program(job, job.optimizer(), template)
+    program = step_program(job, job.optimizer(), template)
     pipeline = job.pipeline()
     with job.checkpoints(None, create=False, origin=origin) as checkpoints:
         made = [

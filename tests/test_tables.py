@@ -14,8 +14,8 @@ from flix_jax.adapters.features import FeatureSpace, FeatureType
 from flix_jax.adapters.fusion import Fusion
 from flix_jax.adapters.injection import AdapterSpec
 from flix_jax.adapters.modules import ALL, ROWS
-from flix_jax.experiments import training
 from flix_jax.experiments.job import Job
+from flix_jax.experiments.step_program import step_program
 from flix_jax.training.axis_rules import AxisRules
 from flix_jax.training.optimizers import Optimizer, Schedule
 from flix_jax.training.partitioning import MeshSpec
@@ -63,7 +63,7 @@ def one_step(run, folder):
     start = [x.astype(leaf.dtype) for x, leaf in zip(made, leaves, strict=True)]
     made = jax.device_get(start)
     state = job.parameters.create_state(jax.tree.unflatten(structure, start), optimizer)
-    step = training.step_program(job, optimizer, template)
+    step = step_program(job, optimizer, template)
     with job.batches(job.pipeline(), 0) as batches:
         batch = dict(next(batches))
     ids = np.array(batch["feature_ids"])

@@ -6,10 +6,11 @@ import dataclasses
 
 from etils import epath
 
-from flix_jax.experiments import dumps, training
+from flix_jax.experiments import dumps
 from flix_jax.experiments.job import Job
 from flix_jax.experiments.replay import Replayed, make, replay, step_before
 from flix_jax.experiments.run import Run
+from flix_jax.experiments.step_program import step_program
 from flix_jax.training.watching import Findings
 
 
@@ -77,7 +78,7 @@ def diagnose(
     del base
     optimizer = job.optimizer()
     template = job.parameters.state_template(optimizer)
-    program = training.step_program(job, optimizer, template)
+    program = step_program(job, optimizer, template)
     if step in dumped:
         state, batch, record = dumps.read(job, step, template, origin=origin)
         replayed = make(program, state, frozen, batch, run.seed)

@@ -13,12 +13,12 @@ from etils import epath
 from flix_jax.adapters import text_tables
 from flix_jax.experiments.job import Job
 from flix_jax.experiments.run import Run
+from flix_jax.experiments.step_program import step_of
 from flix_jax.experiments.sweep import Sweep
 from flix_jax.experiments.together import reasons
 from flix_jax.experiments.training import trained_parameters
 from flix_jax.experiments.trial_records import read_record, trial_dir
 from flix_jax.experiments.workers import duration
-from flix_jax.training.step import train_step
 
 TIMED_STEPS = 3
 LARGEST_TIMED = 0.5  # of the host's memory; a larger step is not run to be timed
@@ -107,8 +107,8 @@ def cost(runs: Sequence[Run], run_dir: epath.PathLike, trial: object) -> Cost:
         name: jax.ShapeDtypeStruct(shape, jnp.int32)
         for name, shape in job.batch_shapes(run.batch_size).items()
     }
-    step = train_step(job.model.loss, optimizer, microbatches=run.microbatches)
     started = time.monotonic()
+    step = step_of(job, optimizer, state)
     compiled = jax.jit(step).lower(state, frozen, batch, 0).compile()
     compile_seconds = time.monotonic() - started
     sizes: Any = compiled.memory_analysis()

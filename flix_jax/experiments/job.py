@@ -155,17 +155,7 @@ class Job:
                 tuple((n, axes or None) for n, axes in run.mesh.rules.table("activations").items()),
             ),
         )
-        self.parameters = Parameters(
-            self.model,
-            self.batch_shapes(1),
-            self.mesh,
-            adapters is not None,
-            run.trainable,
-            run.mesh.rules,
-            self._table(),
-            self.space,
-            run.model.dtype,
-        )
+        self.parameters = self._parameters(self.model)
         with mistakes.part(*_MESH, "AdapterSpec.targets"):
             _ = self.parameters.templates  # shapes, target patterns and shardings
         mistakes.tell()
@@ -208,9 +198,30 @@ class Job:
         except ValueError as error:
             raise ValueError(f"Run.train_values: {error}") from None
 
-    def _table(self) -> str | None:
-        """What kind of table a training step makes of the adapters' banks (`Run.tables`)."""
-        run, adapters = self.run, self.model.adapters
+    def _parameters(self, model: EncoderDecoder) -> Parameters:
+        run, adapters = self.run, model.adapters
+        return Parameters(
+            model,
+            self.batch_shapes(1),
+            self.mesh,
+            adapters is not None,
+            run.trainable,
+            run.mesh.rules,
+            self._table(adapters),
+            None if adapters is None else adapters.space,
+            run.model.dtype,
+        )
+
+    def narrowed(self, space: FeatureSpace) -> tuple[EncoderDecoder, Parameters]:
+        """Model and parameters with a space of fewer values of the same types."""
+        assert self.model.adapters is not None
+        adapters = dataclasses.replace(self.model.adapters, space=space)
+        model = dataclasses.replace(self.model, adapters=adapters)
+        return model, self._parameters(model)
+
+    def _table(self, adapters: injection.AdapterSpec | None) -> str | None:
+        """What kind of table a training step makes of adapters' banks (`Run.tables`)."""
+        run = self.run
         if adapters is None or adapters.fusion is not None or run.tables == tables.NONE:
             return None
         if run.tables != tables.AUTO:
@@ -445,15 +456,20 @@ class Job:
             trained = self.start.into(trained, origin or self.base_digest(base))
         return trained, frozen
 
-    def optimizer(self) -> optax.GradientTransformation:
-        """The run's optimizer, over the values that are trained."""
+    def optimizer(
+        self, rows: Callable[[Any], Any] = lambda mask: mask
+    ) -> optax.GradientTransformation:
+        """The run's optimizer, over the values that are trained.
+
+        `rows` takes of the adapters' tree those of the values that it is to be of, all by default.
+        """
         optimizer = self.run.optimizer.build(self.run.total_steps)
         if self.trained_values is None:
             return optimizer
         assert self.space is not None
         shapes = self.parameters.templates[0]
         mask = trained_values.mask(shapes, self.space, self.trained_values)
-        return optimizers.masked(optimizer, mask)
+        return optimizers.masked(optimizer, rows(mask))
 
     def frozen_parameters(self, base: Any | None) -> Any:
         """The second half of ``initial_parameters``, for a run whose trained half is stored."""

@@ -20,8 +20,8 @@ from flix_jax.experiments.flops import model_flops
 from flix_jax.experiments.job import Job
 from flix_jax.experiments.parameter_table import bytes_per_device
 from flix_jax.experiments.run import RANDOM, Run
+from flix_jax.experiments.step_program import step_program
 from flix_jax.experiments.topology import Topology
-from flix_jax.experiments.training import step_program
 from flix_jax.training import partitioning
 
 _FOLDER = "plan-of-no-run"  # in which nothing is written

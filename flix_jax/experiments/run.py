@@ -274,6 +274,11 @@ class Run:
             raise ValueError(
                 f"Run.not_finite = {self.not_finite!r}: expected {STOP!r} or {SKIP!r}; {near}"
             )
+        if self.optimizer.lazy and self.adapters is None:
+            raise ValueError(
+                "Optimizer.lazy = True has no effect without Run.adapters (in gin, a base that is "
+                "a run may need base/Optimizer.lazy = False)"
+            )
         self._check_tables()
         self._check_source_text()
         if isinstance(self.base, Run):

@@ -28,7 +28,7 @@ CHANGES_FILE = "changes.json"
 #: Values that change the result and can be changed in a folder, where that is allowed expressly.
 MAY_CHANGE = re.compile(
     r"total_steps|microbatches|loss_chunks|label_smoothing|z_loss|train_values|seen_by_base"
-    r"|optimizer\.(weight_decay|clip_norm|b1|b2|eps|multiply_by_parameter_scale)"
+    r"|optimizer\.(weight_decay|clip_norm|b1|b2|eps|multiply_by_parameter_scale|lazy)"
     r"|optimizer\.schedule\..*"
     r"|model\.(dropout_rate|dtype|product_dtype|remat|one_hot_embedding)"
     r"|adapters\.dropout|adapters\.space\.(rescale|keep_one)"

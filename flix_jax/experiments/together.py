@@ -77,6 +77,8 @@ def alone(run: Run) -> str:
         return "its adapters start from a folder"
     if run.train_values is not None:
         return "some values alone are trained"
+    if run.optimizer.lazy:
+        return "its optimizer is lazy"
     if run.not_finite == SKIP:
         return "steps that are not finite are skipped"
     return "an ensemble is evaluated" if run.evaluation.ensemble is not None else ""

@@ -8,8 +8,6 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
-import optax
 from etils import epath
 
 from flix_jax import preemption, processes
@@ -30,14 +28,15 @@ from flix_jax.experiments import (
 from flix_jax.experiments.claims import Claims
 from flix_jax.experiments.job import Job
 from flix_jax.experiments.replay import replay
-from flix_jax.experiments.run import SKIP, Run
+from flix_jax.experiments.run import Run
 from flix_jax.experiments.run_folder import saved_steps
-from flix_jax.training import partitioning, tracing
+from flix_jax.experiments.step_program import step_program
+from flix_jax.training import tracing
 from flix_jax.training.checkpoints import Checkpoints, digest
 from flix_jax.training.loop import REPORT, UNEVALUATED, fit
 from flix_jax.training.not_finite import NotFinite
 from flix_jax.training.reporting import Reporter, read_metrics
-from flix_jax.training.step import TrainState, train_step
+from flix_jax.training.step import TrainState
 
 _logger = logging.getLogger(__name__)
 
@@ -216,28 +215,6 @@ def _explained(
         f"{error}, with {dumps.cells_of(origins)}; {where}; dumped in {folder} "
         f"(flix diagnose --run_dir={job.run_dir})",
         error.step,
-    )
-
-
-def step_program(job: Job, optimizer: optax.GradientTransformation, template: TrainState) -> Any:
-    """A run's training step, jitted; `template` is its state with shardings."""
-    parameters = job.parameters
-    # Tables are made of banks where these are kept; banks themselves are brought together once.
-    own = {"tables": parameters.tables} if parameters.table else {"in_use": parameters.in_use}
-    return jax.jit(
-        train_step(
-            job.model.loss,
-            optimizer,
-            microbatches=job.run.microbatches,
-            kept=parameters.kept,
-            skip=job.run.not_finite == SKIP,
-            **own,
-        ),
-        donate_argnums=0,
-        out_shardings=(
-            jax.tree.map(lambda x: x.sharding, template),
-            partitioning.replicated(job.mesh),
-        ),
     )
 
 

@@ -18,6 +18,8 @@ import optax
 from flix_jax.adapters.suggest import did_you_mean
 
 OPTIMIZERS = ("adafactor", "adamw", "sgd")
+#: Those of which no parameter's update depends on another one, but for the norm that is clipped.
+ELEMENTWISE = ("adamw", "sgd")
 SCHEDULES = ("constant", "linear", "cosine", "rsqrt")
 
 
@@ -99,6 +101,9 @@ class Optimizer:
       b1, b2, eps: AdamW's.
       multiply_by_parameter_scale: Adafactor's relative step sizes (T5's choice in pretraining). A
         low-rank ``b`` starts at zero, so that its steps are then tiny at first.
+      lazy: whether a step updates the features that its batch has and no others, which then cost
+        nothing but their memory: neither moments nor weight decay of the others go on (see
+        `training.lazy`). Of adapters, with an optimizer that works element by element.
     """
 
     name: str = "adamw"
@@ -109,11 +114,20 @@ class Optimizer:
     b2: float = 0.999
     eps: float = 1e-8
     multiply_by_parameter_scale: bool = False
+    lazy: bool = False
 
     def __post_init__(self) -> None:
         if self.name not in OPTIMIZERS:
             near = did_you_mean(self.name, OPTIMIZERS)
             raise ValueError(f"Optimizer.name {self.name!r} is none of {list(OPTIMIZERS)}; {near}")
+        if self.lazy not in (True, False):
+            raise ValueError(f"Optimizer.lazy = {self.lazy!r}: expected True or False")
+        if self.lazy and self.name not in ELEMENTWISE:
+            raise ValueError(
+                f"Optimizer.lazy = True: {self.name} takes sizes of whole arrays, the features "
+                f"that a batch has not among them; expected Optimizer.name one of {ELEMENTWISE} "
+                "(in gin, a base that is a run may need base/Optimizer.lazy = False)"
+            )
         if not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"Optimizer.weight_decay must be >= 0, got {self.weight_decay}")
         if self.clip_norm is not None and not self.clip_norm > 0:

@@ -105,14 +105,18 @@ class Parameters:
         over = self.rules.table("adapters")[FEATURES]
         parts = partitioning.shards(self.mesh, over)
         _, shapes = tree.split_adapters(self._shapes_and_axes[0])
-        _, axes = tree.split_adapters(self._shapes_and_axes[1])
-        names = dict(tree.named_leaves(axes))
+        names = dict(tree.named_leaves(self.adapter_axes))
         sizes = (
             (path, leaf.shape[names[path].index(FEATURES)])
             for path, leaf in tree.named_leaves(shapes)
             if FEATURES in names[path]
         )
         return {"/".join(path): (size, parts) for path, size in sizes if size % parts}
+
+    @property
+    def adapter_axes(self) -> Any:
+        """The adapters' tree with the logical names of each array's axes as leaf, a tuple."""
+        return tree.split_adapters(self._shapes_and_axes[1])[1]
 
     @functools.cached_property
     def _shapes_and_axes(self) -> tuple[Any, Any]:
@@ -237,7 +241,7 @@ class Parameters:
             return trained, {}
         assert self.space is not None
         kept = jax.lax.with_sharding_constraint(trained, _shardings(self.templates[0]))
-        _, axes = tree.split_adapters(self._shapes_and_axes[1])
+        axes = self.adapter_axes
         if self.table == ALL:
             made = tables.of_all(kept, axes, self.space)
         else:

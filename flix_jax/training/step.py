@@ -92,6 +92,10 @@ def is_sound(metrics: Metrics) -> jax.Array:
     return jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
 
 
+#: (state, frozen, batch, seed) -> (state, metrics).
+Step = Callable[[TrainState, Any, Batch, jax.typing.ArrayLike], tuple[TrainState, Metrics]]
+
+
 def train_step(
     loss_fn: LossFn,
     optimizer: optax.GradientTransformation,
@@ -101,7 +105,7 @@ def train_step(
     kept: Callable[[Any], Any] = lambda trained: trained,
     tables: Callable[[Any, Batch], tuple[Any, Any]] = lambda trained, batch: (trained, {}),
     skip: bool = False,
-) -> Callable[[TrainState, Any, Batch, jax.typing.ArrayLike], tuple[TrainState, Metrics]]:
+) -> Step:
     """The function ``(state, frozen, batch, seed) -> (state, metrics)``, to be jitted.
 
     The loss is the mean over the target tokens of the global batch, and gradients are summed in

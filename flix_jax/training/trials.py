@@ -24,10 +24,8 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flix_jax.training import partitioning
-from flix_jax.training.optimizers import Optimizer
+from flix_jax.training.optimizers import ELEMENTWISE, Optimizer
 from flix_jax.training.step import Batch, LossFn, Metrics, TrainState, is_sound, train_step
-
-ELEMENTWISE = ("adamw", "sgd")
 
 
 class TrialsState(struct.PyTreeNode):
