@@ -289,7 +289,7 @@ SCHEDULE = (
     gin("more than the disk holds", "Run.base = 'random'\nRun.adapters = None\nT5Config.mlp_dim = 2147483647\nT5Config.emb_dim = 1048576", "Run.keep", place=""),
     gin("eps zero", "Optimizer.eps = 0.0", "Optimizer.eps"),
     gin("lazy Adafactor", "Optimizer.lazy = True\nOptimizer.name = 'adafactor'", "Optimizer.lazy", "adamw"),
-    gin("lazy training of the whole base", "Optimizer.lazy = True", "Optimizer.lazy", "base/Optimizer.lazy = False"),
+    gin("lazy training of all parameters", "Optimizer.lazy = True\nRun.base = 'random'\nRun.adapters = None", "Optimizer.lazy", "base/Optimizer.lazy = False", place=""),
     gin("lazy by a word", "Optimizer.lazy = 'always'", "Optimizer.lazy"),
     gin("evaluation every 0 steps", "Evaluation.every = 0", "Evaluation.every"),
 )  # fmt: skip
