@@ -55,7 +55,7 @@ def compile_cell(pod: str, kind: str, bindings: list[str]) -> dict[str, Any]:
     """What the compiler says of one cell; in a process in which JAX has not started."""
     from flix_jax.experiments import topology
 
-    name = _topology(pod)
+    name = topology_of(pod)
     topology.use(name)
     from flix_jax import configuration
     from flix_jax.experiments import plan
@@ -87,7 +87,7 @@ def compile_cell(pod: str, kind: str, bindings: list[str]) -> dict[str, Any]:
     }
 
 
-def _topology(pod: str) -> str:
+def topology_of(pod: str) -> str:
     """'mt5_xl_v5e_16x16' -> 'v5e:16x16'."""
     return ":".join(pod.rsplit("_", 2)[1:])
 
@@ -105,7 +105,7 @@ def table(cells: list[dict[str, Any]]) -> str:
     rows = [head, ["---"] * len(head)]
     lora = {cell["pod"]: cell for cell in cells if cell["kind"] == "lora"}
     for cell in sorted(cells, key=lambda c: (_order(c["pod"]), c["kind"])):
-        size, chips = cell["pod"].split("_")[1], _topology(cell["pod"])
+        size, chips = cell["pod"].split("_")[1], topology_of(cell["pod"])
         state = cell["state"]
         moved = sum(size for _, size in cell["collectives"].values())
         ratio = ""
@@ -133,7 +133,7 @@ def table(cells: list[dict[str, Any]]) -> str:
 
 def _order(pod: str) -> tuple[str, int]:
     sizes = ("base", "large", "xl", "xxl")
-    return _topology(pod), sizes.index(pod.split("_")[1])
+    return topology_of(pod), sizes.index(pod.split("_")[1])
 
 
 def main() -> None:
