@@ -12,6 +12,7 @@ import argparse
 import functools
 from typing import Any
 
+import figures
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
@@ -77,6 +78,10 @@ def main() -> None:
         memory, cycles = measure(args, list(there.devices), chunks)
         first = first or (memory, cycles)
         slower = f"{cycles / first[1]:.3f}" if first[1] else ""
+        if chunks == 4:
+            figures.tell("temporary memory", memory / first[0])
+            if first[1]:
+                figures.tell("cycles", cycles / first[1])
         print(
             f"| {chunks} | {memory / 2**20:,.0f} MiB | {memory / first[0]:.3f} | "
             f"{cycles / 1e6:,.2f} million | {slower} |",

@@ -16,6 +16,7 @@ from collections.abc import Callable
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import figures
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -82,8 +83,10 @@ def main() -> None:
             run()
             times[name].append(time.perf_counter() - started)
     print(f"base      {statistics.median(times['base']):.3f} s")
+    said = {"folded": "one set of features, folded in", "mixed": "every row with another two"}
     for name in ("folded", "mixed"):
         ratios = [t / b for t, b in zip(times[name], times["base"], strict=True)]
+        figures.tell_ratios(said[name], ratios)
         low, middle, high = statistics.quantiles(ratios, n=4)
         print(f"{name:<9} {middle:.2f} ({low:.2f} – {high:.2f})")
 

@@ -17,6 +17,7 @@ import pathlib
 import tempfile
 from typing import Any
 
+import figures
 import plan_table
 
 SIDES = {
@@ -111,6 +112,8 @@ def main() -> None:
         cycles = compiled.read(done.as_text()).cycles
         first = first or cycles
         ratio = f"{cycles / first:.3f}" if first else ""
+        if first:
+            figures.tell(f"{side} / {args.sides[0]}", cycles / first)
         print(f"| {side} | {memory:.2f} GiB | {cycles / 1e6:,.1f} million | {ratio} |", flush=True)
 
 

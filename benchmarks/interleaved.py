@@ -50,10 +50,14 @@ def run(sides: Sequence[Timed], rounds: int, clock: Callable[[], float]) -> None
         del side.times[:2]
 
 
+def ratios(side: Timed, other: Timed) -> np.ndarray:
+    """Within each round."""
+    return np.asarray(side.times) / np.asarray(other.times)
+
+
 def ratio(side: Timed, other: Timed) -> str:
     """Median of the ratios within each round, with the quartiles."""
-    ratios = np.asarray(side.times) / np.asarray(other.times)
-    low, middle, high = np.quantile(ratios, (0.25, 0.5, 0.75))
+    low, middle, high = np.quantile(ratios(side, other), (0.25, 0.5, 0.75))
     return f"{middle:.3f} [{low:.3f} {high:.3f}]"
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import figures
 import flax.linen as nn
 import interleaved
 import jax
@@ -43,7 +44,7 @@ class Side(interleaved.Timed):
         config: T5Config,
         batch: dict[str, Any],
     ):
-        self.name = name
+        self.name, self.features, self.lazy, self.distinct = name, features, lazy, distinct
         spec = flix(features)
         model = EncoderDecoder(Transformer(config), spec)
         rng = np.random.default_rng(0)
@@ -128,6 +129,12 @@ def main() -> None:
         least = interleaved.ratio(side, several[0]) if side in several else ""
         seconds = f"{np.median(side.times):.3f}"
         print(row.format(side.name, seconds, interleaved.ratio(side, sides[0]), least))
+        if side in several:
+            name = f"{side.distinct} different in a batch / {several[0].distinct}"
+            figures.tell_ratios(name, interleaved.ratios(side, several[0]))
+        elif side.lazy:
+            name = f"{side.features:,} features / {sides[0].features}"
+            figures.tell_ratios(name, interleaved.ratios(side, sides[0]))
 
 
 if __name__ == "__main__":

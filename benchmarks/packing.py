@@ -17,6 +17,7 @@ from typing import Any
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
+import figures
 import interleaved
 import jax
 import jax.numpy as jnp
@@ -168,6 +169,7 @@ def main() -> None:
         seconds, tokens, rate = np.median(side.times), np.median(useful), np.median(speed[name])
         rows.append([name, f"{seconds:.3f}", f"{tokens:,.0f}", f"{rate:,.0f}"])
     print(text_tables.plain(rows))
+    figures.tell_ratios("packed / padded", speed["packed"] / speed["padded"])
     low, middle, high = np.quantile(speed["packed"] / speed["padded"], (0.25, 0.5, 0.75))
     print(f"\nuseful tokens/s, packed / padded: {middle:.2f} [{low:.2f} {high:.2f}]")
     print(f"seconds a step, packed / padded: {interleaved.ratio(sides['packed'], sides['padded'])}")

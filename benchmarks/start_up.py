@@ -20,6 +20,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import figures
+
 ROOT = Path(__file__).parent.parent
 FLAGS = (
     "--gin_file=configs/experiments/babel.gin",
@@ -63,6 +65,8 @@ def main() -> None:
             without.append(start(folder, f"without_{number}", "", adapted))
             with_kept.append(start(folder, f"kept_{number}", kept, adapted))
             print(f"{without[-1]:6.1f} s without, {with_kept[-1]:6.1f} s with", flush=True)
+    figures.tell_ratios("seconds, compiled anew", without)
+    figures.tell_ratios("seconds, programs kept from before", with_kept)
     ratios = sorted(b / a for a, b in zip(without, with_kept, strict=True))
     print(
         f"median {statistics.median(without):.1f} s without, {statistics.median(with_kept):.1f} s "

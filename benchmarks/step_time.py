@@ -21,6 +21,7 @@ from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import figures
 import flax.linen as nn
 import interleaved
 import jax
@@ -132,6 +133,10 @@ def main() -> None:
                 f"{side.num_adapter_parameters:,}",
             )
         )
+    figures.tell_ratios("LoRA / frozen", interleaved.ratios(lora_side, frozen))
+    for side in (side for side in sides[2:] if side.name == "flix 30"):
+        figures.tell_ratios("FLix / frozen", interleaved.ratios(side, frozen))
+        figures.tell_ratios("FLix / LoRA of rank 8", interleaved.ratios(side, lora_side))
 
 
 if __name__ == "__main__":
