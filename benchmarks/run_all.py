@@ -182,9 +182,9 @@ def page(found: Mapping[str, dict[str, Any]]) -> str:
         told = {figure["name"]: figure for figure in record["figures"]}
         for place, (name, goal) in enumerate(benchmark.goals.items()):
             value, spread = told[name]["value"], told[name]["spread"]
-            measured = f"{value:.2f}"
+            measured = f"{value:.3f}"
             if spread is not None:
-                measured += f" [{spread[0]:.2f} {spread[1]:.2f}]"
+                measured += f" [{spread[0]:.3f} {spread[1]:.3f}]"
             of = "" if place else f"{benchmark.of} ({number})"
             lines.append(f"| {of} | {name} | {goal} | {measured} | {reached(value, goal)} |")
     return "\n".join([*lines, "", *notes]) + "\n"

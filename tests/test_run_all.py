@@ -34,15 +34,15 @@ def test_a_benchmark_that_tells_its_figures_is_a_row_with_its_verdict(
     monkeypatch.setattr(sys, "argv", ["run_all.py", f"--out={out}"])
     run_all.main()
     text = out.with_suffix(".md").read_text()
-    assert "| a try (1) | one / other | ≤ 1.15 | 1.25 [1.12 1.62] | no |" in text
-    assert "|  | memory | ≥ 3 | 3.00 | yes |" in text
+    assert "| a try (1) | one / other | ≤ 1.15 | 1.250 [1.125 1.625] | no |" in text
+    assert "|  | memory | ≥ 3 | 3.000 | yes |" in text
     assert "2. `b.py --data_dir DATA`: needs --data_dir" in text
     assert "3. `c.py`: needs a moon." in text
     # What was measured is not measured again; what was missing is looked at anew.
     script.unlink()
     monkeypatch.setattr(run_all, "BENCHMARKS", (made, needy))
     run_all.main()
-    assert "1.25 [1.12 1.62]" in out.with_suffix(".md").read_text()
+    assert "1.250 [1.125 1.625]" in out.with_suffix(".md").read_text()
 
 
 def test_a_benchmark_that_fails_or_is_silent_is_told(run_all, tmp_path):
