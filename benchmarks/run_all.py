@@ -22,13 +22,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import figures
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "seqio", "libtpu", "torch")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "seqio")
 TITLE = "# What flix_jax costs"
 
 
@@ -39,21 +39,18 @@ class Benchmark:
     Attributes:
       command: the file and its flags; DATA stands for the folder of --data_dir.
       goals: name of a figure -> what it is to be ('≤ 1.15', '≥ 1.8', '' for none).
-      needs: why it cannot run; '' where it can.
       of: what is measured, in words.
+      package: what it needs beside what flix_jax itself does; the extra of setup.py that has it is
+        in `EXTRAS`.
     """
 
     command: str
     of: str
     goals: Mapping[str, str]
-    needs: Callable[[], str] = lambda: ""
+    package: str | None = None
 
 
-def _package(name: str, said: str) -> Callable[[], str]:
-    return lambda: "" if importlib.util.find_spec(name) else f"needs {said}"
-
-
-TPU = _package("libtpu", "the TPU compiler: pip install '.[tpu]'")
+EXTRAS = {"libtpu": "tpu"}
 POD = "benchmarks/frozen_plan.py --pod mt5_base_v5e_16x16"
 FULL = """--rows 32 --gin "T5Config.remat='full'" --gin Run.loss_chunks=4"""
 BENCHMARKS = (
@@ -86,31 +83,35 @@ BENCHMARKS = (
         "benchmarks/chunked_loss.py --chunks 1 4",
         "the loss of mT5's vocabulary in four chunks against whole, v5e, by the TPU compiler",
         {"temporary memory": "≤ 0.25", "cycles": "≤ 1.03"},
-        TPU,
+        "libtpu",
     ),
     Benchmark(
         f"{POD} --sides frozen LoRA FLix",
         "mT5-base on v5e:16x16, 1 row of a chip, cycles by the TPU compiler",
         {"FLix / frozen": "≤ 1.25", "LoRA / frozen": ""},
-        TPU,
+        "libtpu",
     ),
     Benchmark(
         f"{POD} {FULL} --sides frozen LoRA FLix",
         "mT5-base on v5e:16x16, 32 rows of a chip, cycles by the TPU compiler",
         {"FLix / frozen": "≤ 1.15", "LoRA / frozen": ""},
-        TPU,
+        "libtpu",
     ),
 )
 
 
 def measure(benchmark: Benchmark, data_dir: str | None) -> dict[str, Any]:
     """What it tells, as OUT.json holds it; `missing` says why there is nothing."""
-    missing = benchmark.needs()
+    missing, package = "", benchmark.package
+    if package is not None and importlib.util.find_spec(package) is None:
+        missing = f"needs {package}: pip install '.[{EXTRAS[package]}]'"
     if "DATA" in benchmark.command and data_dir is None:
         missing = "needs --data_dir, a folder in XTREME-UP's layout"
     found: dict[str, Any] = {"command": benchmark.command, "missing": missing, "figures": []}
     if missing:
         return found
+    if package is not None:
+        found["package"] = f"{package} {importlib.metadata.version(package)}"
     command = benchmark.command.replace("DATA", f"'{data_dir}'")
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder) / "figures.jsonl"
@@ -138,12 +139,7 @@ def machine() -> str:
         names = [x for x in info.read_text().splitlines() if x.startswith("model name")]
         model = names[0].partition(":")[2].strip() if names else model
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    versions = []
-    for name in PACKAGES:
-        try:
-            versions.append(f"{name} {importlib.metadata.version(name)}")
-        except importlib.metadata.PackageNotFoundError:
-            continue
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in PACKAGES]
     return (
         f"{os.cpu_count()} cores of {model}, {memory:.0f} GiB; Python {platform.python_version()}, "
         + ", ".join(versions)
@@ -178,7 +174,8 @@ def page(found: Mapping[str, dict[str, Any]]) -> str:
         if record["missing"]:
             notes.append(f"{number}. `{benchmark.command}`: {record['missing']}.")
             continue
-        notes.append(f"{number}. `python {benchmark.command}`, {record['minutes']:.0f} minutes.")
+        took = ", ".join(filter(None, (f"{record['minutes']:.0f} min", record.get("package"))))
+        notes.append(f"{number}. `python {benchmark.command}` ({took})")
         told = {figure["name"]: figure for figure in record["figures"]}
         for place, (name, goal) in enumerate(benchmark.goals.items()):
             value, spread = told[name]["value"], told[name]["spread"]

@@ -28,8 +28,9 @@ def test_a_benchmark_that_tells_its_figures_is_a_row_with_its_verdict(
     )
     made = run_all.Benchmark(str(script), "a try", {"one / other": "≤ 1.15", "memory": "≥ 3"})
     needy = run_all.Benchmark("b.py --data_dir DATA", "more", {"x": ""})
-    absent = run_all.Benchmark("c.py", "less", {"x": ""}, lambda: "needs a moon")
+    absent = run_all.Benchmark("c.py", "less", {"x": ""}, "a_moon")
     monkeypatch.setattr(run_all, "BENCHMARKS", (made, needy, absent))
+    monkeypatch.setattr(run_all, "EXTRAS", {"a_moon": "moon"})
     out = tmp_path / "table"
     monkeypatch.setattr(sys, "argv", ["run_all.py", f"--out={out}"])
     run_all.main()
@@ -37,7 +38,7 @@ def test_a_benchmark_that_tells_its_figures_is_a_row_with_its_verdict(
     assert "| a try (1) | one / other | ≤ 1.15 | 1.250 [1.125 1.625] | no |" in text
     assert "|  | memory | ≥ 3 | 3.000 | yes |" in text
     assert "2. `b.py --data_dir DATA`: needs --data_dir" in text
-    assert "3. `c.py`: needs a moon." in text
+    assert "3. `c.py`: needs a_moon: pip install '.[moon]'." in text
     # What was measured is not measured again; what was missing is looked at anew.
     script.unlink()
     monkeypatch.setattr(run_all, "BENCHMARKS", (made, needy))
