@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from etils import epath
 
 from flix_jax import cli
 from flix_jax.training import array_digests, manifest, stored_steps
@@ -142,8 +143,47 @@ def test_a_record_that_orbax_cannot_read_is_named(run_dir, content):
 def test_without_a_sound_step_nothing_begins_anew_by_itself(run_dir):
     for step in (1, 2, 3):
         (run_dir / "checkpoints" / str(step) / "commit_success.txt").unlink()
-    with pytest.raises(Damaged, match="no sound step is left in .*: remove .* to begin again"):
-        resumed(run_dir)
+    for _ in range(2):  # nor when it is started again, with nothing left to set aside
+        told = "no sound step is left in .*: the damaged ones are in .*; remove that to begin again"
+        with pytest.raises(Damaged, match=told):
+            resumed(run_dir)
+    shutil.rmtree(run_dir / "damaged")
+    with Checkpoints(run_dir / "checkpoints", IDENTITY) as checkpoints:
+        assert checkpoints.resume(a_state(0)) is None
+
+
+@pytest.mark.parametrize("name", ["commit_success.txt", manifest.NAME])
+def test_a_file_that_its_disk_does_not_give_is_damage(run_dir, name):
+    """As a folder in its place, which fails alike; other errors (permissions, networks) do not."""
+    path = run_dir / "checkpoints" / "3" / name
+    path.unlink()
+    path.mkdir()
+    step, _, said, _ = resumed(run_dir)
+    assert step == 2 and f"{name} cannot be read: Is a directory" in said[0]
+
+
+def test_an_error_that_is_none_of_the_disk_is_no_damage(run_dir, monkeypatch):
+    def refused(*arguments, **more):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    folder = epath.Path(run_dir / "checkpoints" / "3")
+    monkeypatch.setattr(type(folder), "open", refused)
+    with pytest.raises(PermissionError):
+        manifest.damage(folder)
+
+
+def test_prune_keeps_the_best_of_the_sound_ones(run_dir):
+    values = {"1": 4.0, "2": 5.0, "3": 1.0}
+    (run_dir / "best.json").write_text(json.dumps({"values": values}))
+    (run_dir / "checkpoints" / "2" / "commit_success.txt").unlink()
+    assert [one.step for one in stored_steps.prune(run_dir, keep=1)] == [2]
+
+
+@pytest.mark.parametrize("values", [[1], ["a"], {"a": 3}, {"4": "x"}, {"4": None}])
+def test_a_record_of_the_best_that_holds_something_else_is_named(run_dir, values):
+    (run_dir / "best.json").write_text(json.dumps({"values": values}))
+    with pytest.raises(ValueError, match=r"best.json: values are .*, expected numbers by step"):
+        stored_steps.find(run_dir, verify=False)
 
 
 def test_arrays_are_compared_where_they_lie(run_dir):

@@ -53,6 +53,30 @@ def test_a_restart_writes_no_step_twice_and_loses_none(tmp_path):
     assert [x["step"] for x in lines] == [2, 4, 6, 8]
 
 
+def test_lines_that_were_lost_are_told(tmp_path, capsys):
+    reporter = make_reporter(tmp_path)
+    for step in range(1, 5):
+        reporter.step(step, {name: jnp.float32(1) for name in ("loss", "accuracy", "tokens")})
+    reporter.flush()
+    state = reporter.state()
+    reporter.close()
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:1]))
+    capsys.readouterr()
+    make_reporter(tmp_path, start=4, resumed=state).close()
+    lost = len(lines) - 1
+    assert f"metrics.jsonl has lost {lost} of the {len(lines)} lines" in capsys.readouterr().err
+    assert read_metrics(path) == [json.loads(lines[0])]
+
+
+@pytest.mark.parametrize("text", ["[]", "3", '{"loss": 1.0}'])
+def test_a_line_that_is_no_line_of_metrics_is_named(tmp_path, text):
+    (tmp_path / "metrics.jsonl").write_text(f'{text}\n{{"step": 1}}\n')
+    with pytest.raises(ValueError, match=r"metrics.jsonl:1: .*: expected an object with a step"):
+        read_metrics(tmp_path / "metrics.jsonl")
+
+
 NAN = float("nan")
 
 

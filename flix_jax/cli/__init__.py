@@ -71,8 +71,9 @@ def quiet() -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # it announces itself otherwise
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
-    # Orbax logs with a traceback what it raises too.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    # Orbax and gcsfs log with a traceback what they raise, or try again, too.
+    for name in ("absl", "gcsfs", "fsspec"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def _lines(error: BaseException) -> str:

@@ -73,8 +73,7 @@ def start(
     """
     mistakes = Collected()
     if run_dir is not None:
-        with mistakes.part():
-            check_place(run_dir)
+        check_place(run_dir)
     with mistakes.part():
         folder = _NO_FOLDER if run_dir is None else run_dir
         job = Job(run, folder, bases_dir=bases_dir, allow_changes=allow_changes)
@@ -151,6 +150,12 @@ def _checked(job: Job, mistakes: Collected) -> Report:
     with mistakes.part("Run.adapters_from"):
         if not steps and job.start is not None:
             starts = job.start.line()
+    with mistakes.part("Run.total_steps"):
+        if (reached := max(steps, default=0)) > run.total_steps:
+            raise ValueError(
+                f"Run.total_steps = {run.total_steps:,} is below step {reached:,}, which "
+                f"{job.run_dir} has reached; expected at least that"
+            )
     trained, frozen = job.parameters.templates
     size = _bytes(job.parameters.state_template(job.optimizer()))
     need, kept = checkpoints_to_come(run, steps, size)

@@ -31,7 +31,7 @@ class BestStep:
         self._of = None if of is None else dict(of)
         record = files.read_object(self._path) or {}
         same = of is not None and record.get("of") == self._of
-        self._values = _of_record(record) if same else {}
+        self._values = _of_record(record, self._path) if same else {}
 
     @property
     def counts(self) -> bool:
@@ -78,8 +78,12 @@ def find(run_dir: epath.Path, steps: Iterable[int] | None = None) -> int:
 
 
 def values(run_dir: epath.Path) -> dict[int, float]:
-    """Step -> value of all steps of a run that were evaluated."""
-    return _of_record(files.read_object(run_dir / NAME) or {})
+    """Step -> value of all steps of a run that were evaluated.
+
+    Raises:
+      ValueError: the file holds something else.
+    """
+    return _of_record(files.read_object(run_dir / NAME) or {}, run_dir / NAME)
 
 
 def greatest(values: Mapping[int, float]) -> tuple[int, float] | None:
@@ -87,5 +91,10 @@ def greatest(values: Mapping[int, float]) -> tuple[int, float] | None:
     return max(values.items(), key=lambda item: (item[1], -item[0])) if values else None
 
 
-def _of_record(record: Mapping[str, Any]) -> dict[int, float]:
-    return {int(step): value for step, value in record.get("values", {}).items()}
+def _of_record(record: Mapping[str, Any], path: epath.Path) -> dict[int, float]:
+    try:
+        return {int(step): float(value) for step, value in record.get("values", {}).items()}
+    except (AttributeError, TypeError, ValueError):
+        raise ValueError(
+            f"{path}: values are {str(record['values'])[:80]}, expected numbers by step"
+        ) from None

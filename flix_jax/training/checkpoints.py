@@ -216,10 +216,10 @@ class Checkpoints:
           template, fits: as for `restore`.
 
         Raises:
-          Damaged: no step is sound, or the newest is not, and is not to be set aside.
+          Damaged: no step is left of those that there were, now or when the run was started before;
+            or the newest is damaged and not to be set aside.
           ValueError: as `restore`.
         """
-        last: Damaged | None = None
         for step in reversed(self.all_steps()):
             try:
                 restored = self.restore(template, step, fits)
@@ -228,12 +228,7 @@ class Checkpoints:
             except Damaged as error:
                 self._set_aside(step, error)
                 self._manager.reload()
-                last = error
-        if last is not None:
-            raise Damaged(
-                f"{last}; no sound step is left in {self.directory}: remove "
-                f"{self.directory.parent} to begin again"
-            )
+        self._check_one_is_left()
         return None
 
     def delete_after(self, step: int) -> None:
@@ -247,7 +242,7 @@ class Checkpoints:
         """Sets aside the newest steps up to one whose files are sound.
 
         Raises:
-          Damaged: one is not, and is not to be set aside.
+          Damaged: no step is left, or one is damaged and not to be set aside.
         """
         for step in reversed(self.all_steps()):
             try:
@@ -256,6 +251,21 @@ class Checkpoints:
             except Damaged as error:
                 self._set_aside(step, error)
                 self._manager.reload()
+        self._check_one_is_left()
+
+    def _check_one_is_left(self) -> None:
+        """Refuses to begin anew where all the steps that there were have been set aside."""
+        aside = processes.from_first(lambda: sorted(saved_steps(self._damaged)))
+        if aside and not self.all_steps():
+            raise Damaged(
+                f"no sound step is left in {self.directory}: the damaged ones are in "
+                f"{self._damaged}; remove that to begin again"
+            )
+
+    @property
+    def _damaged(self) -> epath.Path:
+        """Where damaged steps are set aside."""
+        return self.directory.parent / "damaged"
 
     def _set_aside(self, step: int, damage: Damaged) -> None:
         """Moves a damaged step out of the way, where that is wanted; else raises what is told.
@@ -264,7 +274,7 @@ class Checkpoints:
         """
         if self._warn is None:
             raise Damaged(f"{damage}{self._instead(step)}") from None
-        source, damaged = self.directory / str(step), self.directory.parent / "damaged"
+        source, damaged = self.directory / str(step), self._damaged
 
         def move() -> str:
             names = itertools.chain([str(step)], (f"{step}-{n}" for n in itertools.count(2)))

@@ -11,6 +11,7 @@ manifest.json   {"format": 1, "step": int, "time": seconds since 1970, "versions
 
 from __future__ import annotations
 
+import errno
 import json
 import time
 from collections.abc import Mapping
@@ -28,6 +29,8 @@ NAME = "manifest.json"
 FORMAT = 1
 
 _CHUNK = 1 << 20  # bytes that are read at a time: they are hashed while the cache has them
+# Errors of a disk, and of a folder where a file was: not those of permissions, nor of a network.
+_DAMAGE = (errno.EIO, errno.EISDIR, errno.ENOTDIR)
 _THREADS = 8  # xxhash and reading both release the interpreter
 
 
@@ -42,6 +45,10 @@ def write(
       arrays: the digests of its arrays.
       announced: path in the folder -> content of what will be written after the manifest.
     """
+    files = _digests(folder, files_of(folder))
+    for found in files.values():
+        if len(found) == 1:
+            raise OSError(f"{folder}: {found[0]}")
     record: dict[str, Any] = {
         "format": FORMAT,
         "step": step,
@@ -51,7 +58,7 @@ def write(
             "jax": jax.__version__,
             "orbax-checkpoint": ocp.__version__,
         },
-        "files": _digests(folder, files_of(folder))
+        "files": files
         | {name: [len(x), xxhash.xxh3_128_hexdigest(x)] for name, x in announced.items()},
         "arrays": dict(arrays),
     }
@@ -69,7 +76,11 @@ def read(folder: epath.Path) -> dict[str, Any]:
     if not path.exists():
         raise ValueError(f"{NAME} is missing: its files were changed, or another program wrote it")
     try:
-        record = json.loads(path.read_bytes())
+        text = path.read_bytes()
+    except OSError as error:
+        raise ValueError(_unreadable(NAME, error)) from None
+    try:
+        record = json.loads(text)
         sound = record["checksum"] == _checksum(record)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         sound = False
@@ -95,6 +106,9 @@ def damage(folder: epath.Path) -> str | None:
     changed = [name for name in found if found[name] != expected[name]]
     problems = [f"{name} is missing" for name in missing]
     for name in changed:
+        if len(found[name]) == 1:
+            problems += found[name]
+            continue
         (size, _), (before, _) = found[name], expected[name]
         what = "other bytes than were written" if size == before else f"{size} bytes of {before}"
         problems.append(f"{name} holds {what}")
@@ -125,13 +139,25 @@ def files_of(folder: epath.Path) -> list[str]:
     return sorted(found)
 
 
+def _unreadable(name: str, error: OSError) -> str:
+    """What is wrong with a file that its disk does not give; raises any other error again."""
+    if error.errno not in _DAMAGE:
+        raise error
+    return f"{name} cannot be read: {error.strerror}"
+
+
 def _digests(folder: epath.Path, names: list[str]) -> dict[str, list[Any]]:
+    """By name [bytes, digest] of a file, or [why it cannot be read] of one that is damaged so."""
+
     def digest(name: str) -> list[Any]:
         total, size = xxhash.xxh3_128(), 0
-        with (folder / name).open("rb") as file:
-            while chunk := file.read(_CHUNK):
-                total.update(chunk)
-                size += len(chunk)
+        try:
+            with (folder / name).open("rb") as file:
+                while chunk := file.read(_CHUNK):
+                    total.update(chunk)
+                    size += len(chunk)
+        except OSError as error:
+            return [_unreadable(name, error)]
         return [size, total.hexdigest()]
 
     with ThreadPoolExecutor(_THREADS) as pool:

@@ -79,8 +79,8 @@ class Reporter:
         if resumed is None:
             lines = [line for line in lines if line["step"] <= start_step]
             resumed = {name: _last(name, lines) for name in ("tokens", "skipped")}
-        else:
-            lines = lines[: resumed["lines"]]
+        lost = max(0, resumed.get("lines", 0) - len(lines))
+        lines = lines[: resumed.get("lines")]
         self._lines = [_as_text(line) for line in lines]  # a fraction of the memory of dicts
         self._sinks: list[TensorBoardSink | WandbSink] = []
         if processes.is_first():
@@ -114,6 +114,11 @@ class Reporter:
             title, total=total_steps, completed=start_step, values="compiling"
         )
         self._progress.start()
+        if lost:
+            self.say(
+                f"{title}: {self._path} has lost {lost} of the {resumed['lines']} lines that "
+                "it had; it goes on without them"
+            )
         self._start_window()
         self._window_start -= resumed.get("seconds", 0.0)
         self._window_wait -= resumed.get("waited", 0.0)
@@ -302,7 +307,7 @@ def read_metrics(path: epath.PathLike) -> list[dict[str, Any]]:
     """The lines of a ``metrics.jsonl``; a last line that was cut short is left out.
 
     Raises:
-      ValueError: any other line is not json, with file and line number.
+      ValueError: any other line is not json, or no object with a step; with file and line number.
     """
     path = epath.Path(path)
     if not path.exists():
@@ -311,9 +316,12 @@ def read_metrics(path: epath.PathLike) -> list[dict[str, Any]]:
     values = []
     for number, text in enumerate(lines, 1):
         try:
-            values.append(json.loads(text))
+            value = json.loads(text)
         except json.JSONDecodeError as error:
             if number == len(lines):
                 break
             raise ValueError(f"{path}:{number}: not a line of json: {error}") from None
+        if not isinstance(value, dict) or not isinstance(value.get("step"), int):
+            raise ValueError(f"{path}:{number}: {text[:80]}: expected an object with a step")
+        values.append(value)
     return values

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
+from flix_jax import buckets
 from flix_jax.adapters.suggest import did_you_mean
 from flix_jax.training import best_step, manifest
 from flix_jax.training.checkpoints import saved_steps
@@ -45,8 +46,9 @@ def find(run_dir: epath.PathLike, *, step: int | None = None, verify: bool) -> l
       verify: whether to compare every file with its digest; else the manifest's own is.
 
     Raises:
-      ValueError: there are none, or not this one.
+      ValueError: there are none, or not this one, or no client for the bucket that it is in.
     """
+    buckets.check_installed(run_dir)
     directory = epath.Path(run_dir) / "checkpoints"
     steps = sorted(saved_steps(directory))
     if not steps:
@@ -99,8 +101,8 @@ def prune(
       ValueError: there are no checkpoints, or none of those that would stay is sound.
     """
     steps = find(run_dir, verify=True)
-    values = {one.step: one.value for one in steps if one.value is not None}
     sound = [one.step for one in steps if one.damage is None]
+    values = {one.step: one.value for one in steps if one.value is not None and one.step in sound}
     if not sound:
         raise ValueError(f"{run_dir}: every checkpoint is damaged; nothing is deleted")
     staying = kept(sound, keep, period, best_step.greatest(values))
