@@ -24,6 +24,7 @@ ASKED = '{"input": "ab", "task": "up", "language": "x"}\n'
 
 FOLDER = "a folder"  # in place of the text of a file
 CUT = "the first half of what is there"
+GONE = "<gone>"  # of a file
 
 SWEEPING = """\
 SEED = 0
@@ -48,7 +49,7 @@ class Mistake:
       culprit: a part of the answer: what is wrong.
       near: another part: the nearest valid name, where there is one.
       place: another part: file and line, or flag.
-      files: by path in the world, a text, bytes, FOLDER or CUT, there while the command runs.
+      files: by path in the world, a text, bytes, FOLDER, CUT or GONE, there while the command runs.
     """
 
     name: str
@@ -330,6 +331,8 @@ FOLDERS = (
     gin("allowed change misspelt", "Schedule.learning_rate = 0.5", "'optimizer.schedule.learning_rat'", "'optimizer.schedule.learning_rate'", place="", line=GOES_ON + " --allow_changes=optimizer.schedule.learning_rat"),
     gin("another change than is allowed", "Schedule.learning_rate = 0.5\nOptimizer.b1 = 0.5", "optimizer.b1", "--allow_changes", place="m.gin:3", line=GOES_ON + " --allow_changes=optimizer.schedule.*"),
     Mistake("folder with a broken record", GOES_ON, "trained/run.json", files={"m.gin": INCLUDE, "trained/run.json": '{"kind": '}),
+    Mistake("folder without its record", GOES_ON, "trained/run.json is missing", files={"m.gin": INCLUDE, "trained/run.json": GONE}),
+    gin("fewer steps than were made", "Run.total_steps = 3", "Run.total_steps = 3", "step 4", line=GOES_ON),
     Mistake("records changed since", GOES_ON, "other training data", files={"m.gin": INCLUDE + "Run.total_steps = 6\n", TRAINING: GOOD * 7}),
 )  # fmt: skip
 
@@ -486,6 +489,8 @@ def made(mistake: Mistake, folder: pathlib.Path) -> Iterator[None]:
             kept[path] = path.read_bytes() if path.exists() else None
             if content == FOLDER:
                 path.mkdir()
+            elif content == GONE:
+                path.unlink()
             elif content == CUT:
                 path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
             else:
