@@ -16,7 +16,7 @@ def tell(name: str, value: float, spread: tuple[float, float] | None = None) -> 
             file.write(json.dumps({"name": name, "value": value, "spread": spread}) + "\n")
 
 
-def tell_ratios(name: str, ratios: Sequence[float]) -> None:
+def tell_ratios(name: str, ratios: Sequence[float] | np.ndarray) -> None:
     """The median of ratios (or seconds), each of one round, with their quartiles."""
     low, middle, high = (float(x) for x in np.quantile(ratios, (0.25, 0.5, 0.75)))
     tell(name, middle, (low, high))

@@ -60,7 +60,7 @@ def compile_side(side: str, pod: str, bindings: list[str], topology_name: str) -
         optimizer = job.optimizer()
         state = job.parameters.state_template(optimizer)
         seed = jax.ShapeDtypeStruct((), jnp.int32, sharding=partitioning.replicated(job.mesh))
-        program = step_program(job, optimizer, state)
+        program = step_program(job, state)
         return program.lower(state, job.frozen_template, batch, seed).compile()
     network = dataclasses.replace(job.model, adapters=None)
     del batch["feature_ids"]

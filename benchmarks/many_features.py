@@ -133,7 +133,7 @@ def main() -> None:
             name = f"{side.distinct} different in a batch / {several[0].distinct}"
             figures.tell_ratios(name, interleaved.ratios(side, several[0]))
         elif side.lazy:
-            name = f"{side.features:,} features / {sides[0].features}"
+            name = f"{side.features:,} features, lazy / {sides[0].features}"
             figures.tell_ratios(name, interleaved.ratios(side, sides[0]))
 
 

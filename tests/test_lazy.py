@@ -87,7 +87,7 @@ class Steps:
         self.frozen = jax.tree.map(
             lambda x: jax.device_put(draw(x), x.sharding), self.job.frozen_template
         )
-        self.program = step_program(self.job, optimizer, self.template)
+        self.program = step_program(self.job, self.template)
 
     def inside(self):
         """1 where a bank has a column of its value's rank, 0 beyond."""
@@ -174,10 +174,14 @@ def test_where_a_batch_has_every_feature_nothing_is_lazy(run, steps):
         close((state.trained, state.opt_state), (wanted.trained, wanted.opt_state), 1e-4)
 
 
-def test_gradient_descent_is_never_lazy(steps):
+@pytest.mark.parametrize(
+    "tables", ["banks", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("all", "rows"))]
+)
+def test_gradient_descent_is_never_lazy(steps, tables):
     batches = [some_ids(number) for number in range(4)]
     usual = steps(SGD)(batches)
-    for (state, metrics), (wanted, expected) in zip(steps(lazy(SGD))(batches), usual, strict=True):
+    own = steps(lazy(SGD), tables=tables)(batches)
+    for (state, metrics), (wanted, expected) in zip(own, usual, strict=True):
         close(metrics, expected)
         close(state.trained, wanted.trained)
 
@@ -285,7 +289,7 @@ def test_on_a_mesh_it_is_the_same(steps, mesh):
 def test_an_id_out_of_range_is_not_a_number(steps):
     ids = some_ids(0)
     ids[0, 1] = len(LANGUAGES)
-    ((_, metrics),) = steps(lazy(SGD))([ids])
+    ((_, metrics),) = steps(lazy(SGD), tables="banks")([ids])
     assert np.isnan(metrics["loss"])
 
 
@@ -347,6 +351,11 @@ def test_what_cannot_be_lazy_is_told(run):
         dataclasses.replace(run, adapters=None, optimizer=LAZY)
     changed = dataclasses.replace(run, optimizer=LAZY)
     assert together.alone(run) == "" and together.alone(changed) == "its optimizer is lazy"
+
+
+def test_a_batch_that_can_have_more_values_is_refused():
+    with pytest.raises(ValueError, match="'language': a batch of 9 examples can have 9 values"):
+        present.find(SPACE, present.narrowed(SPACE, BATCH), jnp.zeros((9, SPACE.num_slots), int))
 
 
 @given(

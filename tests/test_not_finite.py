@@ -155,7 +155,7 @@ def test_healthy_steps_made_again_have_the_very_numbers_of_the_log(stopped, run)
     base = job.load_base()
     frozen, origin = job.frozen_parameters(base), job.base_digest(base)
     template = job.parameters.state_template(job.optimizer())
-    program = step_program(job, job.optimizer(), template)
+    program = step_program(job, template)
     pipeline = job.pipeline()
     with job.checkpoints(None, create=False, origin=origin) as checkpoints:
         made = [

@@ -63,7 +63,7 @@ def one_step(run, folder):
     start = [x.astype(leaf.dtype) for x, leaf in zip(made, leaves, strict=True)]
     made = jax.device_get(start)
     state = job.parameters.create_state(jax.tree.unflatten(structure, start), optimizer)
-    step = step_program(job, optimizer, template)
+    step = step_program(job, template)
     with job.batches(job.pipeline(), 0) as batches:
         batch = dict(next(batches))
     ids = np.array(batch["feature_ids"])

@@ -30,7 +30,7 @@ class Place:
     """Where an array has a row for every value; a leaf of trees, not a tree itself.
 
     Attributes:
-      type: name of the feature type; None for an array that belongs to no feature.
+      type: name of the feature type; None for an array that belongs to no feature (`WHOLE`).
       axis: of the values.
     """
 
@@ -78,10 +78,18 @@ def find(
     """(the values present, the ids counted among them) of a batch.
 
     Absent features stay absent, and an id out of range stays out of range.
+
+    Raises:
+      ValueError: the batch can have more values than the narrow space.
     """
     found, columns = {}, []
     for t, own in zip(space.types, narrow.types, strict=True):
         of = ids[:, space.slots(t).start : space.slots(t).stop]
+        if own.num_values < min(t.num_values, of.size):
+            raise ValueError(
+                f"feature type {t.name!r}: a batch of {of.shape[0]} examples can have "
+                f"{min(t.num_values, of.size)} values, the narrow space has {own.num_values}"
+            )
         known = (of >= 0) & (of < t.num_values)
         # What is no value sorts behind all of them, and is the first to find no room.
         rows, among = jnp.unique(
@@ -106,7 +114,10 @@ def settings_of(settings: FeatureSettings, present: Present) -> FeatureSettings:
 
 
 def taken(array: Array | np.ndarray, place: Place, present: Present) -> Array | np.ndarray:
-    """The rows of the values that are present; any rows in the places that are left."""
+    """The rows of the values that are present; any rows in the places that are left.
+
+    An array of one value is used whole, though no example may have it.
+    """
     if place.type is None or array.shape[place.axis] == 1:
         return array
     return jnp.take(array, present[place.type], axis=place.axis, mode="clip")

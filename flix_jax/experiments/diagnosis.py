@@ -78,7 +78,7 @@ def diagnose(
     del base
     optimizer = job.optimizer()
     template = job.parameters.state_template(optimizer)
-    program = step_program(job, optimizer, template)
+    program = step_program(job, template)
     if step in dumped:
         state, batch, record = dumps.read(job, step, template, origin=origin)
         replayed = make(program, state, frozen, batch, run.seed)

@@ -108,7 +108,7 @@ def cost(runs: Sequence[Run], run_dir: epath.PathLike, trial: object) -> Cost:
         for name, shape in job.batch_shapes(run.batch_size).items()
     }
     started = time.monotonic()
-    step = step_of(job, optimizer, state)
+    step = step_of(job, state)
     compiled = jax.jit(step).lower(state, frozen, batch, 0).compile()
     compile_seconds = time.monotonic() - started
     sizes: Any = compiled.memory_analysis()

@@ -155,7 +155,17 @@ class Job:
                 tuple((n, axes or None) for n, axes in run.mesh.rules.table("activations").items()),
             ),
         )
-        self.parameters = self._parameters(self.model)
+        self.parameters = Parameters(
+            self.model,
+            self.batch_shapes(1),
+            self.mesh,
+            adapters is not None,
+            run.trainable,
+            run.mesh.rules,
+            self._table(),
+            self.space,
+            run.model.dtype,
+        )
         with mistakes.part(*_MESH, "AdapterSpec.targets"):
             _ = self.parameters.templates  # shapes, target patterns and shardings
         mistakes.tell()
@@ -198,30 +208,16 @@ class Job:
         except ValueError as error:
             raise ValueError(f"Run.train_values: {error}") from None
 
-    def _parameters(self, model: EncoderDecoder) -> Parameters:
-        run, adapters = self.run, model.adapters
-        return Parameters(
-            model,
-            self.batch_shapes(1),
-            self.mesh,
-            adapters is not None,
-            run.trainable,
-            run.mesh.rules,
-            self._table(adapters),
-            None if adapters is None else adapters.space,
-            run.model.dtype,
-        )
-
     def narrowed(self, space: FeatureSpace) -> tuple[EncoderDecoder, Parameters]:
-        """Model and parameters with a space of fewer values of the same types."""
+        """Model and parameters with a space of fewer values of the same types, used in its way."""
         assert self.model.adapters is not None
         adapters = dataclasses.replace(self.model.adapters, space=space)
         model = dataclasses.replace(self.model, adapters=adapters)
-        return model, self._parameters(model)
+        return model, dataclasses.replace(self.parameters, model=model, space=space)
 
-    def _table(self, adapters: injection.AdapterSpec | None) -> str | None:
-        """What kind of table a training step makes of adapters' banks (`Run.tables`)."""
-        run = self.run
+    def _table(self) -> str | None:
+        """What kind of table a training step makes of the adapters' banks (`Run.tables`)."""
+        run, adapters = self.run, self.model.adapters
         if adapters is None or adapters.fusion is not None or run.tables == tables.NONE:
             return None
         if run.tables != tables.AUTO:
@@ -457,11 +453,12 @@ class Job:
         return trained, frozen
 
     def optimizer(
-        self, rows: Callable[[Any], Any] = lambda mask: mask
+        self, of_mask: Callable[[Any], Any] = lambda mask: mask
     ) -> optax.GradientTransformation:
         """The run's optimizer, over the values that are trained.
 
-        `rows` takes of the adapters' tree those of the values that it is to be of, all by default.
+        `of_mask` makes of the mask of `Run.train_values` (the adapters' tree, leaves [values, 1,
+        …]) that of some of the values.
         """
         optimizer = self.run.optimizer.build(self.run.total_steps)
         if self.trained_values is None:
@@ -469,7 +466,7 @@ class Job:
         assert self.space is not None
         shapes = self.parameters.templates[0]
         mask = trained_values.mask(shapes, self.space, self.trained_values)
-        return optimizers.masked(optimizer, rows(mask))
+        return optimizers.masked(optimizer, of_mask(mask))
 
     def frozen_parameters(self, base: Any | None) -> Any:
         """The second half of ``initial_parameters``, for a run whose trained half is stored."""

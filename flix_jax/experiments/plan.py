@@ -201,7 +201,7 @@ def _batch(job: Job, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
 def _train(job: Job) -> Program:
     optimizer = job.optimizer()
     state = job.parameters.state_template(optimizer)
-    program = step_program(job, optimizer, state)
+    program = step_program(job, state)
     seed = jax.ShapeDtypeStruct((), jnp.int32, sharding=partitioning.replicated(job.mesh))
     batch = _batch(job, job.run.batch_size)
     return _compile(lambda: program.lower(state, job.frozen_template, batch, seed))

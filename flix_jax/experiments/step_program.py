@@ -21,10 +21,10 @@ from flix_jax.training.parameters import Parameters
 from flix_jax.training.step import Step, TrainState, train_step
 
 
-def step_program(job: Job, optimizer: optax.GradientTransformation, template: TrainState) -> Any:
+def step_program(job: Job, template: TrainState) -> Any:
     """A run's training step, jitted; `template` is its state with shardings."""
     return jax.jit(
-        step_of(job, optimizer, template),
+        step_of(job, template),
         donate_argnums=0,
         out_shardings=(
             jax.tree.map(lambda x: x.sharding, template),
@@ -33,11 +33,11 @@ def step_program(job: Job, optimizer: optax.GradientTransformation, template: Tr
     )
 
 
-def step_of(job: Job, optimizer: optax.GradientTransformation, template: TrainState) -> Step:
+def step_of(job: Job, template: TrainState) -> Step:
     """A run's training step, to be jitted."""
     if job.run.optimizer.lazy:
-        return _on_values_present(job, optimizer, template)
-    return _step(job, job.model, job.parameters, optimizer)
+        return _on_values_present(job, template)
+    return _step(job, job.model, job.parameters, job.optimizer())
 
 
 def _step(
@@ -58,9 +58,7 @@ def _step(
     )
 
 
-def _on_values_present(
-    job: Job, optimizer: optax.GradientTransformation, template: TrainState
-) -> Step:
+def _on_values_present(job: Job, template: TrainState) -> Step:
     """The step of the values that the batch has (`Optimizer.lazy`)."""
     assert job.space is not None and job.model.adapters is not None
     narrow = present_lib.narrowed(job.space, job.run.batch_size)
@@ -78,4 +76,5 @@ def _on_values_present(
             job.optimizer(lambda mask: jax.tree.map(rows, mask, places)),
         )
 
-    return lazy_step(of_present, job.space, narrow, state_places(places, optimizer, template))
+    whole = state_places(places, job.optimizer(), template)
+    return lazy_step(of_present, job.space, narrow, whole)

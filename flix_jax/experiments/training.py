@@ -146,7 +146,7 @@ def train(
                 found = parity.measure(job, state, frozen, pipeline)
             reporter.say(f"{title}: {found.line()}")
             found.check()
-        program = step_program(job, optimizer, template)
+        program = step_program(job, template)
         step_fn = tracing.telling_compilations(program, lambda s: reporter.say(f"{title}: {s}"))
         if profile is not None:
             folder, start_step = job.run_dir / "profile", int(state.step)
