@@ -209,7 +209,7 @@ def main() -> None:
             print(record["missing"], flush=True)
         found[benchmark.command] = record
         stored.write_text(json.dumps(list(found.values()), indent=1) + "\n")
-        out.with_suffix(".md").write_text(page(found))
+    out.with_suffix(".md").write_text(page(found))
     print(f"\n{page(found)}")
 
 
