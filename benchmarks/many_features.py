@@ -49,10 +49,10 @@ class Side(interleaved.Timed):
         model = EncoderDecoder(Transformer(config), spec)
         rng = np.random.default_rng(0)
         rows = len(batch["encoder_input_tokens"])
-        most = [t.num_values if distinct is None else distinct // 2 for t in spec.space.types]
-        ids = rng.integers(0, most, (rows, 2)) if distinct is None else None
-        if ids is None:
-            ids = np.stack([np.arange(rows) % n for n in most], axis=1)
+        if distinct is None:
+            ids = rng.integers(0, [t.num_values for t in spec.space.types], (rows, 2))
+        else:
+            ids = np.repeat(np.arange(rows)[:, None] % (distinct // 2), 2, axis=1)
         self.batch = {**batch, "feature_ids": jnp.asarray(ids, jnp.int32)}
         boxed = jax.eval_shape(
             lambda: model.init(jax.random.key(0), {k: x.shape for k, x in self.batch.items()})

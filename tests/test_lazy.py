@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_runs import arrays, make_base_run, write_words
+from tiny_runs import SPLIT_MESH, arrays, make_base_run, write_words
 
 from flix_jax.adapters import present, tree
 from flix_jax.adapters.features import FeatureSpace, FeatureType
@@ -20,7 +20,6 @@ from flix_jax.experiments.job import Job
 from flix_jax.experiments.step_program import step_program
 from flix_jax.tasks.source_text import SourceText
 from flix_jax.training import partitioning
-from flix_jax.training.axis_rules import AxisRules
 from flix_jax.training.lazy import state_places
 from flix_jax.training.optimizers import Optimizer, Schedule
 from flix_jax.training.partitioning import MeshSpec
@@ -43,15 +42,7 @@ SKIPPING = {"not_finite": "skip"}
 SGD = Optimizer("sgd", Schedule(learning_rate=0.3), clip_norm=0.5)
 MESHES = {
     "data 4": MeshSpec(data=4),
-    "fsdp 2, model 2": MeshSpec(
-        data=2,
-        fsdp=2,
-        model=2,
-        rules=AxisRules(
-            parameters=(("embed", None),),
-            adapters=(("features", "fsdp"), ("embed", ("fsdp", "data")), ("mlp", "model")),
-        ),
-    ),
+    "fsdp 2, model 2": SPLIT_MESH,
 }
 
 

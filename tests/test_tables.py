@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_runs import make_base_run, write_words
+from tiny_runs import SPLIT_MESH, make_base_run, write_words
 
 from flix_jax.adapters import tables, tree
 from flix_jax.adapters.features import FeatureSpace, FeatureType
@@ -16,7 +16,6 @@ from flix_jax.adapters.injection import AdapterSpec
 from flix_jax.adapters.modules import ALL, ROWS
 from flix_jax.experiments.job import Job
 from flix_jax.experiments.step_program import step_program
-from flix_jax.training.axis_rules import AxisRules
 from flix_jax.training.optimizers import Optimizer, Schedule
 from flix_jax.training.partitioning import MeshSpec
 
@@ -29,15 +28,7 @@ TYPES = (
 MESHES = [
     MeshSpec(data=1),
     MeshSpec(data=8),
-    MeshSpec(
-        data=2,
-        fsdp=2,
-        model=2,
-        rules=AxisRules(
-            parameters=(("embed", None),),
-            adapters=(("features", "fsdp"), ("embed", ("fsdp", "data")), ("mlp", "model")),
-        ),
-    ),
+    SPLIT_MESH,
 ]
 
 

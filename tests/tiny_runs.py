@@ -11,7 +11,9 @@ from flix_jax.data.vocabularies import ByteVocabulary
 from flix_jax.experiments.run import Evaluation, Run
 from flix_jax.models.config import T5Config
 from flix_jax.tasks.xtreme_up import XtremeUp
+from flix_jax.training.axis_rules import AxisRules
 from flix_jax.training.optimizers import Optimizer, Schedule
+from flix_jax.training.partitioning import MeshSpec
 
 MODEL = T5Config(
     vocab_size=384,
@@ -23,6 +25,17 @@ MODEL = T5Config(
     num_decoder_layers=1,
     dropout_rate=0.1,
     scan_layers=True,
+)
+
+# Eight devices, over which features, widths and examples are split.
+SPLIT_MESH = MeshSpec(
+    data=2,
+    fsdp=2,
+    model=2,
+    rules=AxisRules(
+        parameters=(("embed", None),),
+        adapters=(("features", "fsdp"), ("embed", ("fsdp", "data")), ("mlp", "model")),
+    ),
 )
 
 

@@ -77,13 +77,12 @@ def check_folder(
                 f"--allow_changes={pattern}: no value of the run is called {pattern!r}; "
                 f"{did_you_mean(pattern, known)}"
             )
-    reached = max(saved_steps(run_dir), default=0)
-    if there is None and reached:
-        raise ValueError(
-            f"{run_dir / 'run.json'} is missing beside checkpoints up to step {reached}: it says "
-            "which run they are of; put it back, or move the checkpoints away"
-        )
     if there is None:
+        if steps := saved_steps(run_dir):
+            raise ValueError(
+                f"{run_dir / 'run.json'} is missing beside checkpoints up to step {max(steps)}: it "
+                "says which run they are of; put it back, or move the checkpoints away"
+            )
         return {}
     changed = _changed(run, there, FREE)
     refused = [
