@@ -342,6 +342,8 @@ FLAGS = (
     command("flag misspelt", "train --run_dri=new", "--run_dri", "'--run_dir'"),
     command("flag of another command", "evaluate --run_dir=trained --dry_run", "--dry_run"),
     command("no run folder", "train --gin_file=run.gin", "--run_dir"),
+    command("empty run folder", "train --gin_file=run.gin --run_dir=", "--run_dir", "expected a folder"),
+    command("empty run folder to check", "check --gin_file=run.gin --run_dir=", "--run_dir", "expected a folder"),
     command("no gin file", "train --run_dir=new", "--gin_file"),
     command("a word too many", "train --gin_file=run.gin --run_dir=new more", "more"),
     command("steps that are none", "train --gin_file=run.gin --run_dir=new --profile=3", "--profile"),

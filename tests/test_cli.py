@@ -12,6 +12,20 @@ from flix_jax.mistakes import Mistakes
 COMMANDS = ("train", "check", "evaluate", "infer", "sweep", "report", "data")
 
 
+def test_what_is_logged_is_a_line_of_the_command():
+    code = """
+import logging
+from flix_jax import cli
+try:
+    cli.main(["--help"])
+finally:
+    logging.info("nothing to be told")
+    logging.getLogger("flix_jax.x").warning("cut at %d tokens", 5)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stderr == "warning: cut at 5 tokens\n"
+
+
 def test_help_takes_under_two_seconds_and_imports_nothing_heavy():
     code = """
 import sys

@@ -240,12 +240,12 @@ def numpy_digest(array: np.ndarray) -> str:
 
     def mix(x: int) -> int:
         x = (x ^ (x >> 16)) * 0x85EBCA6B % 2**32
-        x = (x ^ (x >> 13)) * 0xC2B2AE35 % 2**32
-        return x ^ (x >> 16)
+        return x ^ (x >> 13)
 
     bits = array.reshape(-1).view(f"u{array.dtype.itemsize}")
-    mixed = [mix((int(x) + i * 0x9E3779B9) % 2**32) for i, x in enumerate(bits)]
-    weighted = sum(h * (2 * i + 1) for i, h in enumerate(mixed))
+    places = [i * 0x9E3779B9 % 2**32 for i in range(len(bits))]
+    mixed = [mix((int(x) + place) % 2**32) for x, place in zip(bits, places, strict=True)]
+    weighted = sum(h * (place | 1) for h, place in zip(mixed, places, strict=True))
     return f"{sum(mixed) % 2**32:08x}{weighted % 2**32:08x}"
 
 

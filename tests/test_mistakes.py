@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 
 import hundred_mistakes as mistakes
 import pytest
@@ -74,7 +75,38 @@ def test_check_shows_what_it_found(world, capsys):
     count = sum(int(re.sub(r"\D", "", row[-1])) for row in trained) // 4
     assert found["parameters"].startswith(f"{count:,} trained")
     assert found["checkpoints"] == f"{(3 * 4 * count + 12) / 1024:,.1f} KiB each, 1 at a time"
+    assert found["saved"] == "1 of 1 sound, the newest of step 4"
     assert "warning: Run.save_every = 1000 is beyond Run.total_steps = 4" in told.err
+
+
+def test_check_tells_of_damaged_checkpoints(world, tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    shutil.copytree(world / "trained", run_dir)
+    newest, older, newer = (run_dir / "checkpoints" / step for step in ("4", "3", "5"))
+    line = f"check --gin_file=run.gin --gin.DATA_DIR='data' --run_dir={run_dir}"
+    line += " --gin.Run.total_steps=8 --allow_changes=total_steps"
+    for copy in (older, newer):
+        shutil.copytree(newest, copy)
+        (copy / "data" / "metadata").write_bytes(b"")
+    status, told = main(line, capsys)
+    assert status == 0 and "1 of 3 sound, the newest of step 4" in told.out
+    for copy, then in ((older, "step 4 is sound"), (newer, "it would be set aside")):
+        expected = f"warning: checkpoint {copy} is damaged: data/metadata holds 0 bytes of "
+        [warning] = [one for one in told.err.splitlines() if one.startswith(expected)]
+        assert warning.endswith(f"; {then}")
+    (newest / "data" / "metadata").unlink()
+    status, told = main(line, capsys)
+    assert status == 2 and "no checkpoint is sound" in told.err and told.err.count("\n") == 1
+    assert f"{newer} is damaged" in told.err
+
+
+def test_warnings_of_a_base_say_so(world, tmp_path, capsys):
+    (tmp_path / "m.gin").write_text(
+        f"include '{world}/run.gin'\n{mistakes.TWO_STAGES}base/Run.save_every = 5000\n"
+    )
+    status, told = main(f"check --gin_file={tmp_path}/m.gin --gin.DATA_DIR='data'", capsys)
+    assert status == 0
+    assert "warning: base: Run.save_every = 5000 is beyond Run.total_steps = 2" in told.err
 
 
 def test_several_mistakes_are_a_line_each(world, capsys):

@@ -5,11 +5,16 @@ from collections.abc import Sequence
 Rows = Sequence[Sequence[str]]
 
 
-def plain(rows: Rows) -> str:
+def plain(rows: Rows, *, numbers: bool = True) -> str:
     """Columns two spaces apart, the first to the left, all others to the right; a rule below the
-    header."""
+    header.
+
+    Args:
+      rows: the header and what follows.
+      numbers: whether the columns but the first hold numbers; texts stand to the left.
+    """
     widths = _widths(rows)
-    lines = ["  ".join(_aligned(row, widths)).rstrip() for row in rows]
+    lines = ["  ".join(_aligned(row, widths, numbers)).rstrip() for row in rows]
     return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
 
 
@@ -25,6 +30,7 @@ def _widths(rows: Rows) -> list[int]:
     return [max(map(len, column)) for column in zip(*rows, strict=True)]
 
 
-def _aligned(row: Sequence[str], widths: Sequence[int]) -> list[str]:
+def _aligned(row: Sequence[str], widths: Sequence[int], numbers: bool = True) -> list[str]:
     first, *others = zip(row, widths, strict=True)
-    return [first[0].ljust(first[1]), *(entry.rjust(width) for entry, width in others)]
+    align = str.rjust if numbers else str.ljust
+    return [first[0].ljust(first[1]), *(align(entry, width) for entry, width in others)]

@@ -76,6 +76,20 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
+class _Told(logging.Formatter):
+    """As everything else that the command says on its standard error."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return f"{record.levelname.lower()}: {record.getMessage()}"
+
+
+def _tell_warnings() -> None:
+    """Makes what is logged a line of the command's; where a program set logging up, that stays."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Told())
+    logging.basicConfig(handlers=[handler])
+
+
 def _lines(error: BaseException) -> str:
     """What is told of an error: a line for each mistake."""
     several = error.errors if isinstance(error, Mistakes) else (error,)
@@ -160,6 +174,7 @@ def main(argv: Sequence[str] | None = None, *, to_the_end: bool = False) -> int:
         make_parser().print_help(sys.stderr)
         return USER_ERROR
     quiet()
+    _tell_warnings()
     try:
         arguments = parse(argv)
         with contextlib.ExitStack() as stack:

@@ -127,6 +127,8 @@ def check(arguments: argparse.Namespace) -> None:
         _, report = checks.start(
             built, arguments.run_dir, allow_changes=_patterns(arguments.allow_changes)
         )
+        if arguments.run_dir is not None:
+            report = checks.with_saved(report, arguments.run_dir)
     _print_report(report)
     for line in unused:
         _warn(line)

@@ -81,7 +81,13 @@ def _add_gin(parser: Parser, *, required: bool) -> None:
 
 
 def _add_run_dir(parser: Parser, text: str) -> None:
-    parser.add_argument("--run_dir", required=True, metavar="DIR", help=text)
+    parser.add_argument("--run_dir", required=True, type=_folder, metavar="DIR", help=text)
+
+
+def _folder(text: str) -> str:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("empty, expected a folder")
+    return text
 
 
 def _add_allow_changes(parser: Parser) -> None:
@@ -344,7 +350,10 @@ def make_parser() -> argparse.ArgumentParser:
         "      --gin.DATA_DIR=\"'data/xtreme_up_v1.1'\" --run_dir=runs/ner_tiny",
     )
     check.add_argument(
-        "--run_dir", metavar="DIR", help="folder that the run would be started in (default: none)"
+        "--run_dir",
+        type=_folder,
+        metavar="DIR",
+        help="folder that the run would be started in (default: none)",
     )
     _add_allow_changes(check)
     _add_gin(check, required=True)

@@ -50,7 +50,7 @@ class Report:
     checkpoints: int = 0
 
     def table(self) -> str:
-        return text_tables.plain([["checked", "found"], *map(list, self.rows)])
+        return text_tables.plain([("checked", "found"), *self.rows], numbers=False)
 
 
 def start(
@@ -97,9 +97,42 @@ def start(
                 rows += examples if one is job else []
         seen.append(data)
     mistakes.tell()
+    warnings = list(reports[0].warnings)
     for number, report in enumerate(reports[1:], 1):
-        rows += [(f"{'base of ' * (number - 1)}base: {what}", text) for what, text in report.rows]
-    return job, Report(tuple(rows), tuple(w for report in reports for w in report.warnings))
+        whose = f"{'base of ' * (number - 1)}base: "
+        rows += [(whose + what, text) for what, text in report.rows]
+        warnings += [whose + warning for warning in report.warnings]
+    return job, Report(tuple(rows), tuple(warnings))
+
+
+def with_saved(report: Report, run_dir: epath.PathLike) -> Report:
+    """A report with what the checkpoints in the run's folder are, every file of them compared.
+
+    A job compares those that it reads.
+
+    Raises:
+      ValueError: there are some and none is sound: the run cannot go on.
+    """
+    if not saved_steps(run_dir):
+        return report
+    steps = stored_steps.find(run_dir, verify=True)
+    newest = max((one.step for one in steps if one.damage is None), default=None)
+    if newest is None:
+        raise ValueError(
+            f"no checkpoint is sound; {steps[-1].folder} is damaged: {steps[-1].damage}"
+        )
+    damaged = [
+        f"checkpoint {one.folder} is damaged: {one.damage}; "
+        + ("it would be set aside" if one.step > newest else f"step {newest} is sound")
+        for one in steps
+        if one.damage is not None
+    ]
+    sound = f"{len(steps) - len(damaged)} of {len(steps)} sound, the newest of step {newest:,}"
+    return dataclasses.replace(
+        report,
+        rows=(*report.rows, ("saved", sound)),
+        warnings=(*report.warnings, *damaged),
+    )
 
 
 def _bases_to_train(job: Job, mistakes: Collected) -> Iterator[Job]:

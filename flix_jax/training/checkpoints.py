@@ -12,6 +12,7 @@ import hashlib
 import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from typing import Any, Literal
 
 import jax
@@ -102,7 +103,8 @@ class Checkpoints:
         self._writes = create
         self._identity = dict(identity)
         self._differences = dict(differences or {})
-        self._digests: dict[int, array_digests.Digests] = {}  # of steps that are being written
+        # Of steps that are being written.
+        self._digests: dict[int, Future[array_digests.Digests]] = {}
         self._sound: set[int] = set()  # steps whose files were compared already
         self._best = BestStep(self.directory.parent, best)
         self._retention = Retention(keep, keep_period, self._best, planned)
@@ -180,7 +182,8 @@ class Checkpoints:
         if value is not None:
             self._note(step, value)
         arrays = {"trained": state.trained, "optimizer": _leaves(state.opt_state)}
-        self._digests[step] = array_digests.of(arrays)
+        digests: Future[array_digests.Digests] = Future()
+        self._digests[step] = digests
         try:
             self._manager.save(
                 step,
@@ -191,11 +194,13 @@ class Checkpoints:
                     identity=ocp.args.JsonSave(self._identity),
                 ),
             )
+            digests.set_result(array_digests.of(arrays))  # while the copies are written
         except _WRITING as error:
             raise self._unwritten(error) from error
+        finally:
+            digests.cancel()  # what waits for them, if there are none
         # What was saved before is on disk: only the first process of several has sealed it.
-        digests = self._digests.get(step)
-        self._digests = {} if digests is None else {step: digests}
+        self._digests = {step: digests} if step in self._digests else {}
         if improved:
             self.wait()
             self._best.write(self.all_steps())
@@ -355,7 +360,8 @@ class Checkpoints:
     def _seal(self, folder: epath.Path, announced: Mapping[str, bytes]) -> None:
         """Writes the manifest of a step that is about to get its name."""
         step = int(folder.name.partition(".")[0])
-        manifest.write(folder, step, array_digests.texts(self._digests.pop(step)), announced)
+        digests = self._digests.pop(step).result()
+        manifest.write(folder, step, array_digests.texts(digests), announced)
 
     def _unwritten(self, error: BaseException) -> ValueError:
         said = reason(error)

@@ -3,7 +3,7 @@
 It is written last, before the checkpoint gets its name, and carries a checksum of its own, so that
 whatever changes in the folder afterwards is found. Orbax itself restores flipped bits in silence.
 
-manifest.json   {"format": 1, "step": int, "time": seconds since 1970, "versions": {package: text},
+manifest.json   {"format": 2, "step": int, "time": seconds since 1970, "versions": {package: text},
                 "files": {path in the folder: [bytes, xxh3-128]},
                 "arrays": {"trained/…": digest (training.array_digests)},
                 "checksum": xxh3-128 of the others as canonical json}
@@ -26,9 +26,9 @@ from etils import epath
 import flix_jax
 
 NAME = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 
-_CHUNK = 1 << 20  # bytes that are read at a time: they are hashed while the cache has them
+_CHUNK = 1 << 18  # bytes that are read at a time: they are hashed while the cache has them
 # Errors of a disk, and of a folder where a file was: not those of permissions, nor of a network.
 _DAMAGE = (errno.EIO, errno.EISDIR, errno.ENOTDIR)
 _THREADS = 8  # xxhash and reading both release the interpreter
@@ -151,11 +151,12 @@ def _digests(folder: epath.Path, names: list[str]) -> dict[str, list[Any]]:
 
     def digest(name: str) -> list[Any]:
         total, size = xxhash.xxh3_128(), 0
+        chunk = memoryview(bytearray(_CHUNK))
         try:
             with (folder / name).open("rb") as file:
-                while chunk := file.read(_CHUNK):
-                    total.update(chunk)
-                    size += len(chunk)
+                while read := file.readinto(chunk):
+                    total.update(chunk[:read])
+                    size += read
         except OSError as error:
             return [_unreadable(name, error)]
         return [size, total.hexdigest()]
