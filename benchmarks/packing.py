@@ -5,8 +5,9 @@
 Reads the training data of tasks in XTREME-UP's layout, tokenised by a SentencePiece model or, where
 none is given, by a unigram model of 8,192 pieces that is trained on 20,000 of their texts. One
 network at mT5-small's widths with FLix (task and language, rank 4) makes the loss and the adapters'
-gradients of batches of as many rows with packing and without; both are interleaved, each round with
-the next batch. Useful tokens are those of inputs and of targets that are no padding.
+gradients of batches of as many rows without packing, packed by equal features, and mixed, where
+each example of a row has its own; they are interleaved, each round with the next batch. Useful
+tokens are those of inputs and of targets that are no padding.
 """
 
 import itertools
@@ -115,6 +116,7 @@ def main() -> None:
     tasks = ["ner", "topic", "translation", "qa_cross_lang"]
     parser.add_argument("--tasks", nargs="+", default=tasks)
     parser.add_argument("--model", help="a SentencePiece model (default: one of the data)")
+    parser.add_argument("--most", type=int, default=16, help="examples in a mixed row (default 16)")
     parser.set_defaults(batch=8, input_length=512, target_length=128)
     args = parser.parse_args()
     lengths = {"inputs": args.input_length, "targets": args.target_length}
@@ -133,11 +135,14 @@ def main() -> None:
     )
     model = EncoderDecoder(Transformer(config), AdapterSpec(space))
     rates = Mixture().rates_for({cell: len(of) for cell, of in data.items()})
+    manners: dict[str, dict[str, Any]] = {
+        "padded": {},
+        "packed": {"packing": True},
+        "mixed": {"packing": True, "examples_per_row": args.most},
+    }
     pipelines = {
-        name: TrainPipeline(
-            data, rates, lengths=lengths, global_batch_size=args.batch, packing=name == "packed"
-        )
-        for name in ("padded", "packed")
+        name: TrainPipeline(data, rates, lengths=lengths, global_batch_size=args.batch, **manner)
+        for name, manner in manners.items()
     }
     shapes = pipelines["padded"].shapes()
     params = jax.jit(lambda key: model.init(key, shapes))(jax.random.key(0))
@@ -148,14 +153,16 @@ def main() -> None:
     }
     interleaved.run(list(sides.values()), args.rounds, interleaved.CLOCKS[args.clock])
     report = pipelines["packed"].report()
-    assert report.packing is not None
     print(
         f"\n{sum(map(len, data.values())):,} examples of {len(cells)} cells of "
         f"{', '.join(args.tasks)}; {args.layers}+{args.layers} layers, {args.batch} rows of "
         f"{args.input_length}/{args.target_length}, vocabulary {vocab_size:,}, "
         f"{args.clock} time, {args.rounds} rounds"
     )
-    print(report.packing.line())
+    for name in ("packed", "mixed"):
+        told = pipelines[name].report().packing
+        assert told is not None
+        print(f"{name}: {told.line().removeprefix('packed: ')}")
     cut = [
         sum(getattr(row, n) or 0 for row in report.cells.values())
         for n in ("cut_inputs", "cut_targets")
@@ -169,10 +176,12 @@ def main() -> None:
         seconds, tokens, rate = np.median(side.times), np.median(useful), np.median(speed[name])
         rows.append([name, f"{seconds:.3f}", f"{tokens:,.0f}", f"{rate:,.0f}"])
     print(text_tables.plain(rows))
-    figures.tell_ratios("packed / padded", speed["packed"] / speed["padded"])
-    low, middle, high = np.quantile(speed["packed"] / speed["padded"], (0.25, 0.5, 0.75))
-    print(f"\nuseful tokens/s, packed / padded: {middle:.2f} [{low:.2f} {high:.2f}]")
-    print(f"seconds a step, packed / padded: {interleaved.ratio(sides['packed'], sides['padded'])}")
+    for one, other in (("packed", "padded"), ("mixed", "packed")):
+        ratios = speed[one] / speed[other]
+        figures.tell_ratios(f"{one} / {other}", ratios)
+        low, middle, high = np.quantile(ratios, (0.25, 0.5, 0.75))
+        print(f"\nuseful tokens/s, {one} / {other}: {middle:.2f} [{low:.2f} {high:.2f}]")
+        print(f"seconds a step, {one} / {other}: {interleaved.ratio(sides[one], sides[other])}")
 
 
 if __name__ == "__main__":

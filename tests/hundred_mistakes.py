@@ -166,7 +166,7 @@ VALUES = (
     gin("negative z loss", "Run.z_loss = -1.0", "Run.z_loss"),
     gin("reading longer in vain", "Run.read_lengths = (16, 16)", "Run.read_lengths"),
     gin("packing what is noised", "Run.packing = True\nRun.transforms = {'up/x': @SpanCorruption()}\nSpanCorruption.vocabulary = @ByteVocabulary()", "Run.packing = True"),
-    gin("packing by a word", "Run.packing = 'yes'", "Run.packing is 'yes'"),
+    gin("packing by a word", "Run.packing = 'yes'", "Run.packing = 'yes'", "'mixed'"),
     gin("tables misspelt", "Run.tables = 'rwos'", "'rwos'", "'rows'"),
 )  # fmt: skip
 

@@ -1,6 +1,7 @@
 """The delta and its gradients against a loop over examples in NumPy."""
 
 import functools
+import re
 
 import hypothesis
 import hypothesis.strategies as st
@@ -9,9 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from flix_jax.adapters import tables
 from flix_jax.adapters.activation import ActiveFeatures
 from flix_jax.adapters.features import FeatureSpace, FeatureType
-from flix_jax.adapters.low_rank import delta
+from flix_jax.adapters.low_rank import Table, delta
+from flix_jax.adapters.modules import ALL, ROWS
 
 TASK = FeatureType("task", ("a", "b", "c"), rank=2)
 LANGUAGE = FeatureType("language", ("x", "y", "z", "w"), rank=3, ranks={"y": 1, "w": 2})
@@ -199,7 +202,7 @@ def test_the_gradient_needs_no_scatter():
         (np.zeros((1, 2), np.int32), r"are of 1 examples, expected 4"),
         (np.zeros((8, 2), np.int32), r"are of 8 examples, expected 4"),
         (np.zeros((4, 1), np.int32), r"\(4, 1\), expected \[batch, 2\]"),
-        (np.zeros((4, 3, 2), np.int32), r"\(4, 3, 2\), expected \[batch, 2\]"),
+        (np.zeros((4, 3, 2), np.int32), r"segments have shape None, expected \(4, 5\)"),
     ],
 )
 def test_ids_of_another_batch_are_an_error_and_never_broadcast(ids, says):
@@ -213,3 +216,70 @@ def test_banks_of_another_space_are_an_error():
     short = {**banks, "task": (banks["task"][0][:2], banks["task"][1])}
     with pytest.raises(ValueError, match=r"bank 'task' has a \(2, 6, 2\).*expected a \(3, 6, 2\)"):
         value_and_gradients(space, alpha, x, short, ids, weights, g)
+
+
+# Packed rows, whose examples have features of their own.
+
+PACKED = FeatureSpace((PAIR, SHARED, LANGUAGE))
+AXES = {"a": ("features", "in", "rank"), "b": ("features", "rank", "out")}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def packed_value_and_gradients(route, x, banks, ids, weights, segments, g):
+    def value(x, banks, weights):
+        named = {name: dict(zip("ab", bank, strict=True)) for name, bank in banks.items()}
+        axes = {"flix": dict.fromkeys(banks, AXES)}
+        if route == "all":
+            made = tables.of_all({"flix": named}, axes, PACKED)["flix"][ALL]
+        elif route == "rows":
+            made = tables.of_rows({"flix": named}, axes, PACKED, ids)["flix"][ROWS]
+        used = banks if route == "banks" else Table(made["a"], made["b"])
+        return delta(x, used, ActiveFeatures(ids, weights, segments=segments), PACKED, alpha=2.0)
+
+    y, pull = jax.vjp(value, x, banks, weights)
+    return (value(x, banks, weights), y, *pull(g))
+
+
+@pytest.mark.parametrize("route", ["banks", "all", "rows"])
+@hypothesis.settings(max_examples=15, deadline=None)
+@hypothesis.given(st.integers(0, 2**31))
+def test_examples_of_a_packed_row_are_those_of_rows_of_their_own(route, seed):
+    batch, positions, examples, d_in, d_out = 3, 7, 3, 4, 3
+    rng = np.random.default_rng(seed)
+    segments = rng.integers(0, examples + 1, (batch, positions)).astype(np.int32)
+    counts = [t.num_values for t in PACKED.slot_types]
+    ids = rng.integers(-1, counts, (batch * examples, len(counts))).astype(np.int32)
+    configuration = PACKED, batch * examples, (positions,), d_in, d_out, 2.0
+    _, alpha, x, banks, _, weights, g = example(configuration, ids, seed, np.float64)
+    # The examples in rows of their own; all of a row's are added up to it.
+    own = segments[:, None] == np.arange(1, examples + 1)[:, None]
+    own = own.reshape(-1, positions, 1)
+    x, g = (np.repeat(of[:batch], examples, axis=0) for of in (x, g))
+    together = reference(PACKED, alpha, x * own, banks, ids, weights, g * own)
+    y, _, dx, dbanks, dweights = together
+    y, dx = (of.reshape(batch, examples, *of.shape[1:]).sum(axis=1) for of in (y, dx))
+    with jax.enable_x64(True):
+        found = packed_value_and_gradients(
+            route,
+            x[::examples],
+            banks,
+            ids.reshape(batch, examples, -1),
+            weights.reshape(batch, examples, -1),
+            segments,
+            g[::examples],
+        )
+        expected = (y, y, dx, dbanks, dweights.reshape(batch, examples, -1))
+        assert_close(found, expected, 1e-10)
+
+
+def test_segments_of_other_positions_are_refused():
+    ids = np.zeros((2, 3, PACKED.num_slots), np.int32)
+    _, _, x, banks, *_ = example((PACKED, 2, (5,), 4, 3, None), ids[:, 0], 0, np.float32)
+    x, banks = jax.tree.map(jnp.asarray, (x, banks))
+    for segments in (None, np.ones((2, 4), np.int32)):
+        active = ActiveFeatures(ids, np.ones(ids.shape, np.float32), segments=segments)
+        shape = None if segments is None else segments.shape
+        with pytest.raises(
+            ValueError, match=re.escape(f"segments have shape {shape}, expected (2, 5)")
+        ):
+            delta(x, banks, active, PACKED)

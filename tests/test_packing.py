@@ -1,6 +1,7 @@
 """Rows of several examples: which share one, and that the network sees each by itself."""
 
 import collections
+import contextlib
 import functools
 
 import jax
@@ -17,6 +18,7 @@ from flix_jax.data.cells import Cell
 from flix_jax.data.examples import CellData, Ragged
 from flix_jax.data.pipeline import SEGMENTS, TrainPipeline, as_batch
 from flix_jax.data.prefetch import PrefetchIterator
+from flix_jax.models import config as config_lib
 from flix_jax.models.config import T5Config
 from flix_jax.models.encoder_decoder import EncoderDecoder
 from flix_jax.models.t5 import Transformer
@@ -216,6 +218,34 @@ def test_a_position_that_is_none_is_refused(mark):
         pipeline.check_state(pipeline.position(0) | {"packed": mark})
 
 
+def test_mixed_rows_hold_any_examples_and_at_most_so_many(small_windows):
+    pipeline, data = make(examples_per_row=3), {cell.name: cell for cell in CELLS}
+    mixed = 0
+    for step in range(6):
+        batch, left = pipeline.batch_at(step), pipeline.origins_at(step)
+        assert {name: array.shape for name, array in batch.items()} == pipeline.shapes()
+        assert batch["feature_ids"].shape == (ROWS, 3, 2)
+        for row, ids in enumerate(batch["feature_ids"]):
+            examples = batch["encoder_segment_ids"][row].max()
+            assert 1 <= examples <= 3
+            drawn = [data[left.pop(0)[0]] for _ in range(examples)]
+            assert ids[:examples].tolist() == [list(CELLS[cell]) for cell in drawn]
+            assert (ids[examples:] == -1).all()
+            mixed += len(set(drawn)) > 1
+        assert not left
+    assert mixed > 6 * ROWS / 2
+    assert make(examples_per_row=16).report().packing.rows < make().report().packing.rows
+
+
+def test_mixed_and_equal_packing_are_told_apart(small_windows):
+    mixed, equal = make(examples_per_row=3), make()
+    mixed.check_state(mixed.position(2))
+    with pytest.raises(ValueError, match=r"packing \[1, 64\] -> \[1, 64, 3\]"):
+        mixed.check_state(equal.position(2))
+    with pytest.raises(ValueError, match=r"packing \[1, 64, 4\] -> \[1, 64, 3\]"):
+        mixed.check_state(make(examples_per_row=4).position(2))
+
+
 def test_what_cannot_be_packed_is_refused():
     keep = {"qa/*": lambda example, rng: example}
     with pytest.raises(ValueError, match="packing: the lengths of qa/sw change by a transform"):
@@ -256,64 +286,123 @@ def test_the_report_tells_how_full_rows_are(small_windows):
 # What the network makes of them
 
 
+EXAMPLES = 5  # of a mixed row at most
+SPACES = {
+    "flix": FeatureSpace(
+        (
+            FeatureType("task", ("ner", "qa"), rank=2, dropout=0.5),
+            FeatureType("language", ("sw", "yo"), rank=3, dropout=0.5),
+        )
+    ),
+    "beside one value": FeatureSpace(
+        (
+            FeatureType("all", ("any",), rank=2, dropout=0.5),
+            FeatureType("language", ("sw", "yo"), rank=2, ranks={"yo": 3}),
+        ),
+        rescale=True,
+    ),
+}
+
+
+@contextlib.contextmanager
+def in_float64():
+    """The network's products; a float32 network rounds keys and queries by up to 2e-5."""
+    with pytest.MonkeyPatch.context() as patch, jax.enable_x64(True):
+        patch.setattr(config_lib, "_DTYPES", ("float64",))
+        yield patch
+
+
 @functools.cache
-def model_and_params():
-    space = FeatureSpace(
-        (FeatureType("task", ("ner", "qa"), rank=2), FeatureType("language", ("sw", "yo"), rank=3))
-    )
+def model_and_params(space="flix", scan=False):
     config = T5Config(
         vocab_size=64,
         emb_dim=8,
         num_heads=2,
         head_dim=4,
         mlp_dim=12,
-        num_encoder_layers=2,
-        num_decoder_layers=2,
+        num_encoder_layers=2 if scan else 1,
+        num_decoder_layers=2 if scan else 1,
+        dropout_rate=0.0,
+        dtype="float64",
+        scan_layers=scan,
     )
-    model = EncoderDecoder(Transformer(config), AdapterSpec(space), z_loss=1e-3)
+    model = EncoderDecoder(Transformer(config), AdapterSpec(SPACES[space]), z_loss=1e-3)
     shapes = {name: array.shape for name, array in make(pack=False).batch_at(0).items()}
     params = jax.jit(lambda key: model.init(key, shapes))(jax.random.key(0))
     # Adapters begin at zero; here they are to matter.
     leaves, structure = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(1), len(leaves))
-    moved = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    moved = [
+        x + 0.1 * jax.random.normal(k, x.shape, x.dtype) for x, k in zip(leaves, keys, strict=True)
+    ]
     return model, jax.tree.unflatten(structure, moved)
 
 
 @functools.cache
-def loss_and_gradients():
-    model, _ = model_and_params()
-    return jax.jit(jax.value_and_grad(model.loss, has_aux=True))
+def loss_and_gradients(space="flix", scan=False):
+    model, _ = model_and_params(space, scan)
+    return jax.jit(
+        jax.value_and_grad(lambda p, batch, rng=None: model.loss(p, batch, rng=rng), has_aux=True)
+    )
+
+
+def check_equal(found, expected):
+    """Loss, its sums and gradients of a packed batch are those of the unpacked one."""
+    (loss, sums), gradients = found
+    (expected_loss, expected_sums), expected_gradients = expected
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
+    for name, value in expected_sums.items():
+        np.testing.assert_allclose(sums[name], value, rtol=1e-5, err_msg=name)
+    for one, wanted in zip(
+        jax.tree.leaves(gradients), jax.tree.leaves(expected_gradients), strict=True
+    ):
+        assert jnp.linalg.norm(one - wanted) <= 1e-5 * jnp.linalg.norm(wanted)
 
 
 @settings(max_examples=10, deadline=None)
-@given(st.integers(0, 2**16), st.integers(0, 30))
-def test_loss_and_gradients_are_those_of_the_unpacked_batch(seed, step):
-    _, params = model_and_params()
-    with pytest.MonkeyPatch.context() as patch:
+@given(st.integers(0, 2**16), st.integers(0, 30), st.sampled_from([None, EXAMPLES]))
+def test_loss_and_gradients_are_those_of_the_unpacked_batch(seed, step, examples):
+    with in_float64() as patch:
         patch.setattr(packing, "WINDOW", 64)
-        pipeline = make(seed=seed)
+        _, params = model_and_params()
+        pipeline = make(seed=seed, examples_per_row=examples)
         packed = pipeline.batch_at(step)
-    plain = unpacked(pipeline, data_of(seed), step, rows=64)
-    program = loss_and_gradients()
-    (loss, sums), gradients = program(params, jax.tree.map(jnp.asarray, packed))
-    (expected, expected_sums), expected_gradients = program(
-        params, jax.tree.map(jnp.asarray, plain)
-    )
-    np.testing.assert_allclose(loss, expected, rtol=1e-5)
-    for name, value in expected_sums.items():
-        np.testing.assert_allclose(sums[name], value, rtol=1e-5, err_msg=name)
-    for found, wanted in zip(
-        jax.tree.leaves(gradients), jax.tree.leaves(expected_gradients), strict=True
-    ):
-        assert jnp.linalg.norm(found - wanted) <= 1e-5 * jnp.linalg.norm(wanted)
-    assert sums["weight"] == (packed["decoder_target_tokens"] > 0).sum()
+        plain = unpacked(pipeline, data_of(seed), step, rows=64)
+        program = loss_and_gradients()
+        found = program(params, jax.tree.map(jnp.asarray, packed))
+        check_equal(found, program(params, jax.tree.map(jnp.asarray, plain)))
+    assert found[0][1]["weight"] == (packed["decoder_target_tokens"] > 0).sum()
+
+
+@pytest.mark.parametrize("space, scan", [("flix", True), ("beside one value", False)])
+def test_examples_of_a_mixed_row_have_features_and_feature_dropout_of_their_own(
+    space, scan, small_windows, monkeypatch
+):
+    # Of one length on both sides, so that no shape tells whose positions a layer's input has.
+    monkeypatch.setitem(LENGTHS, "targets", LENGTHS["inputs"])
+    pipeline = make(examples_per_row=EXAMPLES)
+    packed, plain = pipeline.batch_at(2), unpacked(pipeline, data_of(0), 2, rows=64)
+    if space != "flix":  # whose first type has one value
+        for batch in (packed, plain):
+            batch["feature_ids"] = np.minimum(batch["feature_ids"], [0, 1])
+    examples = packed["encoder_segment_ids"].max(axis=1)
+    numbers = [row * EXAMPLES + i for row, count in enumerate(examples) for i in range(count)]
+    plain["example_numbers"] = np.array(numbers + [0] * (64 - len(numbers)), np.int32)
+    with in_float64():
+        _, params = model_and_params(space, scan)
+        rng = jax.random.key(3)
+        program = loss_and_gradients(space, scan)
+        found = program(params, jax.tree.map(jnp.asarray, packed), rng)
+        check_equal(found, program(params, jax.tree.map(jnp.asarray, plain), rng))
+        without = program(params, jax.tree.map(jnp.asarray, packed))
+    assert abs(found[0][0] / without[0][0] - 1) > 1e-4  # that there is feature dropout
 
 
 def test_without_segments_examples_of_a_row_would_see_each_other(small_windows):
-    _, params = model_and_params()
-    batch = jax.tree.map(jnp.asarray, make().batch_at(1))
-    loss = loss_and_gradients()(params, batch)[0][0]
-    ones = {name: (batch[name] > 0).astype(jnp.int32) for name in SEGMENTS}
-    mixed = loss_and_gradients()(params, batch | ones)[0][0]
+    with in_float64():
+        _, params = model_and_params()
+        batch = jax.tree.map(jnp.asarray, make().batch_at(1))
+        loss = loss_and_gradients()(params, batch)[0][0]
+        ones = {name: (batch[name] > 0).astype(jnp.int32) for name in SEGMENTS}
+        mixed = loss_and_gradients()(params, batch | ones)[0][0]
     assert abs(mixed / loss - 1) > 1e-3

@@ -4,14 +4,16 @@ import dataclasses
 
 import numpy as np
 import pytest
-from tiny_runs import arrays, make_base_run, write_words
+from tiny_runs import SPLIT_MESH, arrays, make_base_run, write_words
 
 from flix_jax.adapters.features import FeatureSpace, FeatureType
 from flix_jax.adapters.injection import AdapterSpec
 from flix_jax.data import packing
+from flix_jax.data.pipeline import SEGMENTS
 from flix_jax.experiments import together, training
 from flix_jax.experiments.job import Job
 from flix_jax.training.optimizers import Optimizer, Schedule
+from flix_jax.training.partitioning import MeshSpec
 from flix_jax.training.reporting import read_metrics
 
 STEPS = 24
@@ -86,6 +88,76 @@ def test_the_folder_says_how_full_rows_are(run, whole):
 def test_a_folder_goes_on_packed_or_not_as_it_began(run, whole):
     with pytest.raises(ValueError, match="packing is True there and False here; packing cannot"):
         Job(dataclasses.replace(run, packing=False), whole)
+
+
+# Rows of any examples, each with its own features.
+
+
+@pytest.fixture(scope="module")
+def mixed(run):
+    return dataclasses.replace(
+        run,
+        packing="mixed",
+        examples_per_row=4,
+        tables="banks",
+        optimizer=Optimizer("sgd", Schedule(learning_rate=0.3)),
+        batch_size=8,
+        total_steps=4,
+        save_every=2,
+        log_every=2,
+    )
+
+
+@pytest.fixture(scope="module")
+def mixed_whole(mixed, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("mixed")
+    training.train(mixed, run_dir)
+    return run_dir
+
+
+def test_a_restarted_mixed_run_is_the_run_bit_for_bit(mixed, mixed_whole, tmp_path):
+    training.train(dataclasses.replace(mixed, total_steps=2), tmp_path)
+    training.train(mixed, tmp_path)
+    for name, value in arrays(mixed_whole, 4).items():
+        np.testing.assert_array_equal(value, arrays(tmp_path, 4)[name], err_msg=name)
+    assert logged(tmp_path) == logged(mixed_whole)
+
+
+def test_mixed_batches_are_as_announced(mixed, mixed_whole):
+    job = Job(mixed, mixed_whole)
+    batch = job.pipeline().batch_at(0)
+    assert job.batch_shapes(8) == {name: array.shape for name, array in batch.items()}
+    assert (batch["feature_ids"][:, :, 0] >= 0).sum(axis=1).max() > 2
+    several = [len({tuple(ids) for ids in row if ids[0] >= 0}) for row in batch["feature_ids"]]
+    assert max(several) > 1
+    assert job.batch_shapes(8, training=False)["feature_ids"] == (8, 2)
+    assert not set(job.batch_shapes(8, training=False)) & set(SEGMENTS)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"tables": "all"},
+        {"tables": "rows"},
+        {"optimizer": Optimizer("sgd", Schedule(learning_rate=0.3), lazy=True)},
+        pytest.param({"tables": "rows", "mesh": SPLIT_MESH}, marks=pytest.mark.slow),
+        pytest.param(
+            {"microbatches": 2, "mesh": MeshSpec(data=4, model=2)}, marks=pytest.mark.exhaustive
+        ),
+    ],
+    ids=["all", "rows", "lazy", "rows on a mesh", "microbatches on a mesh"],
+)
+def test_a_mixed_run_is_the_same_however_it_is_computed(mixed, mixed_whole, changed, tmp_path):
+    training.train(dataclasses.replace(mixed, **changed), tmp_path)
+    found, expected = arrays(tmp_path, 4), arrays(mixed_whole, 4)
+    moved = 0.0
+    for name in (name for name in expected if "flix" in name):
+        size = np.abs(expected[name]).max()
+        assert np.abs(found[name] - expected[name]).max() <= 2e-5 * max(size, 1e-3), name
+        moved = max(moved, size if name.endswith("['b']") else 0.0)
+    assert moved > 1e-3
+    for (step, loss, _), (_, wanted, _) in zip(logged(tmp_path), logged(mixed_whole), strict=True):
+        assert loss == pytest.approx(wanted, rel=1e-5), step
 
 
 @pytest.mark.exhaustive

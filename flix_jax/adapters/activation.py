@@ -6,6 +6,7 @@ outside the network, and reaches the network as weights: a rematerialised or sca
 needs no random numbers for it, and every layer sees the same subset.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,17 +24,21 @@ class ActiveFeatures:
     """The features of a batch as the network sees them.
 
     Attributes:
-      ids: int32 [batch, slots], each id counting within its type, -1 where absent.
-      weights: float32 [batch, slots], what each feature's update is multiplied with: 0 where the
-        feature is absent or dropped.
+      ids: int32 [batch, slots], each id counting within its type, -1 where absent. Of packed rows
+        whose examples have features of their own [batch, examples, slots].
+      weights: float32, of the same shape, what each feature's update is multiplied with: 0 where
+        the feature is absent or dropped.
       scales: by type, float32 [values, rank], what the columns of each value are multiplied with;
         None is what the space says (`FeatureType.scales`).
+      segments: of such packed rows int32 [batch, positions], to which example of its row each
+        position of the layer's input belongs, from 1 on; at 0 there is no update.
     """
 
     # No shapes here: JAX rebuilds a tree with shardings and the like in place of its arrays.
     ids: Any
     weights: Any
     scales: Any = None
+    segments: Any = None
 
 
 @flax.struct.dataclass
@@ -71,11 +76,14 @@ class FeatureSettings:
 
 
 def check_shape(space: FeatureSpace, ids, weights, place: str = "feature_ids") -> None:
-    """ValueError unless ids (integers) and weights are both [batch, num_slots]."""
-    if ids.ndim != 2 or ids.shape[1] != space.num_slots:
+    """ValueError unless ids (integers) and weights are both [batch, slots] or, of packed rows,
+    [batch, examples, slots].
+    """
+    if ids.ndim not in (2, 3) or ids.shape[-1] != space.num_slots:
         raise ValueError(
             f"{place} have shape {tuple(ids.shape)}, expected [batch, {space.num_slots}] "
-            f"(slots of {', '.join(space.names)})"
+            f"(slots of {', '.join(space.names)}), or [batch, examples, {space.num_slots}] of "
+            "packed rows"
         )
     if not jnp.issubdtype(ids.dtype, jnp.integer):
         raise ValueError(f"{place} have dtype {ids.dtype}, expected integers")
@@ -102,13 +110,15 @@ def activate(
 
     Args:
       space: the feature space; its values must be known.
-      feature_ids: integers [batch, slots], -1 where absent. A NumPy array is checked for its
+      feature_ids: integers [batch, slots], -1 where absent; [batch, examples, slots] of packed
+        rows, whose `segments` are to be set for each layer. A NumPy array is checked for its
         values; under jit they cannot be, so an id out of range makes its example NaN rather than
         silently another feature.
-      feature_weights: float [batch, slots]; 1 by default.
+      feature_weights: float, of the same shape; 1 by default.
       dropout_rng: key for feature dropout; None switches it off (evaluation).
       numbers: int32 [batch], those of the examples: what is dropped of an example is a function of
-        the key and its number. By default its place in the batch.
+        the key and its number. By default its place in the batch. Of packed rows the numbers are
+        the rows', and an example's is (its row's) * examples + its place in the row.
       settings: dropout rates and scales in place of the space's own.
 
     Returns:
@@ -129,6 +139,18 @@ def activate(
     )
     check_shape(space, ids, weights)
     ids = ids.astype(jnp.int32)
+    if ids.ndim == 3:
+        rows, examples, slots = ids.shape
+        of_rows = jnp.arange(rows) if numbers is None else numbers
+        apart = activate(
+            space,
+            ids.reshape(-1, slots),
+            weights.reshape(-1, slots),
+            dropout_rng=dropout_rng,
+            numbers=(of_rows[:, None] * examples + jnp.arange(examples)).reshape(-1),
+            settings=settings,
+        )
+        return dataclasses.replace(apart, ids=ids, weights=apart.weights.reshape(ids.shape))
     present = ids != ABSENT
     drops = settings is not None or any(max(t.value_dropouts) > 0 for t in space.types)
     if dropout_rng is not None and drops:

@@ -148,6 +148,7 @@ def inject(
     *,
     deterministic: bool = True,
     source: Source | None = None,
+    segments: Callable[[str], Array] | None = None,
 ) -> Iterator[None]:
     """A context in which the targeted dense layers of any linen model add their update.
 
@@ -159,6 +160,8 @@ def inject(
       deterministic: False switches on the dropout of the adapters' input, where `spec` has one.
       source: what fused layers read; where they are scanned, its `variables` must be among those
         that the model is applied to. An initialisation needs none.
+      segments: of packed rows whose examples have features of their own, path of a layer -> which
+        example each position of its input belongs to (`ActiveFeatures.segments`).
 
     Raises:
       ValueError: when a fused layer has no source, when a batch is not of `active`'s size, when a
@@ -183,7 +186,10 @@ def inject(
         fused = None
         if spec.fuses(call.path) and not context.module.is_initializing():
             fused = _source_of(call.path, context.module, source, states), source
-        update = _update(spec, active, call, context.module, x, y, deterministic, fused)
+        of = active
+        if segments is not None:
+            of = dataclasses.replace(active, segments=segments(call.path))
+        update = _update(spec, of, call, context.module, x, y, deterministic, fused)
         return checkpoint_name(y + update, DENSE_OUTPUT)
 
     with nn.intercept_methods(interceptor):

@@ -12,6 +12,12 @@ batched products however many features there are:
 The derivative of the gather would be a scatter, which is slow; the gradients of the banks are
 formed by a product with the one-hot ids instead. A type of one value (LoRA) needs no gather: it is
 a plain low-rank product whose activation is weighted per example.
+
+Of packed rows whose examples have features of their own, the matrices of all of a row's examples
+stand side by side, and c says at each position which of them are those of its example:
+
+    delta(x)[n, l] = ((x[n, l] A[n]) · c[n, l]) B[n]
+    c[n, l, column of f in example e] = w_ef · s_f if l belongs to e, else 0
 """
 
 import functools
@@ -75,7 +81,8 @@ def delta(
       x: the input of the adapted layer.
       banks: type name -> (a [values, d_in, rank], b [values, rank, d_out]), usually float32; or
         the table that was made of them (`tables`), with which nothing can meet.
-      active: the features of each example, ids and weights [batch, slots].
+      active: the features of each example, ids and weights [batch, slots]; of packed rows [batch,
+        examples, slots], with the `segments` of x's positions.
       space: the feature space that the ids count in.
       alpha: scale alpha / rank of each value, where `active` has no scales; None means 1.
       meet: what takes the place of the narrow activations x A before they are multiplied with c and
@@ -86,8 +93,8 @@ def delta(
       (or wider).
 
     Raises:
-      ValueError: when the ids are of another batch size or number of slots, or a bank has a shape
-        that the space does not give it.
+      ValueError: when the ids are of another batch size or number of slots, the segments of other
+        positions, or a bank has a shape that the space does not give it.
     """
     check_shape(space, active.ids, active.weights)
     if active.ids.shape[0] != x.shape[0]:
@@ -96,6 +103,14 @@ def delta(
             f"of the layer's input {tuple(x.shape)}"
         )
     rows = x.reshape(x.shape[0], -1, x.shape[-1])
+    if active.ids.ndim == 3:
+        assert meet is None
+        found = None if active.segments is None else active.segments.shape
+        if found != rows.shape[:2]:
+            raise ValueError(
+                f"segments have shape {found}, expected {rows.shape[:2]}, an example of the packed "
+                "row for each position of the layer's input"
+            )
     if isinstance(banks, Table):
         assert meet is None
         total = _of_table(rows, banks, active, space, alpha)
@@ -127,15 +142,17 @@ def _halves(
 
     The types have all several values, or all one.
     """
-    c = jnp.concatenate([_coefficients(t, space, active, alpha) for t in types], axis=1)
+    c = jnp.concatenate([_coefficients(t, space, active, alpha) for t in types], axis=-1)
     if types[0].num_values == 1:
         a = jnp.concatenate([banks[t.name][0][0] for t in types], axis=1).T
         b = jnp.concatenate([banks[t.name][1][0] for t in types], axis=0)
         return lambda rows: _down(rows, a, None), lambda h: _up(dtype, h, b, None, c)
+    ids_of = [_columns(active.ids, space.slots(t)).reshape(len(active.ids), -1) for t in types]
     layouts = tuple(
-        _Layout(t.num_values, t.slots, t.max_rank, banks[t.name][0].dtype) for t in types
+        _Layout(t.num_values, ids.shape[1], t.max_rank, banks[t.name][0].dtype)
+        for t, ids in zip(types, ids_of, strict=True)
     )
-    ids = jnp.concatenate([_columns(active.ids, space.slots(t)) for t in types], axis=1)
+    ids = jnp.concatenate(ids_of, axis=1)
     a_banks = tuple(banks[t.name][0] for t in types)
     b_banks = tuple(banks[t.name][1] for t in types)
     return (
@@ -148,7 +165,7 @@ def _of_table(
     rows: Array, table: Table, active: ActiveFeatures, space: FeatureSpace, alpha: float | None
 ) -> Array:
     of = _of_every_value if table.a.ndim == 2 else _of_slots
-    c = jnp.concatenate([of(t, space, active, alpha) for t in space.types], axis=1)
+    c = jnp.concatenate([of(t, space, active, alpha) for t in space.types], axis=-1)
     a, b = (None, None) if table.copies is None else table.copies
     return _up(rows.dtype, _down(rows, table.a, a), table.b, b, c)
 
@@ -166,13 +183,16 @@ def _check_banks(d_in: int, banks: Mapping[str, Bank], space: FeatureSpace) -> N
 
 
 def _columns(values: Array, columns: range) -> Array:
-    return values[:, columns.start : columns.stop]
+    return values[..., columns.start : columns.stop]
 
 
 def _coefficients(
     t: FeatureType, space: FeatureSpace, active: ActiveFeatures, alpha: float | None
 ) -> Array:
-    """c: [batch, slots of the type × rank], weight times scale, 0 beyond a value's rank."""
+    """c: [batch, slots of the type × rank], weight times scale, 0 beyond a value's rank.
+
+    Of packed rows [batch, positions, examples × slots × rank].
+    """
     # One value in several slots is one update with the sum of their weights.
     of = _of_every_value if t.num_values == 1 else _of_slots
     return of(t, space, active, alpha)
@@ -181,31 +201,61 @@ def _coefficients(
 def _of_slots(
     t: FeatureType, space: FeatureSpace, active: ActiveFeatures, alpha: float | None
 ) -> Array:
-    """[batch, slots × rank]: weight times scale of the value in each slot."""
+    """[batch, slots × rank]: weight times scale of the value in each slot.
+
+    Of packed rows [batch, positions, examples × slots × rank].
+    """
     ids, weights, scales = _weighted(t, space, active, alpha)
-    by_slot = weights[:, :, None] * jnp.take(scales, ids, axis=0, mode="clip")
-    return by_slot.reshape(weights.shape[0], -1)
+    by_slot = weights[..., None] * jnp.take(scales, ids, axis=0, mode="clip")
+    by_example = by_slot.reshape(*weights.shape[:-1], -1)
+    if by_example.ndim == 2:
+        return by_example
+    own = jnp.where(_belongs(active)[..., None], by_example[:, None], 0.0)
+    return own.reshape(*own.shape[:2], -1)
 
 
 def _of_every_value(
     t: FeatureType, space: FeatureSpace, active: ActiveFeatures, alpha: float | None
 ) -> Array:
-    """[batch, values × rank]: weight times scale of every value, 0 where it is not there."""
+    """[batch, values × rank]: weight times scale of every value, 0 where it is not there.
+
+    Of packed rows [batch, positions, values × rank].
+    """
     ids, weights, scales = _weighted(t, space, active, alpha)
     one_hot = jax.nn.one_hot(ids, t.num_values, dtype=weights.dtype)
-    by_value = jnp.sum(one_hot * weights[:, :, None], axis=1)
-    return (by_value[:, :, None] * scales).reshape(weights.shape[0], -1)
+    by_value = jnp.sum(one_hot * weights[..., None], axis=-2)
+    by_example = (by_value[..., None] * scales).reshape(*weights.shape[:-1], -1)
+    if by_example.ndim == 2:
+        return by_example
+    # Of the one example at most that there is: at the highest precision the sum is its value.
+    belongs = _belongs(active).astype(by_example.dtype)
+    return jnp.einsum("nle,nec->nlc", belongs, by_example, precision="highest")
+
+
+def _belongs(active: ActiveFeatures) -> Array:
+    """[batch, positions, examples]: whether a position of a packed row is of an example."""
+    return active.segments[:, :, None] == jnp.arange(1, active.ids.shape[1] + 1)
 
 
 def _weighted(
     t: FeatureType, space: FeatureSpace, active: ActiveFeatures, alpha: float | None
 ) -> tuple[Array, Array, Array]:
-    """(ids [batch, slots], their weights, 0 where absent, scales [values, rank]) of a type."""
+    """(ids […, slots], their weights, 0 where absent, scales [values, rank]) of a type."""
     slots = space.slots(t)
     ids = _columns(active.ids, slots)
     weights = jnp.where(ids == ABSENT, 0.0, _columns(active.weights, slots))
     known = t.scales(alpha) if active.scales is None else active.scales[t.name]
     return ids, weights, jnp.asarray(known, weights.dtype)
+
+
+def _at_positions(c: Array) -> Array:
+    """c [batch, R], or already [batch, positions, R], for products with [batch, positions, R]."""
+    return c if c.ndim == 3 else c[:, None, :]
+
+
+def _gradient_of_c(dz: Array, h: Array, c: Array) -> Array:
+    found = dz * h
+    return (found if c.ndim == 3 else jnp.sum(found, axis=1)).astype(c.dtype)
 
 
 def _accumulator(x: Array):
@@ -240,7 +290,8 @@ _down.defvjp(_down_forward, _down_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _up(dtype, h: Array, b: Array, copy: Array | None, c: Array) -> Array:
-    """(h · c) b, in `dtype`, for b [R, d_out] or [batch, R, d_out]; c [batch, R].
+    """(h · c) b, in `dtype`, for b [R, d_out] or [batch, R, d_out]; c [batch, R], or of each
+    position [batch, length, R].
 
     `copy` as in `_down`.
     """
@@ -249,19 +300,18 @@ def _up(dtype, h: Array, b: Array, copy: Array | None, c: Array) -> Array:
 
 def _up_forward(dtype, h, b, copy, c):
     kept = b.astype(dtype) if copy is None else copy
-    z = (h * c.astype(h.dtype)[:, None, :]).astype(dtype)
+    z = (h * _at_positions(c).astype(h.dtype)).astype(dtype)
     return jnp.einsum(f"nlr,{_axes(b)}o->nlo", z, kept), (h, kept, _dtype_of(b), c)
 
 
 def _up_backward(dtype, saved, g):
     h, b, like, c = saved
     wide = h.dtype
-    scale = c.astype(wide)[:, None, :]
+    scale = _at_positions(c).astype(wide)
     z = (h * scale).astype(dtype)
     dz = jnp.einsum(f"nlo,{_axes(b)}o->nlr", g, b, preferred_element_type=wide)
     db = _summed(jnp.einsum("nlr,nlo->nro", z, g, preferred_element_type=wide), b)
-    dc = jnp.sum(dz * h, axis=1)
-    return dz * scale, db.astype(like.dtype), None, dc.astype(c.dtype)
+    return dz * scale, db.astype(like.dtype), None, _gradient_of_c(dz, h, c)
 
 
 _up.defvjp(_up_forward, _up_backward)
@@ -350,27 +400,29 @@ def _gathered_up(layouts, dtype, h, b_banks, ids, c):
       dtype: of the products.
       h: [batch, length, R], in the accumulator's dtype.
       b_banks: one [values, rank, d_out] for each type.
-      c: [batch, R].
+      c: [batch, R], or of each position [batch, length, R].
     """
     b = _side_by_side(layouts, b_banks, ids, 1, dtype)  # [batch, R, d_out]
+    if c.ndim == 3:
+        return _batched_product((h * c.astype(h.dtype)).astype(dtype), b)
     return _batched_product(h.astype(dtype), (b * c.astype(h.dtype)[:, :, None]).astype(dtype))
 
 
 def _gathered_up_forward(layouts, dtype, h, b_banks, ids, c):
     b = _side_by_side(layouts, b_banks, ids, 1, dtype)
-    z = (h * c.astype(h.dtype)[:, None, :]).astype(dtype)
+    z = (h * _at_positions(c).astype(h.dtype)).astype(dtype)
     return jnp.einsum("nlr,nro->nlo", z, b), (h, b, ids, c)
 
 
 def _gathered_up_backward(layouts, dtype, saved, g):
     h, b, ids, c = saved
     wide = h.dtype
-    scale = c.astype(wide)[:, None, :]
+    scale = _at_positions(c).astype(wide)
     z = (h * scale).astype(dtype)
     dz = jnp.einsum("nlo,nro->nlr", g, b, preferred_element_type=wide)
     db = jnp.einsum("nlr,nlo->nro", z, g, preferred_element_type=wide)
-    dc = jnp.sum(dz * h, axis=1).astype(c.dtype)
-    return dz * scale, _add_up(layouts, db, ids, transpose=False), None, dc
+    db_banks = _add_up(layouts, db, ids, transpose=False)
+    return dz * scale, db_banks, None, _gradient_of_c(dz, h, c)
 
 
 _gathered_up.defvjp(_gathered_up_forward, _gathered_up_backward)

@@ -73,9 +73,9 @@ def narrowed(space: FeatureSpace, examples: int) -> FeatureSpace:
 
 
 def find(
-    space: FeatureSpace, narrow: FeatureSpace, ids: Int[Array, "batch slots"]
-) -> tuple[dict[str, Array], Int[Array, "batch slots"]]:
-    """(the values present, the ids counted among them) of a batch.
+    space: FeatureSpace, narrow: FeatureSpace, ids: Int[Array, "batch *examples slots"]
+) -> tuple[dict[str, Array], Int[Array, "batch *examples slots"]]:
+    """(the values present, the ids counted among them) of a batch, packed or not.
 
     Absent features stay absent, and an id out of range stays out of range.
 
@@ -84,10 +84,10 @@ def find(
     """
     found, columns = {}, []
     for t, own in zip(space.types, narrow.types, strict=True):
-        of = ids[:, space.slots(t).start : space.slots(t).stop]
+        of = ids[..., space.slots(t).start : space.slots(t).stop]
         if own.num_values < min(t.num_values, of.size):
             raise ValueError(
-                f"feature type {t.name!r}: a batch of {of.shape[0]} examples can have "
+                f"feature type {t.name!r}: a batch of {of.size // t.slots} examples can have "
                 f"{min(t.num_values, of.size)} values, the narrow space has {own.num_values}"
             )
         known = (of >= 0) & (of < t.num_values)
@@ -101,7 +101,7 @@ def find(
         unknown = jnp.where(of == ABSENT, ABSENT, own.num_values)
         found[t.name] = rows.astype(jnp.int32)
         columns.append(jnp.where(known, among.reshape(of.shape), unknown).astype(ids.dtype))
-    return found, jnp.concatenate(columns, axis=1)
+    return found, jnp.concatenate(columns, axis=-1)
 
 
 def settings_of(settings: FeatureSettings, present: Present) -> FeatureSettings:

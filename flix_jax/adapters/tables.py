@@ -82,29 +82,32 @@ def of_rows(
     banks: tree.Tree,
     axes: tree.Tree,
     space: FeatureSpace,
-    ids: Int[Array, "batch slots"],
+    ids: Int[Array, "batch *examples slots"],
     place: Place = lambda taken, axes: taken,
 ) -> dict[str, Any]:
     """The columns of the values that each example has; differentiable.
 
     Args:
       banks, axes, space: as in `of_all`.
-      ids: of the examples' values, -1 where absent (then any value stands there).
+      ids: of the examples' values, -1 where absent (then any value stands there); of packed rows
+        those of all their examples.
       place: (what is taken of a bank for a slot, its axes' names with `EXAMPLES` for the features)
         -> the same, where it is to lie: beside the bank. Its gradient is brought there, too, before
         it is added up by value.
 
     Returns:
       A tree with `<dense>/flix/(rows)/a` [batch, columns, in] and `b` [batch, columns, out], the
-      columns as many as the ranks of all slots; a stack of layers is on the axis on which it was.
+      columns as many as the ranks of all slots, of packed rows example by example within a type;
+      a stack of layers is on the axis on which it was.
     """
     made = []
     for path, sides in _layers(banks, axes, space, ROWS):
         taken = []
         for t, (leaf, names) in zip(space.types, sides, strict=True):
             placed = functools.partial(_placed, place, names)
-            for slot in space.slots(t):
-                rows = _take(placed, names.index(_FEATURES), leaf, ids[:, slot])
+            slots = space.slots(t)
+            for of in ids[..., slots.start : slots.stop].reshape(len(ids), -1).T:
+                rows = _take(placed, names.index(_FEATURES), leaf, of)
                 taken.append(jnp.moveaxis(rows, names.index(_RANK), -2))
         made.append((path, jnp.concatenate(taken, axis=-2)))
     return tree.from_named(made)

@@ -1,7 +1,8 @@
 """Packing: several short examples share a row of a batch, which would be padding for the most part.
 
 Examples of a row have equal features, so that an adapter's update is one for the row, as it is
-without packing. Which examples share a row follows from the order of the examples alone: the
+without packing; or any, at most so many, and each position has the update of its own example. Which
+examples share a row follows from the order of the examples alone: the
 sequence falls into windows of WINDOW examples, each is packed by itself, longest examples first
 into the first row that has room (first-fit decreasing), and its rows are shuffled. So every window
 holds each cell as often as it does without packing, and no example is cut or left out for it.
@@ -81,6 +82,8 @@ class PackedOrder:
       data: of the cells, by name.
       lengths: of a row, {'inputs': L, 'targets': T}; longer examples count as cut to them.
       transformed: names of cells whose examples change when they are drawn, and so their lengths.
+      examples_per_row: how many examples of any features a row holds at most; None for any number,
+        of equal features.
 
     Raises:
       ValueError: there are such cells, or cells whose examples have sources.
@@ -92,6 +95,7 @@ class PackedOrder:
         data: Mapping[str, CellData],
         lengths: Mapping[str, int],
         transformed: Sequence[str] = (),
+        examples_per_row: int | None = None,
     ) -> None:
         if transformed:
             raise ValueError(
@@ -114,7 +118,10 @@ class PackedOrder:
             )
             for name in order.names
         ]
-        self._groups = _groups([data[name].feature_ids for name in order.names], order.sizes)
+        self._most = examples_per_row
+        apart = examples_per_row is None
+        of_cells = [data[name].feature_ids if apart else None for name in order.names]
+        self._groups = _groups(of_cells, order.sizes)
         self._lock = threading.Lock()  # a position is saved while a thread makes batches
         self._windows: Recent = Recent(4)
         self._known = [(0, 0)]  # ascending: (first row, number) of windows
@@ -122,7 +129,7 @@ class PackedOrder:
     @property
     def version(self) -> list[int]:
         """What the same examples are packed by, to be compared where a run goes on."""
-        return [VERSION, WINDOW]
+        return [VERSION, WINDOW, *([] if self._most is None else [self._most])]
 
     def rows_at(self, start: int, count: int) -> list[list[Drawn]]:
         """The examples of `count` rows from the row `start` on."""
@@ -191,7 +198,11 @@ class PackedOrder:
             of = cells == cell
             sizes[of] = self._sizes[cell][examples[of]]
             groups[of] = self._groups[cell][examples[of]]
-        rows = pack(sizes, groups, self._limits)
+        limits: tuple[int, ...] = self._limits
+        if self._most is not None:
+            sizes = np.column_stack([sizes, np.ones(WINDOW, np.int64)])
+            limits = (*limits, self._most)
+        rows = pack(sizes, groups, limits)
         shuffled = permutation(len(rows), self._order.seed, "rows", window)
         return [
             [Drawn(int(cells[i]), int(examples[i]), start + i) for i in rows[row]]

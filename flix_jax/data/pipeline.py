@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from flix_jax.adapters.features import ABSENT
 from flix_jax.data.cells import Cell, match
 from flix_jax.data.examples import CellData, DataReport, Example, report_on
 from flix_jax.data.order import VERSION, ExampleOrder, philox
@@ -45,6 +46,8 @@ class TrainPipeline:
       rows: which rows of the global batch to make, ascending, where another process makes the
         others; None makes all.
       packing: whether a row holds several examples of equal features, as many as have room.
+      examples_per_row: with packing, how many a row holds at most, then of any features; None is
+        equal features.
 
     Raises:
       ValueError: for no cells, lengths below 1, rows that are not of the batch, cells of which only
@@ -63,6 +66,7 @@ class TrainPipeline:
         transforms: Mapping[str, Transform] | None = None,
         rows: Sequence[int] | np.ndarray | None = None,
         packing: bool = False,
+        examples_per_row: int | None = None,
     ):
         if global_batch_size < 1:
             raise ValueError(f"global_batch_size={global_batch_size}: expected at least 1")
@@ -91,7 +95,8 @@ class TrainPipeline:
         self._packed = None
         if packing:
             of = (self._order, self._data, self.lengths, tuple(self._transforms))
-            self._packed = PackedOrder(*of)
+            self._packed = PackedOrder(*of, examples_per_row)
+        self._examples_per_row = examples_per_row
         packed = None if self._packed is None else self._packed.report()
         self._report = report_on(data, rates, packed)
         self._state = self._describe()
@@ -108,14 +113,16 @@ class TrainPipeline:
           `decoder_loss_weights` [rows, T], and, where the cells have them, `feature_ids` [rows,
           slots] and `source_input_tokens` [rows, S], zeros for an example without a source. Of
           packed rows `encoder_segment_ids` [rows, L] and `decoder_segment_ids` [rows, T], too: the
-          examples of a row by number from 1 on, 0 where there is padding.
+          examples of a row by number from 1 on, 0 where there is padding. With `examples_per_row`
+          `feature_ids` are [rows, examples_per_row, slots], -1 where a row has fewer.
         """
         rows = len(self.rows)
         inputs = np.zeros((rows, self.lengths["inputs"]), np.int32)
         targets = np.zeros((rows, self.lengths["targets"]), np.int32)
         packed = self._packed is not None
         segments = [np.zeros_like(inputs), np.zeros_like(targets)] if packed else []
-        feature_ids = np.zeros((rows, self.num_slots or 0), np.int32)
+        each = () if self._examples_per_row is None else (self._examples_per_row,)
+        feature_ids = np.full((rows, *each, self.num_slots or 0), ABSENT, np.int32)
         sources = np.zeros((rows, self.lengths.get(SOURCES, 0)), np.int32)
         for row, drawn in enumerate(self._rows_at(step, self.rows)):
             ends = [0, 0]
@@ -128,8 +135,8 @@ class TrainPipeline:
                     array[row, start:end] = tokens
                     if packed:
                         segments[side][row, start:end] = number
-                if self.num_slots is not None:  # the same for all of a row
-                    feature_ids[row] = example["feature_ids"]
+                if self.num_slots is not None:  # else the same for all of a row
+                    feature_ids[(row, number - 1) if each else row] = example["feature_ids"]
                 if self.has_sources:
                     tokens = example[SOURCES][: sources.shape[1]]
                     sources[row, : len(tokens)] = tokens
@@ -170,8 +177,13 @@ class TrainPipeline:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every array of the global batch."""
-        packing = self._packed is not None
-        return batch_shapes(self.global_batch_size, self.lengths, self.num_slots, packing)
+        return batch_shapes(
+            self.global_batch_size,
+            self.lengths,
+            self.num_slots,
+            packing=self._packed is not None,
+            examples_per_row=self._examples_per_row,
+        )
 
     def report(self) -> DataReport:
         """Examples, rates, lengths and cut examples per cell. Transforms are not counted."""
@@ -226,7 +238,12 @@ class TrainPipeline:
 
 
 def batch_shapes(
-    rows: int, lengths: Mapping[str, int], num_slots: int | None, packing: bool
+    rows: int,
+    lengths: Mapping[str, int],
+    num_slots: int | None,
+    *,
+    packing: bool = False,
+    examples_per_row: int | None = None,
 ) -> dict[str, tuple[int, ...]]:
     """The shape of every array of a batch.
 
@@ -235,6 +252,7 @@ def batch_shapes(
       lengths: of inputs, targets and, where there are some, sources.
       num_slots: of the features; None for none.
       packing: whether rows are packed.
+      examples_per_row: of packed rows whose examples have features of their own, how many.
     """
     inputs, targets = (rows, lengths["inputs"]), (rows, lengths["targets"])
     shapes: dict[str, tuple[int, ...]] = {
@@ -246,7 +264,8 @@ def batch_shapes(
     if packing:
         shapes |= zip(SEGMENTS, (inputs, targets), strict=True)
     if num_slots is not None:
-        shapes["feature_ids"] = (rows, num_slots)
+        each = () if examples_per_row is None else (examples_per_row,)
+        shapes["feature_ids"] = (rows, *each, num_slots)
     if SOURCES in lengths:
         shapes[SOURCE_TOKENS] = (rows, lengths[SOURCES])
     return shapes

@@ -225,6 +225,7 @@ class Job:
         if isinstance(self.mesh, jax.sharding.AbstractMesh):
             return None
         examples = run.batch_size // (partitioning.batch_shards(self.mesh) * run.microbatches)
+        examples *= run.own_features or 1
         return tables.choose(adapters.space, examples, self.mesh.devices.flat[0].platform)
 
     @property
@@ -240,10 +241,16 @@ class Job:
         """Where the base is, or will be; None for random parameters."""
         return base_lib.find(self.run, self._bases_dir)
 
-    def batch_shapes(self, batch_size: int) -> dict[str, tuple[int, ...]]:
-        """The shape of every array of a batch."""
+    def batch_shapes(self, batch_size: int, *, training: bool = True) -> dict[str, tuple[int, ...]]:
+        """The shape of every array of a batch, which is never packed but for training."""
         slots = None if self.space is None else self.space.num_slots
-        return batch_shapes(batch_size, self.lengths, slots, self.run.packing)
+        return batch_shapes(
+            batch_size,
+            self.lengths,
+            slots,
+            packing=training and bool(self.run.packing),
+            examples_per_row=self.run.own_features if training else None,
+        )
 
     @property
     def _texts(self) -> dict[str, Any]:
@@ -390,7 +397,8 @@ class Job:
             seed=run.order_seed,
             transforms=run.transforms,
             rows=partitioning.local_rows(self.mesh, run.batch_size),
-            packing=run.packing,
+            packing=bool(run.packing),
+            examples_per_row=run.own_features,
         )
 
     def _check_features(self, data: Mapping[Cell, CellData]) -> None:

@@ -170,7 +170,7 @@ def _analytic(job: Job, topology: Topology) -> Plan:
         "base": job.frozen_template,
         "trained": state.trained,
         "optimizer": state.opt_state,
-        "batch": _batch(job, run.batch_size),
+        "batch": _batch(job, run.batch_size, training=True),
     }
     held = {kind: bytes_per_device(shapes) for kind, shapes in kinds.items()}
     counted = {"base": job.parameters.templates[1], "trained": state.trained}
@@ -190,11 +190,11 @@ def _analytic(job: Job, topology: Topology) -> Plan:
     )
 
 
-def _batch(job: Job, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+def _batch(job: Job, batch_size: int, *, training: bool) -> dict[str, jax.ShapeDtypeStruct]:
     sharding = partitioning.batch_sharding(job.mesh)
     return {
         name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
-        for name, shape in job.batch_shapes(batch_size).items()
+        for name, shape in job.batch_shapes(batch_size, training=training).items()
     }
 
 
@@ -203,14 +203,14 @@ def _train(job: Job) -> Program:
     state = job.parameters.state_template(optimizer)
     program = step_program(job, state)
     seed = jax.ShapeDtypeStruct((), jnp.int32, sharding=partitioning.replicated(job.mesh))
-    batch = _batch(job, job.run.batch_size)
+    batch = _batch(job, job.run.batch_size, training=True)
     return _compile(lambda: program.lower(state, job.frozen_template, batch, seed))
 
 
 def _decode(job: Job) -> Program:
     run, trained = job.run, job.parameters.trained_in_use
     wanted = ("encoder_input_tokens", "feature_ids", *SOURCE_INPUTS)
-    batch = _batch(job, run.evaluation.batch_size)
+    batch = _batch(job, run.evaluation.batch_size, training=False)
     batch = {name: shape for name, shape in batch.items() if name in wanted}
     program = jax.jit(
         functools.partial(job.model.predict, max_length=run.targets_length),

@@ -33,6 +33,7 @@ STOP, SKIP = "stop", "skip"
 
 #: ``Run.base`` of a run that starts from random parameters.
 RANDOM = "random"
+MIXED = "mixed"
 
 # What may change between two starts of a run, as name=value: it decides what is seen of the result,
 # or where the same data lie, but not what the result is. (A run that `not_finite` has stopped may
@@ -149,9 +150,12 @@ class Run:
       optimizer: over the trained parameters.
       transforms: by pattern over cells, what is done to an example whenever it is drawn (noise,
         windows); see ``TrainPipeline``.
-      packing: whether a row of a batch holds several examples, as many as have room, all of equal
-        features (T5X's `pack`; see `data.packing`). Not with transforms, nor with sources that are
-        fused. Feature dropout is drawn for the row.
+      packing: whether a row of a batch holds several examples, as many as have room (T5X's `pack`;
+        see `data.packing`). With True all of equal features, whose dropout is drawn for the row;
+        with 'mixed' of any, each with its own. Not with transforms, nor with sources that are
+        fused.
+      examples_per_row: of mixed packing, how many examples a row holds at most; with how many an
+        adapter's products grow.
       read_lengths: (inputs, targets) in tokens to which examples are cut when they are read, for
         transforms that shorten them; None is the lengths of the batch.
       microbatches: parts of a batch that are computed one after another, to save memory.
@@ -197,7 +201,8 @@ class Run:
     trainable: tuple[str, ...] | None = None
     optimizer: Optimizer = Optimizer()
     transforms: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    packing: bool = False
+    packing: bool | str = False
+    examples_per_row: int = 16
     read_lengths: tuple[int, int] | None = None
     microbatches: int = 1
     loss_chunks: int = 1
@@ -219,7 +224,7 @@ class Run:
 
     def __post_init__(self) -> None:
         sizes = "inputs_length targets_length total_steps batch_size microbatches save_every"
-        for name in [*sizes.split(), "log_every", "keep", "skips_in_a_row"]:
+        for name in [*sizes.split(), *"log_every keep skips_in_a_row examples_per_row".split()]:
             if getattr(self, name) < 1:
                 raise ValueError(f"Run.{name} must be at least 1, got {getattr(self, name)}")
         if not 0.0 <= self.label_smoothing < 1.0:
@@ -289,18 +294,21 @@ class Run:
         self.optimizer.schedule.build(self.total_steps)
 
     def _check_packing(self) -> None:
-        if self.packing not in (True, False):
-            raise ValueError(f"Run.packing = {self.packing!r}: expected True or False")
+        if self.packing not in (True, False, MIXED):
+            near = did_you_mean(str(self.packing), (MIXED,))
+            raise ValueError(
+                f"Run.packing = {self.packing!r}: expected True, False or {MIXED!r}; {near}"
+            )
         if self.packing and self.transforms:
             raise ValueError(
-                "Run.packing = True: Run.transforms change the lengths of examples when they are "
-                "drawn, which packing must know before; expected one or the other (in gin, a base "
-                "that is a run may need base/Run.packing = False)"
+                f"Run.packing = {self.packing!r}: Run.transforms change the lengths of examples "
+                "when they are drawn, which packing must know before; expected one or the other "
+                "(in gin, a base that is a run may need base/Run.packing = False)"
             )
         if self.packing and self.sources_length is not None:
             raise ValueError(
-                "Run.packing = True: examples with sources that adapters fuse with are not packed; "
-                "expected Run.packing = False, or SourceText.joined"
+                f"Run.packing = {self.packing!r}: examples with sources that adapters fuse with "
+                "are not packed; expected Run.packing = False, or SourceText.joined"
             )
 
     def _check_tables(self) -> None:
@@ -363,6 +371,11 @@ class Run:
         if self.source_text is None or self.source_text.joined is not None:
             return None
         return self.source_text.length or self.inputs_length
+
+    @property
+    def own_features(self) -> int | None:
+        """How many examples of a row have features of their own; None where a row has some."""
+        return self.examples_per_row if self.packing == MIXED else None
 
     def split(self) -> CellSplit:
         """The cells that are trained on and those that are held out.

@@ -8,6 +8,7 @@ calling interface (`__call__`, `encode`, `decode`), T5X's own networks among the
 import contextlib
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -27,12 +28,10 @@ from flix_jax.models.dropout import EXAMPLE_NUMBERS, by_example
 Batch = Mapping[str, Array]
 Params = Any
 
-_PACKING = (
-    "encoder_segment_ids",
-    "decoder_segment_ids",
-    "encoder_positions",
-    "decoder_positions",
-)
+_SEGMENTS = ("encoder_segment_ids", "decoder_segment_ids")
+_PACKING = (*_SEGMENTS, "encoder_positions", "decoder_positions")
+#: Layers whose input has the encoder's positions, by T5X's names; those of others the decoder's.
+_READS_INPUTS = re.compile(r"encoder/|.*/encoder_decoder_attention/(key|value)$")
 _OUTPUT = "decoder/logits_dense"
 _FLOAT_INPUTS = ("decoder_loss_weights", "feature_weights", SOURCE_STATES)
 
@@ -59,9 +58,11 @@ class EncoderDecoder:
     `decoder_loss_weights` [batch, length] (default: 1 on every target token) and T5X's
     `*_segment_ids` and `*_positions`, and `example_numbers` int32 [batch], by which each row's
     dropout is drawn (default: its place); with adapters also `feature_ids` int32 [batch, slots] and
-    optionally `feature_weights` of the same shape; with a fusion `source_input_tokens` int32
-    [batch, source_length] (0 is padding, and a row of zeros has no source), in packed rows with
-    `source_segment_ids`; or states of a source (see `adapters.source.read`).
+    optionally `feature_weights` of the same shape. In packed rows both may be [batch, examples,
+    slots]: example e of a row is the one whose segment is e + 1. With a fusion
+    `source_input_tokens` int32 [batch, source_length] (0 is padding, and a row of zeros has no
+    source), in packed rows with `source_segment_ids`; or states of a source (see
+    `adapters.source.read`).
 
     Attributes:
       module: the network.
@@ -128,7 +129,7 @@ class EncoderDecoder:
         }
         check_tokens(batch)
         apart = dataclasses.replace(self, layout=None)  # parameters' own axes have those names, too
-        with apart._injected(self._active(batch, None), deterministic=True):
+        with apart._injected(self._active(batch, None), deterministic=True, batch=batch):
             variables = self.module.init({"params": rng}, **_inputs(batch), enable_dropout=False)
         params = variables["params"]
         if self.adapters is not None and self.adapters.fusion is not None:
@@ -160,7 +161,8 @@ class EncoderDecoder:
         if numbers is None:
             numbers = jnp.arange(batch["encoder_input_tokens"].shape[0])
         active, source = self._active(batch, feature_rng, numbers), self._source(params, batch)
-        with by_example(numbers), self._injected(active, source, deterministic=rng is None):
+        injected = self._injected(active, source, deterministic=rng is None, batch=batch)
+        with by_example(numbers), injected:
             return self._apply(
                 _variables(params, source),
                 **_inputs(batch),
@@ -441,7 +443,9 @@ class EncoderDecoder:
                 f"EncoderDecoder.members = {self.members}: the mean of logits is for greedy "
                 "decoding (predict) only"
             )
-        if ids.shape != (rows, self.adapters.space.num_slots):
+        if ids.ndim == 3:
+            self._check_packed(batch, rows)
+        elif ids.shape != (rows, self.adapters.space.num_slots):
             raise ValueError(
                 f"feature_ids has shape {ids.shape}: expected [batch, slots] = "
                 f"({rows}, {self.adapters.space.num_slots}), one row per row of "
@@ -456,6 +460,26 @@ class EncoderDecoder:
             settings=self.settings,
         )
 
+    def _check_packed(self, batch: Batch, rows: int) -> None:
+        """ValueError unless a batch of examples with features of their own can be routed."""
+        assert self.adapters is not None
+        shape, slots = batch["feature_ids"].shape, self.adapters.space.num_slots
+        if (shape[0], shape[2]) != (rows, slots):
+            raise ValueError(
+                f"feature_ids has shape {shape}: expected [batch, examples, slots] = ({rows}, any "
+                f"number, {slots})"
+            )
+        if any(name not in batch for name in _SEGMENTS):
+            raise ValueError(
+                f"feature_ids has shape {shape}, of packed rows: expected "
+                f"{' and '.join(_SEGMENTS)} beside it"
+            )
+        if self.adapters.fusion is not None:
+            raise ValueError(
+                f"feature_ids has shape {shape}, of packed rows: adapters with a fusion read a "
+                "source of the whole row, expected [batch, slots]"
+            )
+
     @contextlib.contextmanager
     def _placed(self) -> Iterator[None]:
         """The context that says where the activations of the network lie."""
@@ -467,15 +491,40 @@ class EncoderDecoder:
 
     @contextlib.contextmanager
     def _injected(
-        self, active: ActiveFeatures | None, source: Source | None = None, *, deterministic: bool
+        self,
+        active: ActiveFeatures | None,
+        source: Source | None = None,
+        *,
+        deterministic: bool,
+        batch: Batch | None = None,
     ) -> Iterator[None]:
-        """The context of a call of the network: its adapters, and where its activations lie."""
+        """The context of a call of the network: its adapters, and where its activations lie.
+
+        `batch` is that of a call whose rows may be packed.
+        """
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._placed())
             if self.adapters is not None and active is not None:
-                adapted = inject(self.adapters, active, deterministic=deterministic, source=source)
+                adapted = inject(
+                    self.adapters,
+                    active,
+                    deterministic=deterministic,
+                    source=source,
+                    segments=None if batch is None else _segments(batch),
+                )
                 stack.enter_context(adapted)
             yield
+
+
+def _segments(batch: Batch) -> Callable[[str], Array] | None:
+    """Path of a layer -> the segments of its input, where the examples of rows are told apart."""
+    if batch["feature_ids"].ndim == 2:
+        return None
+
+    def of(path: str) -> Array:
+        return batch[_SEGMENTS[0 if _READS_INPUTS.match(path) else 1]]
+
+    return of
 
 
 def _variables(params: Params, source: Source | None) -> dict[str, Any]:
