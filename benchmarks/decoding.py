@@ -10,14 +10,13 @@ row has another two. Prints medians and quartiles.
 
 import argparse
 import os
-import statistics
-import time
 from collections.abc import Callable
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import figures
 import flax.linen as nn
+import interleaved
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -74,21 +73,13 @@ def main() -> None:
         "folded": decode(plain, folded, batch),
         "mixed": decode(adapted, params, mixed),
     }
-    for run in sides.values():
-        run()
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(arguments.rounds):
-        for name, run in sides.items():
-            started = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - started)
-    print(f"base      {statistics.median(times['base']):.3f} s")
+    times = interleaved.seconds(sides, arguments.rounds)
+    print(f"base      {np.median(times['base']):.3f} s")
     said = {"folded": "one set of features, folded in", "mixed": "every row with another two"}
     for name in ("folded", "mixed"):
-        ratios = [t / b for t, b in zip(times[name], times["base"], strict=True)]
+        ratios = times[name] / times["base"]
         figures.tell_ratios(said[name], ratios)
-        low, middle, high = statistics.quantiles(ratios, n=4)
-        print(f"{name:<9} {middle:.2f} ({low:.2f} – {high:.2f})")
+        print(f"{name:<9} {interleaved.quartiles(ratios)}")
 
 
 if __name__ == "__main__":

@@ -165,7 +165,7 @@ class Peft(Side):
         super().__init__(name, flops, repeats)
         start = time.perf_counter()
         tokens = {key: np.asarray(value) for key, value in batch.items()}
-        self.step = peft_step.make(config, tokens)
+        self.step = peft_step.Network(config, tokens).training(compiled=True)
         value = float(self.step())
         print(f"compiled {name}: {time.perf_counter() - start:.1f} s, loss {value:.3f}", flush=True)
 

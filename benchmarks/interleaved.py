@@ -2,7 +2,7 @@
 
 import argparse
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -50,6 +50,28 @@ def run(sides: Sequence[Timed], rounds: int, clock: Callable[[], float]) -> None
         del side.times[:2]
 
 
+def seconds(sides: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, np.ndarray]:
+    """Of calls by name, each once a round in turns, after one that does not count.
+
+    A call returns when it is done.
+    """
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for call in sides.values():
+        call()
+    for i in range(rounds):
+        for name in sides if i % 2 == 0 else reversed(list(sides)):
+            start = time.perf_counter()
+            sides[name]()
+            times[name].append(time.perf_counter() - start)
+    return {name: np.asarray(of) for name, of in times.items()}
+
+
+def quartiles(ratios: np.ndarray) -> str:
+    """Median and quartiles."""
+    low, middle, high = np.quantile(ratios, (0.25, 0.5, 0.75))
+    return f"{middle:.3f} [{low:.3f} {high:.3f}]"
+
+
 def ratios(side: Timed, other: Timed) -> np.ndarray:
     """Within each round."""
     return np.asarray(side.times) / np.asarray(other.times)
@@ -57,8 +79,7 @@ def ratios(side: Timed, other: Timed) -> np.ndarray:
 
 def ratio(side: Timed, other: Timed) -> str:
     """Median of the ratios within each round, with the quartiles."""
-    low, middle, high = np.quantile(ratios(side, other), (0.25, 0.5, 0.75))
-    return f"{middle:.3f} [{low:.3f} {high:.3f}]"
+    return quartiles(ratios(side, other))
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:

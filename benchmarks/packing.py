@@ -116,7 +116,7 @@ def main() -> None:
     tasks = ["ner", "topic", "translation", "qa_cross_lang"]
     parser.add_argument("--tasks", nargs="+", default=tasks)
     parser.add_argument("--model", help="a SentencePiece model (default: one of the data)")
-    parser.add_argument("--most", type=int, default=16, help="examples in a mixed row (default 16)")
+    parser.add_argument("--most", type=int, default=8, help="examples in a mixed row (default 8)")
     parser.set_defaults(batch=8, input_length=512, target_length=128)
     args = parser.parse_args()
     lengths = {"inputs": args.input_length, "targets": args.target_length}
@@ -179,8 +179,7 @@ def main() -> None:
     for one, other in (("packed", "padded"), ("mixed", "packed")):
         ratios = speed[one] / speed[other]
         figures.tell_ratios(f"{one} / {other}", ratios)
-        low, middle, high = np.quantile(ratios, (0.25, 0.5, 0.75))
-        print(f"\nuseful tokens/s, {one} / {other}: {middle:.2f} [{low:.2f} {high:.2f}]")
+        print(f"\nuseful tokens/s, {one} / {other}: {interleaved.quartiles(ratios)}")
         print(f"seconds a step, {one} / {other}: {interleaved.ratio(sides[one], sides[other])}")
 
 

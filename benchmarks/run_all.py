@@ -40,17 +40,17 @@ class Benchmark:
       command: the file and its flags; DATA stands for the folder of --data_dir.
       goals: name of a figure -> what it is to be ('≤ 1.15', '≥ 1.8', '' for none).
       of: what is measured, in words.
-      package: what it needs beside what flix_jax itself does; the extra of setup.py that has it is
-        in `EXTRAS`.
+      packages: what it needs beside what flix_jax itself does; what brings it is in `INSTALLS`.
     """
 
     command: str
     of: str
     goals: Mapping[str, str]
-    package: str | None = None
+    packages: tuple[str, ...] = ()
 
 
-EXTRAS = {"libtpu": "tpu"}
+TORCH = ("torch", "transformers", "peft")
+INSTALLS = {"libtpu": "'.[tpu]'", **dict.fromkeys(TORCH, " ".join(TORCH))}
 POD = "benchmarks/frozen_plan.py --pod mt5_base_v5e_16x16"
 FULL = """--rows 32 --gin "T5Config.remat='full'" --gin Run.loss_chunks=4"""
 BENCHMARKS = (
@@ -67,12 +67,25 @@ BENCHMARKS = (
     Benchmark(
         "benchmarks/packing.py --data_dir DATA --layers 2 --batch 16 --rounds 9 --clock cpu",
         "useful tokens per second on ner, topic, translation and qa_cross_lang",
-        {"packed / padded": "≥ 1.8"},
+        {"packed / padded": "≥ 1.8", "mixed / packed": ""},
     ),
     Benchmark(
         "benchmarks/decoding.py --rounds 15",
         "greedy decoding, against the network without adapters",
         {"one set of features, folded in": "", "every row with another two": ""},
+    ),
+    Benchmark(
+        "benchmarks/peft_cpu.py",
+        "seconds of Hugging Face's network with PEFT's LoRA over ours, mT5-small's widths",
+        {
+            "training, PEFT / LoRA": "≥ 2.0",
+            "training, PEFT / FLix": "",
+            "forward, PEFT / LoRA": "≥ 2.5",
+            "forward, PEFT / FLix": "",
+            "greedy decoding, PEFT / LoRA": "≥ 2.5",
+            "greedy decoding, PEFT / FLix": "",
+        },
+        TORCH,
     ),
     Benchmark(
         "benchmarks/start_up.py --rounds 3",
@@ -83,35 +96,37 @@ BENCHMARKS = (
         "benchmarks/chunked_loss.py --chunks 1 4",
         "the loss of mT5's vocabulary in four chunks against whole, v5e, by the TPU compiler",
         {"temporary memory": "≤ 0.25", "cycles": "≤ 1.03"},
-        "libtpu",
+        ("libtpu",),
     ),
     Benchmark(
         f"{POD} --sides frozen LoRA FLix",
         "mT5-base on v5e:16x16, 1 row of a chip, cycles by the TPU compiler",
         {"FLix / frozen": "≤ 1.25", "LoRA / frozen": ""},
-        "libtpu",
+        ("libtpu",),
     ),
     Benchmark(
         f"{POD} {FULL} --sides frozen LoRA FLix",
         "mT5-base on v5e:16x16, 32 rows of a chip, cycles by the TPU compiler",
         {"FLix / frozen": "≤ 1.15", "LoRA / frozen": ""},
-        "libtpu",
+        ("libtpu",),
     ),
 )
 
 
 def measure(benchmark: Benchmark, data_dir: str | None) -> dict[str, Any]:
     """What it tells, as OUT.json holds it; `missing` says why there is nothing."""
-    missing, package = "", benchmark.package
-    if package is not None and importlib.util.find_spec(package) is None:
-        missing = f"needs {package}: pip install '.[{EXTRAS[package]}]'"
+    missing = ""
+    for package in benchmark.packages:
+        if importlib.util.find_spec(package) is None:
+            missing = f"needs {package}: pip install {INSTALLS[package]}"
     if "DATA" in benchmark.command and data_dir is None:
         missing = "needs --data_dir, a folder in XTREME-UP's layout"
     found: dict[str, Any] = {"command": benchmark.command, "missing": missing, "figures": []}
     if missing:
         return found
-    if package is not None:
-        found["package"] = f"{package} {importlib.metadata.version(package)}"
+    if benchmark.packages:
+        versions = [f"{name} {importlib.metadata.version(name)}" for name in benchmark.packages]
+        found["package"] = ", ".join(versions)
     command = benchmark.command.replace("DATA", f"'{data_dir}'")
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder) / "figures.jsonl"

@@ -28,9 +28,9 @@ def test_a_benchmark_that_tells_its_figures_is_a_row_with_its_verdict(
     )
     made = run_all.Benchmark(str(script), "a try", {"one / other": "≤ 1.15", "memory": "≥ 3"})
     needy = run_all.Benchmark("b.py --data_dir DATA", "more", {"x": ""})
-    absent = run_all.Benchmark("c.py", "less", {"x": ""}, "a_moon")
+    absent = run_all.Benchmark("c.py", "less", {"x": ""}, ("a_moon",))
     monkeypatch.setattr(run_all, "BENCHMARKS", (made, needy, absent))
-    monkeypatch.setattr(run_all, "EXTRAS", {"a_moon": "moon"})
+    monkeypatch.setattr(run_all, "INSTALLS", {"a_moon": "'.[moon]'"})
     out = tmp_path / "table"
     monkeypatch.setattr(sys, "argv", ["run_all.py", f"--out={out}"])
     run_all.main()

@@ -34,6 +34,7 @@ STOP, SKIP = "stop", "skip"
 #: ``Run.base`` of a run that starts from random parameters.
 RANDOM = "random"
 MIXED = "mixed"
+EXAMPLES_PER_ROW = 8  # of mixed packing, where nothing is said
 
 # What may change between two starts of a run, as name=value: it decides what is seen of the result,
 # or where the same data lie, but not what the result is. (A run that `not_finite` has stopped may
@@ -155,7 +156,7 @@ class Run:
         with 'mixed' of any, each with its own. Not with transforms, nor with sources that are
         fused.
       examples_per_row: of mixed packing, how many examples a row holds at most; with how many an
-        adapter's products grow.
+        adapter's products grow. None is 8.
       read_lengths: (inputs, targets) in tokens to which examples are cut when they are read, for
         transforms that shorten them; None is the lengths of the batch.
       microbatches: parts of a batch that are computed one after another, to save memory.
@@ -202,7 +203,7 @@ class Run:
     optimizer: Optimizer = Optimizer()
     transforms: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     packing: bool | str = False
-    examples_per_row: int = 16
+    examples_per_row: int | None = None
     read_lengths: tuple[int, int] | None = None
     microbatches: int = 1
     loss_chunks: int = 1
@@ -224,7 +225,7 @@ class Run:
 
     def __post_init__(self) -> None:
         sizes = "inputs_length targets_length total_steps batch_size microbatches save_every"
-        for name in [*sizes.split(), *"log_every keep skips_in_a_row examples_per_row".split()]:
+        for name in [*sizes.split(), "log_every", "keep", "skips_in_a_row"]:
             if getattr(self, name) < 1:
                 raise ValueError(f"Run.{name} must be at least 1, got {getattr(self, name)}")
         if not 0.0 <= self.label_smoothing < 1.0:
@@ -298,6 +299,15 @@ class Run:
             near = did_you_mean(str(self.packing), (MIXED,))
             raise ValueError(
                 f"Run.packing = {self.packing!r}: expected True, False or {MIXED!r}; {near}"
+            )
+        if self.examples_per_row is not None and self.packing != MIXED:
+            raise ValueError(
+                f"Run.examples_per_row = {self.examples_per_row} has no effect without "
+                f"Run.packing = {MIXED!r}"
+            )
+        if self.examples_per_row is not None and self.examples_per_row < 1:
+            raise ValueError(
+                f"Run.examples_per_row must be at least 1, got {self.examples_per_row}"
             )
         if self.packing and self.transforms:
             raise ValueError(
@@ -375,7 +385,7 @@ class Run:
     @property
     def own_features(self) -> int | None:
         """How many examples of a row have features of their own; None where a row has some."""
-        return self.examples_per_row if self.packing == MIXED else None
+        return (self.examples_per_row or EXAMPLES_PER_ROW) if self.packing == MIXED else None
 
     def split(self) -> CellSplit:
         """The cells that are trained on and those that are held out.
