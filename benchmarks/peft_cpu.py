@@ -12,10 +12,12 @@ turns in one process, and a ratio is taken within a round:
     flix    ours, with 30 features, two of rank 4 in every example
 
 A training step is forward, backward and AdamW; the forward pass gives all logits; decoding uses a
-cache and makes --target_length tokens of every row. `--compiled` takes PyTorch's step and forward
+cache and makes --target_length tokens of every row. Says too how fast both multiply matrices of the
+shapes that the layers have. `--compiled` takes PyTorch's step and forward
 pass through torch.compile.
 """
 
+import functools
 import os
 from collections.abc import Callable
 from typing import Any
@@ -78,6 +80,38 @@ def ours(name: str, spec: AdapterSpec, config: T5Config, batch: dict[str, Any]) 
     }
 
 
+def products(config: T5Config, inputs: int, targets: int, rounds: int) -> None:
+    """Tells how fast both sides multiply matrices of the shapes that the layers have."""
+    embed, width = config.emb_dim, config.num_heads * config.head_dim
+    shapes = [
+        (inputs, embed, width),
+        (inputs, embed, config.mlp_dim),
+        (inputs, config.mlp_dim, embed),
+        (targets, embed, config.vocab_size),
+    ]
+    dot = jax.jit(jnp.dot)
+
+    def multiplied(a: jax.Array, b: jax.Array) -> jax.Array:
+        return jax.block_until_ready(dot(a, b))
+
+    rng = np.random.default_rng(0)
+    rows = [["product", "PyTorch, GFLOP/s", "XLA, GFLOP/s", "XLA's time / PyTorch's"]]
+    for m, k, n in shapes:
+        both = [rng.normal(size=shape).astype(np.float32) for shape in ((m, k), (k, n))]
+        theirs, own = [torch.tensor(x) for x in both], [jnp.asarray(x) for x in both]
+        times = interleaved.seconds(
+            {
+                "theirs": functools.partial(torch.matmul, *theirs),
+                "ours": functools.partial(multiplied, *own),
+            },
+            10 * rounds,
+        )
+        speeds = [f"{2e-9 * m * k * n / np.median(times[side]):.0f}" for side in times]
+        ratios = interleaved.quartiles(times["ours"] / times["theirs"])
+        rows.append([f"{m} x {k} x {n}", *speeds, ratios])
+    print(f"\n{text_tables.plain(rows)}")
+
+
 def main() -> None:
     parser = interleaved.parser(__doc__)
     parser.add_argument("--compiled", action="store_true", help="by torch.compile")
@@ -118,6 +152,7 @@ def main() -> None:
         seconds = [f"{np.median(of):.3f}" for of in times.values()]
         rows.append([what, *seconds, *(interleaved.quartiles(of) for of in ratios.values())])
     print(text_tables.plain(rows))
+    products(config, args.batch * args.input_length, args.batch * args.target_length, args.rounds)
 
 
 if __name__ == "__main__":
