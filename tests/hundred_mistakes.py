@@ -167,7 +167,7 @@ VALUES = (
     gin("reading longer in vain", "Run.read_lengths = (16, 16)", "Run.read_lengths"),
     gin("packing what is noised", "Run.packing = True\nRun.transforms = {'up/x': @SpanCorruption()}\nSpanCorruption.vocabulary = @ByteVocabulary()", "Run.packing = True"),
     gin("examples of a row that is not mixed", "Run.examples_per_row = 4", "Run.examples_per_row = 4", "Run.packing = 'mixed'"),
-    gin("no examples in a mixed row", "Run.packing = 'mixed'\nRun.examples_per_row = 0", "Run.examples_per_row must be at least 1"),
+    gin("no examples in a mixed row", "Run.packing = 'mixed'\nRun.examples_per_row = 0", "Run.examples_per_row must be at least 1", place="m.gin:3"),
     gin("packing by a word", "Run.packing = 'yes'", "Run.packing = 'yes'", "'mixed'"),
     gin("tables misspelt", "Run.tables = 'rwos'", "'rwos'", "'rows'"),
 )  # fmt: skip
