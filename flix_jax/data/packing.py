@@ -1,11 +1,11 @@
 """Packing: several short examples share a row of a batch, which would be padding for the most part.
 
 Examples of a row have equal features, so that an adapter's update is one for the row, as it is
-without packing; or any, at most so many, and each position has the update of its own example. Which
-examples share a row follows from the order of the examples alone: the
-sequence falls into windows of WINDOW examples, each is packed by itself, longest examples first
-into the first row that has room (first-fit decreasing), and its rows are shuffled. So every window
-holds each cell as often as it does without packing, and no example is cut or left out for it.
+without packing; or any, at most so many, and each position has the update of its own example.
+Which examples share a row follows from the order of the examples alone: the sequence falls into
+windows of WINDOW examples, each is packed by itself, longest examples first into the first row that
+has room (first-fit decreasing), and its rows are shuffled. So every window holds each cell as often
+as it does without packing, and no example is cut or left out for it.
 
 A window has as many rows as it needs. Which window holds a row is therefore known only once those
 before it are counted; a saved position says it, so that a resumed run does not pack them again.

@@ -70,8 +70,8 @@ def check_folder(
         pattern that matches no value.
     """
     there = files.read_object(run_dir / "run.json")
-    # What may change anyway, as total_steps where the schedule does not depend on it, may be named.
-    known = sorted({*run.describe(), *(there or {}), *(f.name for f in dataclasses.fields(run))})
+    # Where the schedule does not depend on them, the steps may change anyway, and be named.
+    known = sorted({*run.describe(), *(there or {}), "total_steps"})
     for pattern in allow_changes:
         if not fnmatch.filter(known, pattern):
             raise ValueError(
