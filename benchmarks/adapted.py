@@ -1,5 +1,6 @@
 """The adapters that benchmarks compare, and gradients that reach a network's inputs."""
 
+import argparse
 import contextlib
 
 import flax.linen as nn
@@ -9,6 +10,7 @@ import numpy as np
 
 from flix_jax.adapters.features import FeatureSpace, FeatureType
 from flix_jax.adapters.injection import AdapterSpec
+from flix_jax.models.config import T5Config
 
 
 def flix(num_features: int) -> AdapterSpec:
@@ -37,6 +39,18 @@ def tokens(
         name: jnp.asarray(rng.integers(1, vocabulary, shape), jnp.int32)
         for name, shape in shapes.items()
     }
+
+
+def network_and_batch(args: argparse.Namespace) -> tuple[T5Config, dict[str, jax.Array]]:
+    """mT5-small's widths without dropout, and `tokens`, of the sizes of `interleaved.parser`."""
+    config = T5Config(
+        vocab_size=args.vocabulary,
+        num_encoder_layers=args.layers,
+        num_decoder_layers=args.layers,
+        dropout_rate=0.0,
+    )
+    lengths = args.input_length, args.target_length
+    return config, tokens(np.random.default_rng(1), args.vocabulary, args.batch, *lengths)
 
 
 @contextlib.contextmanager

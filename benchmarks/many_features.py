@@ -20,7 +20,7 @@ import interleaved
 import jax
 import jax.numpy as jnp
 import numpy as np
-from adapted import flix, tokens
+from adapted import flix, network_and_batch
 
 from flix_jax.adapters import present, tree
 from flix_jax.adapters.activation import FeatureSettings
@@ -101,14 +101,7 @@ def main() -> None:
     parser.add_argument("--features", type=int, nargs="*", default=[4, 30, 1000])
     parser.add_argument("--distinct", type=int, nargs="*", default=[2, 16, 32])
     args = parser.parse_args()
-    config = T5Config(
-        vocab_size=args.vocabulary,
-        num_encoder_layers=args.layers,
-        num_decoder_layers=args.layers,
-        dropout_rate=0.0,
-    )
-    rng = np.random.default_rng(1)
-    batch = tokens(rng, args.vocabulary, args.batch, args.input_length, args.target_length)
+    config, batch = network_and_batch(args)
     sides = []
     for number in args.features:
         for lazy in (False, True):

@@ -13,8 +13,8 @@ turns in one process, and a ratio is taken within a round:
 
 A training step is forward, backward and AdamW; the forward pass gives all logits; decoding uses a
 cache and makes --target_length tokens of every row. Says too how fast both multiply matrices of the
-shapes that the layers have. `--compiled` takes PyTorch's step and forward
-pass through torch.compile.
+shapes that the layers have. `--compiled` takes PyTorch's step and forward pass through
+torch.compile.
 """
 
 import functools
@@ -33,7 +33,7 @@ import numpy as np
 import optax
 import peft_step
 import torch
-from adapted import flix, lora, tokens
+from adapted import flix, lora, network_and_batch
 
 from flix_jax.adapters import text_tables
 from flix_jax.adapters.injection import AdapterSpec
@@ -119,14 +119,7 @@ def main() -> None:
     args = parser.parse_args()
     threads = os.cpu_count() or 1
     torch.set_num_threads(threads)
-    config = T5Config(
-        vocab_size=args.vocabulary,
-        num_encoder_layers=args.layers,
-        num_decoder_layers=args.layers,
-        dropout_rate=0.0,
-    )
-    rng = np.random.default_rng(1)
-    batch = tokens(rng, args.vocabulary, args.batch, args.input_length, args.target_length)
+    config, batch = network_and_batch(args)
     theirs = peft_step.Network(config, jax.tree.map(np.asarray, batch), torch.float32)
     networks: dict[str, Calls] = {
         "peft": {

@@ -27,7 +27,7 @@ import interleaved
 import jax
 import jax.numpy as jnp
 import numpy as np
-from adapted import flix, lora, perturbed_embeddings, tokens
+from adapted import flix, lora, network_and_batch, perturbed_embeddings
 
 from flix_jax.adapters.activation import activate
 from flix_jax.adapters.injection import AdapterSpec, inject
@@ -100,14 +100,7 @@ def main() -> None:
     parser.add_argument("--features", type=int, nargs="*", default=[4, 30, 120, 300])
     args = parser.parse_args()
 
-    config = T5Config(
-        vocab_size=args.vocabulary,
-        num_encoder_layers=args.layers,
-        num_decoder_layers=args.layers,
-        dropout_rate=0.0,
-    )
-    rng = np.random.default_rng(1)
-    batch = tokens(rng, args.vocabulary, args.batch, args.input_length, args.target_length)
+    config, batch = network_and_batch(args)
     specs = {"frozen": None, "lora r8": lora(8), **{f"flix {n}": flix(n) for n in args.features}}
     sides = [Side(name, spec, config, batch) for name, spec in specs.items()]
     interleaved.run(sides, args.rounds, interleaved.CLOCKS[args.clock])
