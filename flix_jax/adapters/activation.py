@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from flix_jax.adapters.features import ABSENT, FeatureSpace
+from flix_jax.adapters.features import FeatureSpace
+from flix_jax.adapters.ids import ABSENT
 
 
 @flax.struct.dataclass

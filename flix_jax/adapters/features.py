@@ -26,9 +26,9 @@ from flax.core import FrozenDict
 from jaxtyping import Float, Int
 
 from flix_jax.adapters import plain_json
+from flix_jax.adapters.ids import ABSENT
 from flix_jax.adapters.suggest import did_you_mean
 
-ABSENT = -1
 MOST_RANK = 2**16
 MOST_SLOTS = 1024
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_\-]*")

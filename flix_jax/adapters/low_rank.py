@@ -32,7 +32,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from flix_jax.adapters.activation import ActiveFeatures, check_shape
-from flix_jax.adapters.features import ABSENT, FeatureSpace, FeatureType
+from flix_jax.adapters.features import FeatureSpace, FeatureType
+from flix_jax.adapters.ids import ABSENT
 
 Bank = tuple[Array, Array]
 Copies = tuple[Array, Array] | None

@@ -18,7 +18,8 @@ from jaxtyping import Array, Int
 
 from flix_jax.adapters import tree
 from flix_jax.adapters.activation import FeatureSettings
-from flix_jax.adapters.features import ABSENT, FeatureSpace
+from flix_jax.adapters.features import FeatureSpace
+from flix_jax.adapters.ids import ABSENT
 
 #: By type, int32 [values of the narrow space]: the values that are present in rising order, then
 #: the number of values for the places that are left.

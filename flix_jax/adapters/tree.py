@@ -19,8 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flix_jax.adapters.features import ABSENT, FeatureSpace
+from flix_jax.adapters.features import FeatureSpace
 from flix_jax.adapters.fusion import MATRICES
+from flix_jax.adapters.ids import ABSENT
 from flix_jax.adapters.injection import CHILD, AdapterSpec
 from flix_jax.adapters.suggest import did_you_mean
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from flix_jax.adapters.features import ABSENT
+from flix_jax.adapters.ids import ABSENT
 from flix_jax.data.cells import Cell, match
 from flix_jax.data.examples import CellData, DataReport, Example, report_on
 from flix_jax.data.order import VERSION, ExampleOrder, philox

@@ -15,7 +15,8 @@ from etils import epath
 
 from flix_jax import buckets
 from flix_jax.adapters import injection, tables, text_tables, trained_values, tree
-from flix_jax.adapters.features import ABSENT, FeatureSpace
+from flix_jax.adapters.features import FeatureSpace
+from flix_jax.adapters.ids import ABSENT
 from flix_jax.adapters.suggest import did_you_mean
 from flix_jax.data import cells as cells_lib
 from flix_jax.data import overlap

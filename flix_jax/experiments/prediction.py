@@ -20,7 +20,8 @@ from jax.sharding import NamedSharding
 
 from flix_jax import buckets, preemption, processes
 from flix_jax.adapters import tree
-from flix_jax.adapters.features import ABSENT, FeatureSpace
+from flix_jax.adapters.features import FeatureSpace
+from flix_jax.adapters.ids import ABSENT
 from flix_jax.adapters.suggest import did_you_mean
 from flix_jax.data.pipeline import SOURCE_TOKENS
 from flix_jax.evaluation import files

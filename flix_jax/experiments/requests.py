@@ -10,7 +10,8 @@ from typing import Any
 
 from etils import epath
 
-from flix_jax.adapters.features import ABSENT, FeatureSpace, check_weight
+from flix_jax.adapters.features import FeatureSpace, check_weight
+from flix_jax.adapters.ids import ABSENT
 from flix_jax.adapters.suggest import did_you_mean
 from flix_jax.data.cells import Cell
 from flix_jax.tasks.source_text import SourceText

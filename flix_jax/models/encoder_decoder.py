@@ -18,8 +18,8 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from flix_jax.adapters.activation import ActiveFeatures, FeatureSettings, activate
-from flix_jax.adapters.features import ABSENT
 from flix_jax.adapters.fusion import Source
+from flix_jax.adapters.ids import ABSENT
 from flix_jax.adapters.injection import AdapterSpec, inject
 from flix_jax.adapters.source import SOURCE_INPUTS, SOURCE_STATES, projection, read
 from flix_jax.models import decoding, losses
