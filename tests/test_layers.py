@@ -34,6 +34,16 @@ def test_buckets_are_exact_then_logarithmic(bidirectional):
     np.testing.assert_array_equal(buckets, expected)
 
 
+@pytest.fixture(params=["tpu", "default"])
+def platform(request, monkeypatch):
+    """Computes here as on a TPU, or on another platform."""
+
+    def chosen(*args, **branches):
+        return branches[request.param](*args)
+
+    monkeypatch.setattr(layers.lax, "platform_dependent", chosen)
+
+
 def _relative_positions(bidirectional=True, **kwargs):
     module = layers.RelativePositionBiases(
         num_heads=2, num_buckets=8, max_distance=10, bidirectional=bidirectional
@@ -46,7 +56,7 @@ def _relative_positions(bidirectional=True, **kwargs):
     ("queries", "keys", "bidirectional"),
     [(1, 1, True), (1, 9, False), (2, 1, True), (14, 5, True), (6, 13, False), (9, 9, True)],
 )
-def test_relative_position_biases_lay_out_every_pair(queries, keys, bidirectional):
+def test_relative_position_biases_lay_out_every_pair(queries, keys, bidirectional, platform):
     module, params, table = _relative_positions(bidirectional)
     biases = module.apply(params, queries, keys)
     expected = np.zeros((1, 2, queries, keys), np.float32)
@@ -56,7 +66,7 @@ def test_relative_position_biases_lay_out_every_pair(queries, keys, bidirectiona
     np.testing.assert_array_equal(biases, expected)
 
 
-def test_one_query_gets_its_row_of_the_biases():
+def test_one_query_gets_its_row_of_the_biases(platform):
     module, params, _ = _relative_positions(bidirectional=False)
     whole = module.apply(params, 12, 12)
     row = jax.jit(lambda position: module.apply(params, 1, 12, position))
@@ -74,7 +84,7 @@ def test_heads_can_begin_by_looking_at_a_neighbour(bidirectional, nearest):
     np.testing.assert_array_equal(looked_at - 4, nearest)
 
 
-def test_gradient_of_relative_positions_counts_the_pairs_of_a_bucket():
+def test_gradient_of_relative_positions_counts_the_pairs_of_a_bucket(platform):
     module, params, _ = _relative_positions()
     gradient = jax.grad(lambda p: module.apply(p, 6, 9).sum())(params)["params"]["rel_embedding"]
     counts = np.zeros((2, 8))

@@ -201,7 +201,8 @@ class RelativePositionBiases(nn.Module):
     """Attention bias of each head by the bucket of (key position - query position).
 
     A bias depends on the distance alone, so only one value per distance is looked up; the matrix of
-    all pairs is laid out from those by reshapes, whose gradient needs no scatter.
+    all pairs is laid out from those by reshapes, whose gradient needs no scatter. TPUs, to whose
+    tiles those reshapes are moves of single rows, look up every pair, by a product.
     """
 
     num_heads: int
@@ -234,13 +235,32 @@ class RelativePositionBiases(nn.Module):
             num_buckets=self.num_buckets,
             max_distance=self.max_distance,
         )
-        # [heads, queries + keys - 1], by increasing distance
-        by_distance = jnp.take(jnp.asarray(table, self.dtype), buckets, axis=1)
+        table = jnp.asarray(table, self.dtype)
         if query_position is not None:
             start = queries - 1 - query_position
+            by_distance = jnp.take(table, buckets, axis=1)
             row = lax.dynamic_slice_in_dim(by_distance, start, key_length, axis=1)
             return row[None, :, None, :]
-        return _toeplitz(by_distance, query_length, key_length)[None]
+        lengths = query_length, key_length
+        return lax.platform_dependent(
+            table,
+            tpu=lambda table: _by_product(table, buckets, *lengths),
+            default=lambda table: _toeplitz(jnp.take(table, buckets, axis=1), *lengths)[None],
+        )
+
+
+def _by_product(
+    table: Float[Array, "heads buckets"],
+    bucket_of: Int[np.ndarray, " distances"],
+    query_length: int,
+    key_length: int,
+) -> Float[Array, "1 heads query key"]:
+    """The biases of all pairs as a product with their buckets, one-hot."""
+    distances = np.arange(key_length) - np.arange(query_length)[:, None] + query_length - 1
+    buckets = lax.broadcasted_iota(jnp.int32, (table.shape[1], 1, 1), 0)
+    one_hot = (jnp.asarray(bucket_of[distances]) == buckets).astype(table.dtype)
+    # With an axis of a batch it is no product that rematerialisation keeps: it costs less anew.
+    return jnp.einsum("nhb,nbqk->nhqk", table[None], one_hot[None], precision="highest")
 
 
 def _toeplitz(
