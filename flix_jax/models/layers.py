@@ -235,15 +235,15 @@ class RelativePositionBiases(nn.Module):
             num_buckets=self.num_buckets,
             max_distance=self.max_distance,
         )
-        table = jnp.asarray(table, self.dtype)
+        biases = jnp.asarray(table, self.dtype)
         if query_position is not None:
             start = queries - 1 - query_position
-            by_distance = jnp.take(table, buckets, axis=1)
+            by_distance = jnp.take(biases, buckets, axis=1)
             row = lax.dynamic_slice_in_dim(by_distance, start, key_length, axis=1)
             return row[None, :, None, :]
         lengths = query_length, key_length
         return lax.platform_dependent(
-            table,
+            biases,
             tpu=lambda table: _by_product(table, buckets, *lengths),
             default=lambda table: _toeplitz(jnp.take(table, buckets, axis=1), *lengths)[None],
         )
