@@ -66,7 +66,7 @@ def main() -> None:
             mesh,
             adapters=True,
             table=tables.choose(space, 1, found.devices[0].platform),
-            space=space,
+            spec=model.adapters,
             dtype=config.dtype,
         )
         optimizer = Optimizer("adamw").build(1000)

@@ -107,7 +107,7 @@ class Training(Ours):
             mesh,
             adapters=spec is not None,
             table=table,
-            space=None if spec is None else spec.space,
+            spec=spec,
             dtype=config.dtype,
         )
         optimizer = Optimizer("adamw").build(1000)

@@ -1,5 +1,6 @@
 """Injection into linen models that know nothing of adapters: an MLP, a transformer, T5X's layer."""
 
+import dataclasses
 import pathlib
 import re
 from collections.abc import Sequence
@@ -10,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from flix_jax.adapters import tables
 from flix_jax.adapters.activation import activate
 from flix_jax.adapters.features import FeatureSpace, FeatureType
-from flix_jax.adapters.injection import AdapterSpec, inject, matches
-from flix_jax.adapters.tree import join, split_adapters
+from flix_jax.adapters.injection import AdapterSpec, dense_inputs, inject, matches, siblings
+from flix_jax.adapters.tree import from_named, join, named_leaves, split_adapters
 
 SPACE = FeatureSpace(
     (
@@ -32,10 +34,11 @@ class DenseGeneral(nn.Module):
 
     features: int | Sequence[int]
     axis: int | Sequence[int] = -1
-    dtype: jnp.dtype = jnp.float32
+    dtype: jnp.dtype | None = None  # the input's
 
     @nn.compact
     def __call__(self, inputs):
+        dtype = self.dtype or inputs.dtype
         features = tuple(np.atleast_1d(self.features).tolist())
         axis = tuple(a % inputs.ndim for a in np.atleast_1d(self.axis).tolist())
         shape = tuple(inputs.shape[a] for a in axis)
@@ -44,9 +47,9 @@ class DenseGeneral(nn.Module):
             nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("embed", "joined_kv")),
             (int(np.prod(shape)), int(np.prod(features))),
         )
-        kernel = kernel.astype(self.dtype).reshape(shape + features)
+        kernel = kernel.astype(dtype).reshape(shape + features)
         contract = (axis, tuple(range(len(axis))))
-        return jax.lax.dot_general(inputs.astype(self.dtype), kernel, (contract, ((), ())))
+        return jax.lax.dot_general(inputs.astype(dtype), kernel, (contract, ((), ())))
 
 
 class Attention(nn.Module):
@@ -391,6 +394,91 @@ def test_the_report_counts_layers_and_parameters(layers, loop_params):
         SPEC, Net(layers).init, jax.random.key(0), jax.ShapeDtypeStruct(X.shape, X.dtype)
     )
     assert again == report
+
+
+def siblings_of(net, spec=SPEC, x=X):
+    with dense_inputs() as inputs:
+        jax.eval_shape(lambda: net.init(jax.random.key(0), x))
+    return siblings(spec, inputs)
+
+
+@pytest.mark.parametrize("foreign", [False, True])
+@pytest.mark.parametrize("layers", ["loop", "scan", "remat", "remat scan"])
+def test_siblings_read_the_same_input(layers, foreign):
+    names = ["layers"] if "scan" in layers else [f"layers_{i}" for i in range(LAYERS)]
+    expected = [
+        tuple(f"{name}/attention/{part}" for part in ("query", "key", "value")) for name in names
+    ]
+    assert list(siblings_of(Net(layers, foreign))) == expected
+    # Of those that are adapted.
+    only = dataclasses.replace(SPEC, targets=".*/(query|value)")
+    assert siblings_of(Net(layers, foreign), only)[0] == (expected[0][0], expected[0][2])
+
+
+def test_layers_that_read_several_inputs_have_no_siblings():
+    class Twice(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            one, other, third = (nn.Dense(WIDTH, name=name) for name in ("one", "other", "third"))
+            return one(x) + other(x) + other(third(x) + 1)
+
+    assert siblings_of(Twice(), dataclasses.replace(SPEC, targets=".*")) == ()
+
+
+class Apart(nn.Module):
+    """Two siblings, or two that read different inputs."""
+
+    together: bool = True
+
+    @nn.compact
+    def __call__(self, x):
+        read = x if self.together else x + 1
+        return nn.Dense(WIDTH, name="one")(x) * nn.Dense(WIDTH, name="other")(read)
+
+
+@pytest.mark.parametrize("of", ["all", "rows"])
+def test_the_tables_of_siblings_are_refused_where_they_read_other_inputs(of):
+    spec = dataclasses.replace(SPEC, targets=".*")
+    made, base = as_tables(Apart(), spec, make(Apart(), spec), of)
+    with pytest.raises(ValueError, match=r"^other: reads another input than one, other"):
+        run(Apart(together=False), spec, join(base, made))
+
+
+def as_tables(net, spec, params, of):
+    """(tables with siblings together, the base) of a network's parameters."""
+    base, banks = split_adapters(params)
+    names = {"a": ("features", "embed", "rank"), "b": ("features", "rank", "mlp")}
+    axes = from_named([(path, names[path[-1]]) for path, _ in named_leaves(banks)])
+    groups = siblings_of(net, spec)
+    if of == "all":
+        made = tables.of_all(banks, axes, spec.space, groups)
+    else:
+        made = tables.of_rows(banks, axes, spec.space, jnp.asarray(IDS), siblings=groups)
+    return made, base
+
+
+@pytest.mark.parametrize("copies", [False, True])
+@pytest.mark.parametrize("of", ["all", "rows"])
+@pytest.mark.parametrize("net", [Net(), Net("remat"), Net(foreign=True), Apart()])
+def test_tables_with_siblings_together_are_the_banks(net, of, copies):
+    spec = dataclasses.replace(SPEC, targets=".*")
+    params = make(net, spec)
+    base, banks = split_adapters(params)
+
+    def by_tables(banks):
+        made, _ = as_tables(net, spec, join(base, banks), of)
+        if copies:
+            made = join(made, tables.as_copies(jax.lax.stop_gradient(made)))
+        return run(net, spec, join(base, made), wide)
+
+    def total(outputs):
+        return jnp.sum(outputs * jnp.sin(jnp.arange(outputs.size)).reshape(outputs.shape))
+
+    with jax.enable_x64(True):
+        banks, base, wide = jax.tree.map(lambda x: x.astype(jnp.float64), (banks, base, X))
+        one = jax.value_and_grad(lambda b: total(run(net, spec, join(base, b), wide)))(banks)
+        other = jax.value_and_grad(lambda b: total(by_tables(b)))(banks)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-9, atol=1e-9), one, other)
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ def run(tmp_path_factory):
     base = make_base_run(write_words(tmp_path_factory.mktemp("data")))
     return dataclasses.replace(
         base,
-        adapters=AdapterSpec(FeatureSpace(TYPES), alpha=3.0, dropout=0.1),
+        adapters=AdapterSpec(FeatureSpace(TYPES), alpha=3.0),
         optimizer=Optimizer("sgd", Schedule(learning_rate=0.3)),
     )
 
@@ -66,14 +66,19 @@ def one_step(run, folder):
 
 @pytest.fixture(scope="module")
 def expected(run, tmp_path_factory):
-    """Whether layers are scanned -> what a step with banks gives, on one device."""
+    """Whether layers are scanned, dropout -> what a step with banks gives, on one device."""
 
     @functools.cache
-    def step(scanned):
-        banks = dataclasses.replace(with_layers(run, scanned), tables="banks", mesh=MESHES[0])
-        return one_step(banks, tmp_path_factory.mktemp("banks"))
+    def step(scanned, dropout=0.0):
+        banks = dataclasses.replace(with_dropout(run, dropout), tables="banks", mesh=MESHES[0])
+        return one_step(with_layers(banks, scanned), tmp_path_factory.mktemp("banks"))
 
     return step
+
+
+def with_dropout(run, dropout):
+    """With dropout of an adapter's own input: then no two layers read the same."""
+    return dataclasses.replace(run, adapters=dataclasses.replace(run.adapters, dropout=dropout))
 
 
 def with_layers(run, scanned):
@@ -82,12 +87,12 @@ def with_layers(run, scanned):
     )
 
 
-def check(run, kind, mesh, scanned, microbatches, expected, folder):
+def check(run, kind, mesh, scanned, microbatches, expected, folder, dropout=0.0):
     changed = dataclasses.replace(
         with_layers(run, scanned), tables=kind, mesh=MESHES[mesh], microbatches=microbatches
     )
-    metrics, trained, _ = one_step(changed, folder)
-    wanted, parameters, _ = expected(scanned)
+    metrics, trained, _ = one_step(with_dropout(changed, dropout), folder)
+    wanted, parameters, _ = expected(scanned, dropout)
     for name, value in wanted.items():
         np.testing.assert_allclose(metrics[name], value, rtol=1e-5, err_msg=name)
     for (path, one), (_, other) in zip(
@@ -99,6 +104,10 @@ def check(run, kind, mesh, scanned, microbatches, expected, folder):
 @pytest.mark.parametrize("kind", tables.KINDS)
 def test_a_step_is_that_of_banks(run, kind, expected, tmp_path):
     check(run, kind, 0, True, 2, expected, tmp_path)
+
+
+def test_a_step_with_dropout_of_the_input_is_that_of_banks(run, expected, tmp_path):
+    check(run, "rows", 0, True, 1, expected, tmp_path, dropout=0.1)
 
 
 @pytest.mark.slow
@@ -163,6 +172,41 @@ def test_shapes_and_names():
         "b": ("examples", "own_columns", "mlp"),
     }
     assert tables.logical_axes(axes, space, ALL)["wi"]["flix"][ALL]["b"] == ("columns", "mlp")
+
+
+def test_siblings_share_a_leaf():
+    space = FeatureSpace((FeatureType("t", ("x", "y", "z"), rank=2), TYPES[2]))
+    rng = np.random.default_rng(0)
+    banks = {
+        f"w{i}": {
+            "flix": {
+                t.name: {"a": rng.normal(size=(n, 5, r)), "b": rng.normal(size=(n, r, 7))}
+                for t, n, r in zip(space.types, (3, 1), (2, 1), strict=True)
+            }
+        }
+        for i in range(3)
+    }
+    names = {"a": ("features", "embed", "rank"), "b": ("features", "rank", "mlp")}
+    axes = tree.from_named([(p, names[p[-1]]) for p, _ in tree.named_leaves(banks)])
+    banks = jax.tree.map(jnp.asarray, banks)
+    siblings = [("m/w0", "m/w2")]
+    made = tables.of_all({"m": banks}, {"m": axes}, space, siblings)["m"]
+    assert {name: set(layer["flix"][ALL]) for name, layer in made.items()} == {
+        "w0": {"w0+w2", "b"},
+        "w1": {"a", "b"},
+        "w2": {"b"},
+    }
+    apart = tables.of_all({"m": banks}, {"m": axes}, space)["m"]
+    both = [apart[name]["flix"][ALL]["a"] for name in ("w0", "w2")]
+    np.testing.assert_array_equal(made["w0"]["flix"][ALL]["w0+w2"], np.concatenate(both))
+    ids = jnp.array([[2, 0], [0, -1]])
+    made = tables.of_rows({"m": banks}, {"m": axes}, space, ids, siblings=siblings)["m"]
+    apart = tables.of_rows({"m": banks}, {"m": axes}, space, ids)["m"]
+    both = [apart[name]["flix"][ROWS]["a"] for name in ("w0", "w2")]
+    np.testing.assert_array_equal(made["w0"]["flix"][ROWS]["w0+w2"], np.concatenate(both, axis=1))
+    found = tables.logical_axes({"m": axes}, space, ROWS, siblings)["m"]
+    assert found["w0"]["flix"][ROWS]["w0+w2"] == ("examples", "own_columns", "embed")
+    assert set(found["w2"]["flix"][ROWS]) == {"b"}
 
 
 def test_the_choice():

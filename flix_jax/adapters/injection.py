@@ -22,6 +22,7 @@ import dataclasses
 import math
 import numbers
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -137,6 +138,43 @@ def dense_call(context: nn.module.InterceptorContext, x: Any) -> DenseCall | Non
     return DenseCall("/".join(module.path), axes, d_in, d_out)
 
 
+DenseInput = tuple[DenseCall, Any]
+
+
+@contextlib.contextmanager
+def dense_inputs() -> Iterator[list[DenseInput]]:
+    """A context in which the calls of dense layers are listed as they come, with their inputs."""
+    found: list[DenseInput] = []
+
+    def record(next_fun, args, kwargs, context):
+        y = next_fun(*args, **kwargs)
+        x = layer_input(args, kwargs)
+        call = dense_call(context, x)
+        if call is not None:
+            found.append((call, x))
+        return y
+
+    with nn.intercept_methods(record):
+        yield found
+
+
+def siblings(spec: AdapterSpec, inputs: Sequence[DenseInput]) -> tuple[tuple[str, ...], ...]:
+    """Paths of adapted layers of one module that read the very same input, in order of their calls.
+
+    Groups of two and more, of what `dense_inputs` found in a trace, in which each call may have
+    been traced several times. A layer that reads with these once and with those another time has
+    no siblings.
+    """
+    by_input: dict[Any, dict[str, None]] = {}
+    for call, x in inputs:
+        if spec.matching(call.path):
+            of = call.path.rpartition("/")[0], id(x), call.axes
+            by_input.setdefault(of, {})[call.path] = None
+    groups = dict.fromkeys(map(tuple, by_input.values()))
+    times = Counter(path for group in groups for path in group)
+    return tuple(g for g in groups if len(g) > 1 and all(times[path] == 1 for path in g))
+
+
 def layer_input(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     return args[0] if args else next(iter(kwargs.values()), None)
 
@@ -169,6 +207,7 @@ def inject(
         target matched nothing.
     """
     seen: dict[str, DenseCall] = {}
+    siblings = _Siblings()
     states: dict[str, Any] = {}
     initialising = False
 
@@ -189,7 +228,7 @@ def inject(
         of = active
         if segments is not None:
             of = dataclasses.replace(active, segments=segments(call.path))
-        update = _update(spec, of, call, context.module, x, y, deterministic, fused)
+        update = _update(spec, of, call, context.module, x, y, deterministic, fused, siblings)
         return checkpoint_name(y + update, DENSE_OUTPUT)
 
     with nn.intercept_methods(interceptor):
@@ -238,6 +277,7 @@ def _update(
     y: Array,
     deterministic: bool,
     fused: tuple[Any, Source] | None,
+    siblings: "_Siblings",
 ) -> Array:
     rows = as_rows(call, x).astype(y.dtype)
     if math.prod(rows.shape[:-1]) * call.d_out != y.size:
@@ -260,10 +300,34 @@ def _update(
             states, source = fused
             read = {"source": as_rows(call, states), "alignment": source.alignment}
             _check_source(rows, **read)
+        read["narrow"] = siblings.narrowed(call.path, child, x, rows)
         update = child(rows, call.d_out, active, deterministic=deterministic, **read)
     except ValueError as error:
         raise ValueError(f"{call.path}: {error}") from error
     return update.reshape(y.shape)
+
+
+class _Siblings:
+    """The narrow activations of layers of a module that read the same input, made with the first.
+
+    Only where a table says so (`modules.common_leaf`).
+    """
+
+    def __init__(self) -> None:
+        self._made: dict[str, tuple[Any, dict[str, Array]]] = {}
+
+    def narrowed(self, path: str, child: LowRankDelta, x: Any, rows: Array) -> Array | None:
+        """x A of the layer at a path; None where its table has an `a` of its own."""
+        if not child.has_siblings:
+            return None
+        parent, _, name = path.rpartition("/")
+        made = child.narrowed(rows)
+        if made:
+            self._made[parent] = x, made
+        read, by_name = self._made.get(parent, (None, {}))
+        if read is not x or name not in by_name:
+            raise ValueError(f"reads another input than {', '.join(by_name) or 'its siblings'}")
+        return by_name[name]
 
 
 def _check_source(rows: Array, source: Array, alignment: Any) -> None:
@@ -365,18 +429,10 @@ def matches(
     Raises:
       ValueError: when a target matches nothing, with the nearest paths.
     """
-    calls: dict[str, DenseCall] = {}
-
-    def record(next_fun, args, kwargs, context):
-        y = next_fun(*args, **kwargs)
-        call = dense_call(context, layer_input(args, kwargs))
-        if call is not None:
-            calls[call.path] = call
-        return y
-
-    with nn.intercept_methods(record):
+    with dense_inputs() as inputs:
         # A new function each time: a trace that jax has kept would not pass the interceptor.
         variables = jax.eval_shape(lambda *a: init_fn(*a, **kwargs), *args)
+    calls = {call.path: call for call, _ in inputs}
     params = variables.get("params", variables)
     _check_targets(spec, tuple(calls))
     ranks = [rank for t in spec.space.types for rank in t.value_ranks]

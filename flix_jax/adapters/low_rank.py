@@ -36,7 +36,7 @@ from flix_jax.adapters.features import FeatureSpace, FeatureType
 from flix_jax.adapters.ids import ABSENT
 
 Bank = tuple[Array, Array]
-Copies = tuple[Array, Array] | None
+Copies = tuple[Array | None, Array] | None
 
 
 class Table(NamedTuple):
@@ -45,15 +45,28 @@ class Table(NamedTuple):
     They are those of each example's own values, slot by slot, or those of every value.
 
     Attributes:
-      a: [batch, R, d_in], or of every value [R, d_in].
+      a: [batch, R, d_in], or of every value [R, d_in]; None where x A is given (`narrowed`).
       b: [batch, R, d_out] or [R, d_out].
       copies: both in the dtype of the products, which are computed with them, while the gradients
         are those of a and b in theirs; None where they are made in the layer.
     """
 
-    a: Array
+    a: Array | None
     b: Array
     copies: Copies = None
+
+
+def narrowed(
+    x: Float[Array, "batch *positions d_in"], a: Array, copy: Array | None = None
+) -> Float[Array, "batch positions R"]:
+    """x A of a table, the positions as one axis, in the accumulator's dtype.
+
+    Args:
+      x: the input of an adapted layer, or of several.
+      a: [batch, R, d_in] or [R, d_in], of several layers one beside the other.
+      copy: a in x's dtype; None where it is to be made here.
+    """
+    return _down(x.reshape(x.shape[0], -1, x.shape[-1]), a, copy)
 
 
 #: rows [batch, length, d_in] -> rows A [batch, length, R].
@@ -75,6 +88,7 @@ def delta(
     *,
     alpha: float | None = None,
     meet: Meet | None = None,
+    narrow: Float[Array, "batch positions R"] | None = None,
 ) -> Float[Array, "batch *positions d_out"]:
     """The summed low-rank update of every example's active features.
 
@@ -88,6 +102,7 @@ def delta(
       alpha: scale alpha / rank of each value, where `active` has no scales; None means 1.
       meet: what takes the place of the narrow activations x A before they are multiplied with c and
         B, for some of the types at a time (fusion, see `fusion.meeting`); None leaves them.
+      narrow: x A of a table that has no `a` of its own.
 
     Returns:
       The update, in x's dtype; the products are computed in that dtype and accumulate in float32
@@ -114,7 +129,7 @@ def delta(
             )
     if isinstance(banks, Table):
         assert meet is None
-        total = _of_table(rows, banks, active, space, alpha)
+        total = _of_table(rows, banks, narrow, active, space, alpha)
         return total.reshape(*x.shape[:-1], total.shape[-1])
     _check_banks(x.shape[-1], banks, space)
     updates = []
@@ -125,8 +140,8 @@ def delta(
         if not types:
             continue
         down, up = _halves(types, banks, active, space, alpha, x.dtype)
-        narrow = down(rows)
-        updates.append(up(narrow if meet is None else meet(types, narrow, down)))
+        h = down(rows)
+        updates.append(up(h if meet is None else meet(types, h, down)))
     total = updates[0] if len(updates) == 1 else updates[0] + updates[1]
     return total.reshape(*x.shape[:-1], total.shape[-1])
 
@@ -163,12 +178,20 @@ def _halves(
 
 
 def _of_table(
-    rows: Array, table: Table, active: ActiveFeatures, space: FeatureSpace, alpha: float | None
+    rows: Array,
+    table: Table,
+    h: Array | None,
+    active: ActiveFeatures,
+    space: FeatureSpace,
+    alpha: float | None,
 ) -> Array:
-    of = _of_every_value if table.a.ndim == 2 else _of_slots
+    of = _of_every_value if table.b.ndim == 2 else _of_slots
     c = jnp.concatenate([of(t, space, active, alpha) for t in space.types], axis=-1)
     a, b = (None, None) if table.copies is None else table.copies
-    return _up(rows.dtype, _down(rows, table.a, a), table.b, b, c)
+    if h is None:
+        assert table.a is not None
+        h = narrowed(rows, table.a, a)
+    return _up(rows.dtype, h, table.b, b, c)
 
 
 def _check_banks(d_in: int, banks: Mapping[str, Bank], space: FeatureSpace) -> None:

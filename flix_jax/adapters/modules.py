@@ -1,5 +1,6 @@
 """The adapter as a linen module: the parameters of the banks around `low_rank.delta`."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -15,6 +16,8 @@ from flix_jax.adapters.features import FeatureSpace, FeatureType
 
 #: What a tree calls the tables made of its banks (`tables`): no names of feature types.
 ALL, ROWS, COPIES = "(all)", "(rows)", "(copies)"
+#: Between the names of siblings, layers that read the same input, in that of their common `a`.
+_AND = "+"
 
 
 def _init_a(feature_type: FeatureType, d_in: int):
@@ -70,6 +73,14 @@ class FeatureBank(nn.Module):
         return (a, b), matrices
 
 
+def common_leaf(siblings: Sequence[str]) -> str:
+    """What the `a` of several layers' tables, one beside the other, is called: 'query+key+value'.
+
+    It is among the leaves of the first.
+    """
+    return _AND.join(siblings) if len(siblings) > 1 else "a"
+
+
 class LowRankDelta(nn.Module):
     """The update that a batch's features add to one dense layer; zero at the start (B = 0).
 
@@ -101,11 +112,13 @@ class LowRankDelta(nn.Module):
         deterministic: bool = True,
         source: Float[Array, "batch source_length d_in"] | None = None,
         alignment: fusion.Alignment | None = None,
+        narrow: Float[Array, "batch positions R"] | None = None,
     ) -> Float[Array, "batch *positions d_out"]:
         """The update in x's dtype; ValueError where `active` is not of x's batch.
 
         Of a fused layer, `source` are the states that its φ reads, and `alignment` says beside
-        which position; without them its adapter is plain.
+        which position; without them its adapter is plain. Of a layer with siblings, `narrow` is its
+        part of what `narrowed` gave.
         """
         attends = self.function is not None and self.function not in fusion.POINTWISE
         table = self._table()
@@ -114,6 +127,7 @@ class LowRankDelta(nn.Module):
             bank = FeatureBank(t, self.param_dtype, attends, name=t.name)
             banks[t.name], matrices[t.name] = bank(x.shape[-1], d_out)
         if self.dropout and not deterministic and not self.is_initializing():
+            assert narrow is None
             if not self.has_rng("dropout"):
                 raise ValueError(
                     f"dropout {self.dropout} on the adapter's input needs a 'dropout' rng, and the "
@@ -128,13 +142,36 @@ class LowRankDelta(nn.Module):
             meet = fusion.meeting(
                 self.function, source.astype(x.dtype), alignment, matrices, active, self.space
             )
-        return low_rank.delta(x, table or banks, active, self.space, alpha=self.alpha, meet=meet)
+        return low_rank.delta(
+            x, table or banks, active, self.space, alpha=self.alpha, meet=meet, narrow=narrow
+        )
+
+    def narrowed(self, x: Float[Array, "batch *positions d_in"]) -> dict[str, Array]:
+        """x A of this layer and its siblings, by their names; none where they are not with it."""
+        made, copies = self._leaves()
+        for leaf in made:
+            names = leaf.split(_AND)
+            if len(names) > 1:
+                together = low_rank.narrowed(x, made[leaf], copies.get(leaf))
+                return dict(zip(names, jnp.split(together, len(names), axis=-1), strict=True))
+        return {}
+
+    @property
+    def has_siblings(self) -> bool:
+        """Whether `a` is with those of other layers, in the first of them."""
+        made, _ = self._leaves()
+        return bool(made) and "a" not in made
 
     def _table(self) -> low_rank.Table | None:
         """The table that was made of the banks; None where there is none."""
-        for name in (ALL, ROWS):
-            if self.has_variable("params", name):
-                both: Any = self.get_variable("params", name)
-                copies: Any = self.get_variable("params", COPIES)
-                return low_rank.Table(both["a"], both["b"], copies and (copies["a"], copies["b"]))
-        return None
+        made, copies = self._leaves()
+        if not made:
+            return None
+        both = (copies.get("a"), copies["b"]) if copies else None
+        return low_rank.Table(made.get("a"), made["b"], both)
+
+    def _leaves(self) -> tuple[dict[str, Array], dict[str, Array]]:
+        """The leaves of the table that was made of the banks and of its copies, if there are."""
+        of: list[Any] = [self.get_variable("params", name) for name in (ALL, ROWS)]
+        copies: Any = self.get_variable("params", COPIES)
+        return dict(next(filter(None, of), {})), dict(copies or {})

@@ -11,12 +11,16 @@ the tree, in one of two ways:
 `LowRankDelta` takes such a tree in place of banks. Joined with `as_copies` of it in the dtype of
 the products, it computes with the copies; the gradient is that of the tables.
 
+Layers that read the same input (`injection.siblings`) have their `a` side by side, as
+one leaf of the first (`modules.common_leaf`): one product makes the narrow activations of all.
+
 `of_all` costs what the number of values asks for, and `of_rows` what the examples do, whatever the
 number of values.
 """
 
 import functools
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -25,7 +29,7 @@ from jaxtyping import Array, Int
 
 from flix_jax.adapters import low_rank, tree
 from flix_jax.adapters.features import FeatureSpace
-from flix_jax.adapters.modules import ALL, COPIES, ROWS
+from flix_jax.adapters.modules import ALL, COPIES, ROWS, common_leaf
 
 #: Logical names of the axes of tables: columns of every value, or examples and their columns.
 COLUMNS, EXAMPLES, OWN_COLUMNS = "columns", "examples", "own_columns"
@@ -36,6 +40,7 @@ AUTO, NONE = "auto", "banks"
 KINDS = {"all": ALL, "rows": ROWS}
 
 Axes = tuple[str | None, ...]
+Siblings = Sequence[Sequence[str]]
 Place = Callable[[Array, Axes], Array]
 
 
@@ -58,20 +63,23 @@ def choose(space: FeatureSpace, examples: int, platform: str) -> str | None:
     return ALL if every <= own * examples else ROWS
 
 
-def of_all(banks: tree.Tree, axes: tree.Tree, space: FeatureSpace) -> dict[str, Any]:
+def of_all(
+    banks: tree.Tree, axes: tree.Tree, space: FeatureSpace, siblings: Siblings = ()
+) -> dict[str, Any]:
     """The columns of every value; differentiable.
 
     Args:
       banks: the adapters' tree.
       axes: its logical names (`tree.adapter_logical_axes`).
       space: whose types are side by side, in order.
+      siblings: paths of layers that read the same input, group by group.
 
     Returns:
       A tree with `<dense>/flix/(all)/a` [columns, in] and `b` [columns, out]; a stack of layers is
       on the axis on which it was.
     """
     made = []
-    for path, sides in _layers(banks, axes, space, ALL):
+    for path, sides in _layers(banks, axes, space, ALL, siblings):
         at = sides[0][1].index(_FEATURES)
         columns = [_merged(leaf, at, names.index(_RANK)) for leaf, names in sides]
         made.append((path, jnp.concatenate(columns, axis=at)))
@@ -84,11 +92,12 @@ def of_rows(
     space: FeatureSpace,
     ids: Int[Array, "batch *examples slots"],
     place: Place = lambda taken, axes: taken,
+    siblings: Siblings = (),
 ) -> dict[str, Any]:
     """The columns of the values that each example has; differentiable.
 
     Args:
-      banks, axes, space: as in `of_all`.
+      banks, axes, space, siblings: as in `of_all`.
       ids: of the examples' values, -1 where absent (then any value stands there); of packed rows
         those of all their examples.
       place: (what is taken of a bank for a slot, its axes' names with `EXAMPLES` for the features)
@@ -101,9 +110,9 @@ def of_rows(
       a stack of layers is on the axis on which it was.
     """
     made = []
-    for path, sides in _layers(banks, axes, space, ROWS):
+    for path, sides in _layers(banks, axes, space, ROWS, siblings):
         taken = []
-        for t, (leaf, names) in zip(space.types, sides, strict=True):
+        for t, (leaf, names) in zip(itertools.cycle(space.types), sides, strict=False):
             placed = functools.partial(_placed, place, names)
             slots = space.slots(t)
             for of in ids[..., slots.start : slots.stop].reshape(len(ids), -1).T:
@@ -136,10 +145,12 @@ def _take_backward(placed, axis, saved, g):
 _take.defvjp(_take_forward, _take_backward)
 
 
-def logical_axes(axes: tree.Tree, space: FeatureSpace, name: str) -> dict[str, Any]:
+def logical_axes(
+    axes: tree.Tree, space: FeatureSpace, name: str, siblings: Siblings = ()
+) -> dict[str, Any]:
     """The logical names of what `of_all` (`name` is ALL) or `of_rows` (ROWS) gives."""
     made = []
-    for path, sides in _layers(axes, axes, space, name):
+    for path, sides in _layers(axes, axes, space, name, siblings):
         names = [n for n in sides[0][1] if n != _RANK]
         at = names.index(_FEATURES)
         names[at] = COLUMNS if name == ALL else EXAMPLES
@@ -157,15 +168,27 @@ def as_copies(tables: tree.Tree) -> dict[str, Any]:
 
 
 def _layers(
-    banks: tree.Tree, axes: tree.Tree, space: FeatureSpace, name: str
+    banks: tree.Tree, axes: tree.Tree, space: FeatureSpace, name: str, siblings: Siblings
 ) -> Iterator[tuple[tree.Path, list[tuple[Any, Axes]]]]:
-    """(path of a table called `name`, by type (leaf, axes) of the bank that goes into it)."""
+    """(path of a leaf of a table called `name`, (leaf, axes) of the banks that go into it).
+
+    The banks are those of all types, in the order of the siblings and for each in that of the
+    types.
+    """
     names = dict(tree.named_leaves(axes))
     leaves = dict(tree.named_leaves(banks))
+    groups = {path: group for group in siblings for path in group}
     for path in leaves:
-        if path[-2] == space.types[0].name:
-            of = [(*path[:-2], t.name, path[-1]) for t in space.types]
-            yield (*path[:-2], name, path[-1]), [(leaves[p], names[p]) for p in of]
+        *layer, own, kind, side = path
+        if kind != space.types[0].name:
+            continue
+        dense = "/".join(layer)
+        group: Sequence[str] = groups.get(dense, (dense,)) if side == "a" else (dense,)
+        if dense != group[0]:
+            continue
+        leaf = common_leaf([one.rpartition("/")[2] for one in group]) if side == "a" else side
+        of = [(*one.split("/"), own, t.name, side) for one in group for t in space.types]
+        yield (*layer, own, name, leaf), [(leaves[p], names[p]) for p in of]
 
 
 def _merged(bank: Array, at: int, rank: int) -> Array:

@@ -164,7 +164,7 @@ class Job:
             run.trainable,
             run.mesh.rules,
             self._table(),
-            self.space,
+            adapters,
             run.model.dtype,
         )
         with mistakes.part(*_MESH, "AdapterSpec.targets"):
@@ -214,7 +214,7 @@ class Job:
         assert self.model.adapters is not None
         adapters = dataclasses.replace(self.model.adapters, space=space)
         model = dataclasses.replace(self.model, adapters=adapters)
-        return model, dataclasses.replace(self.parameters, model=model, space=space)
+        return model, dataclasses.replace(self.parameters, model=model, spec=adapters)
 
     def _table(self) -> str | None:
         """What kind of table a training step makes of the adapters' banks (`Run.tables`)."""

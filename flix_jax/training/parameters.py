@@ -12,8 +12,8 @@ import optax
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from flix_jax.adapters import tables, tree
-from flix_jax.adapters.features import FeatureSpace
+from flix_jax.adapters import injection, tables, tree
+from flix_jax.adapters.injection import AdapterSpec
 from flix_jax.adapters.modules import ALL
 from flix_jax.models import int8
 from flix_jax.training import partitioning
@@ -50,7 +50,7 @@ class Parameters:
       rules: which mesh axes split which dimension.
       table: of adapters, what a training step makes of the banks before the network uses them:
         `modules.ALL`, `modules.ROWS`, or None, when the layers get the banks (`adapters.tables`).
-      space: of the adapters, with a table.
+      spec: the adapters, with a table.
       dtype: of the products with a table.
     """
 
@@ -61,7 +61,7 @@ class Parameters:
     trainable: tuple[str, ...] | None = None
     rules: AxisRules = AxisRules()
     table: str | None = None
-    space: FeatureSpace | None = None
+    spec: AdapterSpec | None = None
     dtype: str = "float32"
 
     def split(self, params: Any) -> tuple[Any, Any]:
@@ -121,13 +121,30 @@ class Parameters:
     @functools.cached_property
     def _shapes_and_axes(self) -> tuple[Any, Any]:
         """The whole tree as shapes, and as tuples of logical names."""
-        boxed = jax.eval_shape(self._init, jax.random.key(0))
+        boxed, _ = self._traced
         shapes, axes = nn.unbox(boxed), partitioning.logical_axes(boxed)
         if self.adapters:
             base_axes, _ = tree.split_adapters(axes)
             _, adapters = tree.split_adapters(shapes)
             axes = tree.join(base_axes, tree.adapter_logical_axes(adapters, base_axes))
         return shapes, axes
+
+    @functools.cached_property
+    def _traced(self) -> tuple[Any, tuple[tuple[str, ...], ...]]:
+        """The boxed parameters as shapes, and the siblings."""
+        with injection.dense_inputs() as inputs:
+            boxed = jax.eval_shape(self._init, jax.random.key(0))
+        if self.table is None or self.spec is None or self.spec.dropout:
+            return boxed, ()
+        return boxed, injection.siblings(self.spec, inputs)
+
+    @property
+    def siblings(self) -> tuple[tuple[str, ...], ...]:
+        """With a table, paths of adapted layers whose narrow activations one product makes.
+
+        None where each drops out of its input by itself.
+        """
+        return self._traced[1]
 
     @property
     def base_template(self) -> Any:
@@ -239,15 +256,17 @@ class Parameters:
         """
         if self.table is None:
             return trained, {}
-        assert self.space is not None
+        assert self.spec is not None
+        space, siblings = self.spec.space, self.siblings
         kept = jax.lax.with_sharding_constraint(trained, _shardings(self.templates[0]))
         axes = self.adapter_axes
         if self.table == ALL:
-            made = tables.of_all(kept, axes, self.space)
+            made = tables.of_all(kept, axes, space, siblings)
         else:
-            made = tables.of_rows(kept, axes, self.space, batch["feature_ids"], self._beside)
+            ids = batch["feature_ids"]
+            made = tables.of_rows(kept, axes, space, ids, self._beside, siblings)
         rules = {**self.rules.in_use.table("adapters"), **TABLE_RULES}
-        names = tables.logical_axes(axes, self.space, self.table)
+        names = tables.logical_axes(axes, space, self.table, siblings)
         shardings = partitioning.param_shardings(self.mesh, names, made, rules)
         constrain = jax.lax.with_sharding_constraint
         copies = jax.tree.map(lambda x: jax.lax.stop_gradient(x).astype(self.dtype), made)
