@@ -209,6 +209,15 @@ def test_siblings_share_a_leaf():
     assert set(found["w2"]["flix"][ROWS]) == {"b"}
 
 
+def test_matched_modules_say_which_layers_are_narrowed_together(run, tmp_path):
+    told = Job(dataclasses.replace(run, tables="rows"), tmp_path).match_table()
+    for group in ("attention/query + key + value", "encoder_decoder_attention/key + value"):
+        assert f"/{group}" in told.splitlines()[-1]
+    assert "mlp/wi_0 + wi_1" in told.splitlines()[-1]
+    for apart in (dataclasses.replace(run, tables="banks"), with_dropout(run, 0.1)):
+        assert "query + key" not in Job(apart, tmp_path).match_table()
+
+
 def test_the_choice():
     many = FeatureSpace((FeatureType("f", tuple(map(str, range(30))), rank=4),))
     one = FeatureSpace((FeatureType("f", ("shared",), rank=8),))

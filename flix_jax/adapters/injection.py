@@ -175,6 +175,12 @@ def siblings(spec: AdapterSpec, inputs: Sequence[DenseInput]) -> tuple[tuple[str
     return tuple(g for g in groups if len(g) > 1 and all(times[path] == 1 for path in g))
 
 
+def described(siblings: Sequence[Sequence[str]]) -> list[str]:
+    """Siblings in words, groups that differ by a layer's number as one: 'mlp/wi_0 + wi_1'."""
+    words = [" + ".join([g[0], *(p.rpartition("/")[2] for p in g[1:])]) for g in siblings]
+    return list(dict.fromkeys(map(_without_numbers, words)))
+
+
 def layer_input(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     return args[0] if args else next(iter(kwargs.values()), None)
 

@@ -322,8 +322,11 @@ class Job:
         for name, values in counts.items():
             owned += [[f"{name}={value}", f"{count:,}"] for value, count in values.items()]
         names = {kind: name for name, kind in tables.KINDS.items()} | {None: tables.NONE}
-        used = f"a training step multiplies with: {names[self.parameters.table]} (Run.tables)"
-        return f"{self.matches.table()}\n\n{text_tables.plain(owned)}\n\n{used}"
+        used = [f"a training step multiplies with: {names[self.parameters.table]} (Run.tables)"]
+        groups = injection.described(self.parameters.siblings)
+        if groups:
+            used.append(f"layers of one input are narrowed by one product: {', '.join(groups)}")
+        return "\n\n".join([self.matches.table(), text_tables.plain(owned), "\n".join(used)])
 
     @property
     def frozen_template(self) -> Any:
