@@ -260,6 +260,8 @@ def test_what_cannot_be_packed_is_refused():
         TrainPipeline(
             sourced, rates, lengths=LENGTHS | {"sources": 16}, global_batch_size=8, packing=True
         )
+    with pytest.raises(ValueError, match="examples_per_row=4: has no effect without packing"):
+        TrainPipeline(of, rates, lengths=LENGTHS, global_batch_size=8, examples_per_row=4)
 
 
 def test_the_report_tells_how_full_rows_are(small_windows):

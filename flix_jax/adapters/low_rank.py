@@ -31,9 +31,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from flix_jax.adapters import coefficients
 from flix_jax.adapters.activation import ActiveFeatures, check_shape
 from flix_jax.adapters.features import FeatureSpace, FeatureType
-from flix_jax.adapters.ids import ABSENT
 
 Bank = tuple[Array, Array]
 Copies = tuple[Array | None, Array] | None
@@ -158,12 +158,13 @@ def _halves(
 
     The types have all several values, or all one.
     """
-    c = jnp.concatenate([_coefficients(t, space, active, alpha) for t in types], axis=-1)
+    c = coefficients.of_banks(types, space, active, alpha)
     if types[0].num_values == 1:
         a = jnp.concatenate([banks[t.name][0][0] for t in types], axis=1).T
         b = jnp.concatenate([banks[t.name][1][0] for t in types], axis=0)
         return lambda rows: _down(rows, a, None), lambda h: _up(dtype, h, b, None, c)
-    ids_of = [_columns(active.ids, space.slots(t)).reshape(len(active.ids), -1) for t in types]
+    ids_of = [coefficients.in_slots(active.ids, space.slots(t)) for t in types]
+    ids_of = [ids.reshape(len(ids), -1) for ids in ids_of]
     layouts = tuple(
         _Layout(t.num_values, ids.shape[1], t.max_rank, banks[t.name][0].dtype)
         for t, ids in zip(types, ids_of, strict=True)
@@ -185,8 +186,7 @@ def _of_table(
     space: FeatureSpace,
     alpha: float | None,
 ) -> Array:
-    of = _of_every_value if table.b.ndim == 2 else _of_slots
-    c = jnp.concatenate([of(t, space, active, alpha) for t in space.types], axis=-1)
+    c = coefficients.of_table(space, active, alpha, every=table.b.ndim == 2)
     a, b = (None, None) if table.copies is None else table.copies
     if h is None:
         assert table.a is not None
@@ -204,72 +204,6 @@ def _check_banks(d_in: int, banks: Mapping[str, Bank], space: FeatureSpace) -> N
                 f"bank {t.name!r} has a {tuple(a.shape)} and b {tuple(b.shape)}, expected "
                 f"a {expected[0]} and b ({t.num_values}, {t.max_rank}, d_out)"
             )
-
-
-def _columns(values: Array, columns: range) -> Array:
-    return values[..., columns.start : columns.stop]
-
-
-def _coefficients(
-    t: FeatureType, space: FeatureSpace, active: ActiveFeatures, alpha: float | None
-) -> Array:
-    """c: [batch, slots of the type × rank], weight times scale, 0 beyond a value's rank.
-
-    Of packed rows [batch, positions, examples × slots × rank].
-    """
-    # One value in several slots is one update with the sum of their weights.
-    of = _of_every_value if t.num_values == 1 else _of_slots
-    return of(t, space, active, alpha)
-
-
-def _of_slots(
-    t: FeatureType, space: FeatureSpace, active: ActiveFeatures, alpha: float | None
-) -> Array:
-    """[batch, slots × rank]: weight times scale of the value in each slot.
-
-    Of packed rows [batch, positions, examples × slots × rank].
-    """
-    ids, weights, scales = _weighted(t, space, active, alpha)
-    by_slot = weights[..., None] * jnp.take(scales, ids, axis=0, mode="clip")
-    by_example = by_slot.reshape(*weights.shape[:-1], -1)
-    if by_example.ndim == 2:
-        return by_example
-    own = jnp.where(_belongs(active)[..., None], by_example[:, None], 0.0)
-    return own.reshape(*own.shape[:2], -1)
-
-
-def _of_every_value(
-    t: FeatureType, space: FeatureSpace, active: ActiveFeatures, alpha: float | None
-) -> Array:
-    """[batch, values × rank]: weight times scale of every value, 0 where it is not there.
-
-    Of packed rows [batch, positions, values × rank].
-    """
-    ids, weights, scales = _weighted(t, space, active, alpha)
-    one_hot = jax.nn.one_hot(ids, t.num_values, dtype=weights.dtype)
-    by_value = jnp.sum(one_hot * weights[..., None], axis=-2)
-    by_example = (by_value[..., None] * scales).reshape(*weights.shape[:-1], -1)
-    if by_example.ndim == 2:
-        return by_example
-    # Of the one example at most that there is: at the highest precision the sum is its value.
-    belongs = _belongs(active).astype(by_example.dtype)
-    return jnp.einsum("nle,nec->nlc", belongs, by_example, precision="highest")
-
-
-def _belongs(active: ActiveFeatures) -> Array:
-    """[batch, positions, examples]: whether a position of a packed row is of an example."""
-    return active.segments[:, :, None] == jnp.arange(1, active.ids.shape[1] + 1)
-
-
-def _weighted(
-    t: FeatureType, space: FeatureSpace, active: ActiveFeatures, alpha: float | None
-) -> tuple[Array, Array, Array]:
-    """(ids […, slots], their weights, 0 where absent, scales [values, rank]) of a type."""
-    slots = space.slots(t)
-    ids = _columns(active.ids, slots)
-    weights = jnp.where(ids == ABSENT, 0.0, _columns(active.weights, slots))
-    known = t.scales(alpha) if active.scales is None else active.scales[t.name]
-    return ids, weights, jnp.asarray(known, weights.dtype)
 
 
 def _at_positions(c: Array) -> Array:

@@ -78,7 +78,7 @@ def common_leaf(siblings: Sequence[str]) -> str:
 
     It is among the leaves of the first.
     """
-    return _AND.join(siblings) if len(siblings) > 1 else "a"
+    return _AND.join(siblings)
 
 
 class LowRankDelta(nn.Module):

@@ -177,18 +177,16 @@ def _layers(
     """
     names = dict(tree.named_leaves(axes))
     leaves = dict(tree.named_leaves(banks))
-    groups = {path: group for group in siblings for path in group}
-    for path in leaves:
-        *layer, own, kind, side = path
-        if kind != space.types[0].name:
+    paths = [[tuple(path.split("/")) for path in group] for group in siblings]
+    groups = {layer: group for group in paths for layer in group}
+    for *layer, own, kind, side in leaves:
+        dense = tuple(layer)
+        group = groups.get(dense, [dense]) if side == "a" else [dense]
+        if kind != space.types[0].name or dense != group[0]:
             continue
-        dense = "/".join(layer)
-        group: Sequence[str] = groups.get(dense, (dense,)) if side == "a" else (dense,)
-        if dense != group[0]:
-            continue
-        leaf = common_leaf([one.rpartition("/")[2] for one in group]) if side == "a" else side
-        of = [(*one.split("/"), own, t.name, side) for one in group for t in space.types]
-        yield (*layer, own, name, leaf), [(leaves[p], names[p]) for p in of]
+        leaf = common_leaf([one[-1] for one in group]) if len(group) > 1 else side
+        of = [(*one, own, t.name, side) for one in group for t in space.types]
+        yield (*dense, own, name, leaf), [(leaves[p], names[p]) for p in of]
 
 
 def _merged(bank: Array, at: int, rank: int) -> Array:

@@ -52,7 +52,7 @@ class TrainPipeline:
     Raises:
       ValueError: for no cells, lengths below 1, rows that are not of the batch, cells of which only
         some have feature ids or sources, transforms for no cell; packing with transforms or with
-        sources.
+        sources; examples_per_row without packing.
     """
 
     def __init__(
@@ -70,6 +70,8 @@ class TrainPipeline:
     ):
         if global_batch_size < 1:
             raise ValueError(f"global_batch_size={global_batch_size}: expected at least 1")
+        if examples_per_row is not None and not packing:
+            raise ValueError(f"examples_per_row={examples_per_row}: has no effect without packing")
         self.rows = np.arange(global_batch_size) if rows is None else np.asarray(rows, np.int64)
         if not np.isin(self.rows, np.arange(global_batch_size)).all() or not self.rows.size:
             raise ValueError(f"rows={rows}: expected some of a batch of {global_batch_size}")

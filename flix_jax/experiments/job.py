@@ -225,8 +225,7 @@ class Job:
             return tables.KINDS[run.tables]
         if isinstance(self.mesh, jax.sharding.AbstractMesh):
             return None
-        examples = run.batch_size // (partitioning.batch_shards(self.mesh) * run.microbatches)
-        examples *= run.own_features or 1
+        examples = run.most_examples // (partitioning.batch_shards(self.mesh) * run.microbatches)
         return tables.choose(adapters.space, examples, self.mesh.devices.flat[0].platform)
 
     @property

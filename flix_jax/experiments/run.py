@@ -387,6 +387,11 @@ class Run:
         """How many examples of a row have features of their own; None where a row has some."""
         return (self.examples_per_row or EXAMPLES_PER_ROW) if self.packing == MIXED else None
 
+    @property
+    def most_examples(self) -> int:
+        """How many examples whose features are their own a batch may have."""
+        return self.batch_size * (self.own_features or 1)
+
     def split(self) -> CellSplit:
         """The cells that are trained on and those that are held out.
 

@@ -61,8 +61,7 @@ def _step(
 def _on_values_present(job: Job, template: TrainState) -> Step:
     """The step of the values that the batch has (`Optimizer.lazy`)."""
     assert job.space is not None and job.model.adapters is not None
-    examples = job.run.batch_size * (job.run.own_features or 1)
-    narrow = present_lib.narrowed(job.space, examples)
+    narrow = present_lib.narrowed(job.space, job.run.most_examples)
     model, parameters = job.narrowed(narrow)
     places = present_lib.places(job.parameters.adapter_axes)
     settings = FeatureSettings.of(job.space, job.model.adapters.alpha)
