@@ -140,7 +140,7 @@ def test_mixed_batches_are_as_announced(mixed, mixed_whole):
         {"tables": "all"},
         {"tables": "rows"},
         {"optimizer": Optimizer("sgd", Schedule(learning_rate=0.3), lazy=True)},
-        pytest.param({"tables": "rows", "mesh": SPLIT_MESH}, marks=pytest.mark.slow),
+        pytest.param({"tables": "rows", "mesh": SPLIT_MESH}, marks=pytest.mark.exhaustive),
         pytest.param(
             {"microbatches": 2, "mesh": MeshSpec(data=4, model=2)}, marks=pytest.mark.exhaustive
         ),

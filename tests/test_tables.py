@@ -106,6 +106,7 @@ def test_a_step_is_that_of_banks(run, kind, expected, tmp_path):
     check(run, kind, 0, True, 2, expected, tmp_path)
 
 
+@pytest.mark.exhaustive
 def test_a_step_with_dropout_of_the_input_is_that_of_banks(run, expected, tmp_path):
     check(run, "rows", 0, True, 1, expected, tmp_path, dropout=0.1)
 
