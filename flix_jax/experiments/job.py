@@ -163,13 +163,15 @@ class Job:
             adapters is not None,
             run.trainable,
             run.mesh.rules,
-            self._table(),
-            adapters,
-            run.model.dtype,
+            spec=adapters,
+            dtype=run.model.dtype,
         )
         with mistakes.part(*_MESH, "AdapterSpec.targets"):
             _ = self.parameters.templates  # shapes, target patterns and shardings
         mistakes.tell()
+        table = self._table()
+        if table is not None:
+            self.parameters = dataclasses.replace(self.parameters, table=table)
 
     def _check_cells(self, mistakes: Collected) -> None:
         """What is said of the cells: held out, rates, transforms, sources, evaluation."""
@@ -226,7 +228,8 @@ class Job:
         if isinstance(self.mesh, jax.sharding.AbstractMesh):
             return None
         examples = run.most_examples // (partitioning.batch_shards(self.mesh) * run.microbatches)
-        return tables.choose(adapters.space, examples, self.mesh.devices.flat[0].platform)
+        trained = tree.count_parameters(self.parameters.templates[0])
+        return tables.choose(adapters.space, examples, self.mesh.devices.flat[0].platform, trained)
 
     @property
     def lengths(self) -> dict[str, int]:
