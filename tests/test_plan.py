@@ -161,8 +161,10 @@ def products(jaxpr):
                 * math.prod(equation.outvars[0].aval.shape)
                 * math.prod(left[axis] for axis in contracted)
             )
-        for inner in jex.core.jaxprs_in_params(equation.params):
-            total += products(inner)
+        inners = list(jex.core.jaxprs_in_params(equation.params))
+        if equation.primitive.name == "cond":  # of branches by platform the default, the last
+            inners = inners[-1:]
+        total += sum(map(products, inners))
     return total
 
 
