@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_plan import products
+from jaxprs import product_flops
 from tiny_runs import make_base_run, write_gin, write_words
 
 from flix_jax import configuration
@@ -195,7 +195,7 @@ def test_flops_count_the_source_pass_and_what_reads_it(run, tmp_path, function):
         batch = {name: jnp.ones(shape, jnp.int32) for name, shape in shapes.items()}
         params = tree.join(frozen, trained)
         loss = jax.make_jaxpr(lambda params: job.model.loss(params, batch)[0])(params)
-        return job, products(loss.jaxpr)
+        return job, product_flops(loss.jaxpr)
 
     plain, plain_forward = forward(with_fusion(run, None))
     sourced, sourced_forward = forward(with_fusion(run, Fusion(function)))

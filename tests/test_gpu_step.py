@@ -1,14 +1,13 @@
 """The benchmark of a GPU's training step: what it counts, and that it runs (on a CPU, tiny)."""
 
 import importlib
-import math
 import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.extend.core import jaxprs_in_params
+from jaxprs import product_flops
 
 from flix_jax.models.config import T5Config
 from flix_jax.models.encoder_decoder import EncoderDecoder
@@ -23,20 +22,6 @@ def benchmark(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
     monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     return importlib.import_module("gpu_step")
-
-
-def product_flops(jaxpr) -> float:
-    """Of every product in a jaxpr and in those that it calls."""
-    total = 0.0
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            left = equation.invars[0].aval.shape
-            inner = math.prod(left[axis] for axis in contracted)
-            total += 2.0 * inner * math.prod(equation.outvars[0].aval.shape)
-        for inside in jaxprs_in_params(equation.params):
-            total += product_flops(inside)
-    return total
 
 
 @pytest.mark.parametrize("kernels", [2, 3])

@@ -3,17 +3,16 @@
 import dataclasses
 import functools
 import importlib.util
-import math
 import os
 import subprocess
 import sys
 
 import jax
-import jax.extend as jex
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
+from jaxprs import product_flops
 from tiny_runs import make_base_run, write_gin, write_words
 
 from flix_jax.adapters import tree
@@ -149,25 +148,6 @@ def test_a_table_has_every_parameter(run, made, tmp_path):
     assert lines[-1] == f"bytes of a device: {sums}"
 
 
-def products(jaxpr):
-    """Multiplications and additions of all products in a jaxpr, inner ones too."""
-    total = 0
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            left = equation.invars[0].aval.shape
-            total += (
-                2
-                * math.prod(equation.outvars[0].aval.shape)
-                * math.prod(left[axis] for axis in contracted)
-            )
-        inners = list(jex.core.jaxprs_in_params(equation.params))
-        if equation.primitive.name == "cond":  # of branches by platform the default, the last
-            inners = inners[-1:]
-        total += sum(map(products, inners))
-    return total
-
-
 def test_flops_are_those_of_the_products(run, tmp_path):
     whole = dataclasses.replace(run, adapters=None, frozen_dtype=None)
 
@@ -183,8 +163,8 @@ def test_flops_are_those_of_the_products(run, tmp_path):
         def loss(params):
             return job.model.loss(params, batch)[0]
 
-        forward = products(jax.make_jaxpr(loss)(params).jaxpr)
-        return job, forward, products(jax.make_jaxpr(jax.grad(loss))(params).jaxpr)
+        forward = product_flops(jax.make_jaxpr(loss)(params).jaxpr)
+        return job, forward, product_flops(jax.make_jaxpr(jax.grad(loss))(params).jaxpr)
 
     job, forward, gradients = forward_and_gradients(whole)
     assert flops.model_flops(job) == gradients == 3 * forward
