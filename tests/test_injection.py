@@ -1,6 +1,8 @@
 """Injection into linen models that know nothing of adapters: an MLP, a transformer, T5X's layer."""
 
+import contextlib
 import dataclasses
+import functools
 import pathlib
 import re
 from collections.abc import Sequence
@@ -11,10 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flix_jax.adapters import tables
+from flix_jax.adapters import siblings, tables
 from flix_jax.adapters.activation import activate
+from flix_jax.adapters.dense import dense_inputs
 from flix_jax.adapters.features import FeatureSpace, FeatureType
-from flix_jax.adapters.injection import AdapterSpec, dense_inputs, inject, matches, siblings
+from flix_jax.adapters.injection import AdapterSpec, inject, matches
+from flix_jax.adapters.modules import MERGED, LowRankDelta
 from flix_jax.adapters.tree import from_named, join, named_leaves, split_adapters
 
 SPACE = FeatureSpace(
@@ -399,7 +403,7 @@ def test_the_report_counts_layers_and_parameters(layers, loop_params):
 def siblings_of(net, spec=SPEC, x=X):
     with dense_inputs() as inputs:
         jax.eval_shape(lambda: net.init(jax.random.key(0), x))
-    return siblings(spec, inputs)
+    return siblings.find(spec.matching, inputs)
 
 
 @pytest.mark.parametrize("foreign", [False, True])
@@ -485,6 +489,90 @@ def test_tables_with_siblings_together_are_the_banks(net, of, copies):
         one = jax.value_and_grad(lambda b: total(run(net, spec, join(base, b), wide)))(banks)
         other = jax.value_and_grad(lambda b: total(by_tables(b)))(banks)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-9, atol=1e-9), one, other)
+
+
+@pytest.mark.parametrize("layers", ["remat", "remat scan"])
+@pytest.mark.parametrize("foreign", [False, True])
+@pytest.mark.parametrize(("rows", "copies"), [(1, True), (2, False), (4, False)])
+def test_kernels_that_hold_the_update_are_the_banks(layers, foreign, rows, copies):
+    """Values and all gradients, the base's too, of groups of rows with the same features."""
+    net, spec = Net(layers, foreign, axis=0), dataclasses.replace(SPEC, targets=".*")
+    base, banks = split_adapters(stack(make(Net(foreign=foreign), spec), 0))
+    if "scan" not in layers:
+        base, banks = split_adapters(make(net, spec))
+    ids = np.repeat(IDS[: 4 // rows], rows, axis=0)
+    at = {"a": ("features", "embed", "rank"), "b": ("features", "rank", "mlp")}
+
+    def axes_of(path):
+        return (*(["layers"] if "layers" in path else []), *at[path[-1]])
+
+    axes = from_named([(path, axes_of(path)) for path, _ in named_leaves(banks)])
+    weights = jnp.asarray(np.repeat([[0.5, 2.0]], 4, axis=0))
+    asked = []
+
+    @functools.partial(jax.jit, static_argnums=4)
+    def total(base, banks, x, weights, merged):
+        active = activate(spec.space, ids, weights, rows=rows if merged else 1)
+        if merged:
+            own = jnp.asarray(ids[::rows])
+            banks = tables.of_rows(banks, axes, spec.space, own, name=MERGED)
+            if copies:
+                banks = join(banks, tables.as_copies(jax.lax.stop_gradient(banks)))
+        with inject(spec, active), _listed(asked if merged else []):
+            outputs = net.apply({"params": join(base, banks)}, x)
+        return jnp.sum(outputs * jnp.sin(jnp.arange(outputs.size)).reshape(outputs.shape))
+
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda x: x.astype(jnp.float64), (base, banks, X, weights))
+        gradients = jax.value_and_grad(total, argnums=(0, 1, 2, 3))
+        one, other = gradients(*wide, False), gradients(*wide, True)
+    assert not asked  # no layer asked for an update beside its product
+    (one, (*of_one, weights)), (other, (*of_other, of_first)) = one, other
+    same = functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-9)
+    jax.tree.map(same, (one, of_one), (other, of_other))
+    # Those of the weights, which are float32: a group has those of its first row.
+    each = np.asarray(weights).reshape(-1, rows, 2).sum(axis=1)
+    np.testing.assert_allclose(each, of_first[::rows], rtol=2e-6, atol=1e-6)
+
+
+@contextlib.contextmanager
+def _listed(found):
+    """Lists the calls of `LowRankDelta`."""
+
+    def interceptor(next_fun, args, kwargs, context):
+        if isinstance(context.module, LowRankDelta) and context.method_name == "__call__":
+            found.append(context.module.path)
+        return next_fun(*args, **kwargs)
+
+    with nn.intercept_methods(interceptor):
+        yield
+
+
+def test_layers_whose_kernels_cannot_hold_the_update_add_it():
+    """Dropout of the adapter's input, an integer kernel, an input contracted over other axes."""
+
+    class Middle(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.DenseGeneral(WIDTH, axis=1, name="middle")(x)
+
+    spec = dataclasses.replace(SPEC, targets=".*", dropout=0.5)
+    for net, deterministic in ((Middle(), True), (Apart(), False)):
+        base, banks = split_adapters(make(net, spec))
+        names = {"a": ("features", "embed", "rank"), "b": ("features", "rank", "mlp")}
+        axes = from_named([(path, names[path[-1]]) for path, _ in named_leaves(banks)])
+        made = tables.of_rows(banks, axes, spec.space, jnp.asarray(IDS), name=MERGED)
+        found = [
+            run(
+                net,
+                spec,
+                join(base, of),
+                rngs={"dropout": jax.random.key(3)},
+                deterministic=deterministic,
+            )
+            for of in (banks, made)
+        ]
+        np.testing.assert_allclose(found[1], found[0], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(

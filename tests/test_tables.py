@@ -222,15 +222,15 @@ def test_matched_modules_say_which_layers_are_narrowed_together(run, tmp_path):
 def test_the_choice():
     many = FeatureSpace((FeatureType("f", tuple(map(str, range(30))), rank=4),))
     one = FeatureSpace((FeatureType("f", ("shared",), rank=8),))
-    assert tables.choose(many, 1, "cpu", 0) is None
-    assert tables.choose(many, 1, "tpu", 0) == ROWS
-    assert tables.choose(many, 2, "tpu", 0) == ALL
-    assert tables.choose(many, 29, "tpu", 2**26 + 1) == ROWS
-    assert tables.choose(many, 30, "tpu", 2**26 + 1) == ALL
-    assert tables.choose(one, 1, "tpu", 2**30) == ALL
+    assert tables.choose(many, 1, "cpu", parameters=0) is None
+    assert tables.choose(many, 1, "tpu", parameters=0) == ROWS
+    assert tables.choose(many, 2, "tpu", parameters=0) == ALL
+    assert tables.choose(many, 29, "tpu", parameters=2**26 + 1) == ROWS
+    assert tables.choose(many, 30, "tpu", parameters=2**26 + 1) == ALL
+    assert tables.choose(one, 1, "tpu", parameters=2**30) == ALL
     wide = FeatureSpace((FeatureType("f", tuple(map(str, range(33))), rank=4),))
-    assert tables.choose(wide, 2, "tpu", 0) == ROWS
-    assert tables.choose(wide, 33, "tpu", 0) == ALL
+    assert tables.choose(wide, 2, "tpu", parameters=0) == ROWS
+    assert tables.choose(wide, 33, "tpu", parameters=0) == ALL
 
 
 def test_refusals(run):

@@ -33,6 +33,7 @@ class ActiveFeatures:
         None is what the space says (`FeatureType.scales`).
       segments: of such packed rows int32 [batch, positions], to which example of its row each
         position of the layer's input belongs, from 1 on; at 0 there is no update.
+      rows: how many consecutive rows of the batch each of ids and weights is of.
     """
 
     # No shapes here: JAX rebuilds a tree with shardings and the like in place of its arrays.
@@ -40,6 +41,23 @@ class ActiveFeatures:
     weights: Any
     scales: Any = None
     segments: Any = None
+    rows: int = flax.struct.field(pytree_node=False, default=1)
+
+    def check_rows(self, x: Array) -> None:
+        """ValueError unless a layer's input x [batch, …] is of this batch."""
+        if self.ids.shape[0] * self.rows != x.shape[0]:
+            of = f"{self.ids.shape[0]} examples"
+            if self.rows > 1:
+                of = f"{self.ids.shape[0]} groups of {self.rows} rows"
+            raise ValueError(
+                f"feature_ids are of {of}, expected {x.shape[0]}, the batch of the layer's input "
+                f"{tuple(x.shape)}"
+            )
+
+    def of_each_row(self) -> "ActiveFeatures":
+        """The same with ids and weights of every row."""
+        ids, weights = (jnp.repeat(of, self.rows, axis=0) for of in (self.ids, self.weights))
+        return dataclasses.replace(self, ids=ids, weights=weights, rows=1)
 
 
 @flax.struct.dataclass
@@ -103,6 +121,7 @@ def activate(
     dropout_rng: Array | None = None,
     numbers: Array | None = None,
     settings: FeatureSettings | None = None,
+    rows: int = 1,
 ) -> ActiveFeatures:
     """Computes the active features of a batch, with feature dropout when given a key.
 
@@ -121,6 +140,9 @@ def activate(
         the key and its number. By default its place in the batch. Of packed rows the numbers are
         the rows', and an example's is (its row's) * examples + its place in the row.
       settings: dropout rates and scales in place of the space's own.
+      rows: how many consecutive rows have equal ids and weights, and the same of them dropped: what
+        is, is a function of the key and the number of the first divided by `rows`. A group whose
+        rows differ is NaN.
 
     Returns:
       ActiveFeatures; weights are exactly 0 where a feature is absent or dropped. Those of a type
@@ -140,9 +162,28 @@ def activate(
     )
     check_shape(space, ids, weights)
     ids = ids.astype(jnp.int32)
+    if rows > 1:
+        if ids.ndim == 3 or ids.shape[0] % rows:
+            raise ValueError(
+                f"feature_ids have shape {ids.shape}, expected [batch, {space.num_slots}] with a "
+                f"multiple of {rows} rows, of which each {rows} have equal features"
+            )
+        groups = [of.reshape(-1, rows, space.num_slots) for of in (ids, weights)]
+        same = [jnp.all(of == of[:, :1], axis=1) for of in groups]
+        places = jnp.arange(ids.shape[0]) if numbers is None else numbers
+        first = activate(
+            space,
+            groups[0][:, 0],
+            groups[1][:, 0],
+            dropout_rng=dropout_rng,
+            numbers=places[::rows] // rows,
+            settings=settings,
+        )
+        weights = jnp.where(same[0] & same[1], first.weights, jnp.nan)
+        return dataclasses.replace(first, weights=weights, rows=rows)
     if ids.ndim == 3:
-        rows, examples, slots = ids.shape
-        of_rows = jnp.arange(rows) if numbers is None else numbers
+        packed, examples, slots = ids.shape
+        of_rows = jnp.arange(packed) if numbers is None else numbers
         apart = activate(
             space,
             ids.reshape(-1, slots),

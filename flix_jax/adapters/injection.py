@@ -21,25 +21,30 @@ import contextlib
 import dataclasses
 import math
 import numbers
-import re
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import flax.errors
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 
+from flix_jax.adapters import siblings, text_tables
 from flix_jax.adapters import targets as targets_lib
-from flix_jax.adapters import text_tables
 from flix_jax.adapters.activation import ActiveFeatures
+from flix_jax.adapters.dense import (
+    DenseCall,
+    as_rows,
+    dense_call,
+    dense_inputs,
+    layer_input,
+    without_numbers,
+)
 from flix_jax.adapters.features import FeatureSpace
 from flix_jax.adapters.fusion import MATRICES, Fusion, Source
-from flix_jax.adapters.modules import LowRankDelta
+from flix_jax.adapters.modules import MERGED, LowRankDelta
 from flix_jax.adapters.suggest import did_you_mean
 from flix_jax.adapters.targets import NAMED_TARGETS
 
@@ -101,90 +106,6 @@ class AdapterSpec:
         return self.fusion is not None and self.fusion.matches(path) and bool(self.matching(path))
 
 
-@dataclasses.dataclass(frozen=True)
-class DenseCall:
-    """One call of a dense layer, its dimensions flattened."""
-
-    path: str
-    axes: tuple[int, ...]  # the input's axes that are contracted, in order
-    d_in: int
-    d_out: int
-
-
-def dense_call(context: nn.module.InterceptorContext, x: Any) -> DenseCall | None:
-    """Describes the call when it is that of a dense layer that has made its kernel, else None.
-
-    A dense layer is told by what it has, not by its class: `features`, perhaps `axis`, and a
-    parameter `kernel` of as many elements as contracted inputs times features. That holds for
-    nn.Dense, nn.DenseGeneral and T5X's own DenseGeneral, not for convolutions and embeddings.
-    """
-    module = context.module
-    if context.method_name != "__call__" or not hasattr(module, "features"):
-        return None
-    if getattr(module, "batch_dims", ()) or hasattr(module, "kernel_size"):
-        return None
-    if not hasattr(x, "shape") or not module.has_variable("params", "kernel"):
-        return None
-    # A box of flax's is a tree of one leaf; unboxing it would ask for a sharding.
-    (kernel,) = jax.tree.leaves(module.get_variable("params", "kernel"))
-    try:
-        features = tuple(int(f) for f in np.atleast_1d(module.features))
-        axes = tuple(int(a) % x.ndim for a in np.atleast_1d(getattr(module, "axis", -1)))
-    except (TypeError, ValueError):
-        return None
-    d_in, d_out = math.prod(x.shape[a] for a in axes), math.prod(features)
-    if kernel.size != d_in * d_out:
-        return None
-    return DenseCall("/".join(module.path), axes, d_in, d_out)
-
-
-DenseInput = tuple[DenseCall, Any]
-
-
-@contextlib.contextmanager
-def dense_inputs() -> Iterator[list[DenseInput]]:
-    """A context in which the calls of dense layers are listed as they come, with their inputs."""
-    found: list[DenseInput] = []
-
-    def record(next_fun, args, kwargs, context):
-        y = next_fun(*args, **kwargs)
-        x = layer_input(args, kwargs)
-        call = dense_call(context, x)
-        if call is not None:
-            found.append((call, x))
-        return y
-
-    with nn.intercept_methods(record):
-        yield found
-
-
-def siblings(spec: AdapterSpec, inputs: Sequence[DenseInput]) -> tuple[tuple[str, ...], ...]:
-    """Paths of adapted layers of one module that read the very same input, in order of their calls.
-
-    Groups of two and more, of what `dense_inputs` found in a trace, in which each call may have
-    been traced several times. A layer that reads with these once and with those another time has
-    no siblings.
-    """
-    by_input: dict[Any, dict[str, None]] = {}
-    for call, x in inputs:
-        if spec.matching(call.path):
-            of = call.path.rpartition("/")[0], id(x), call.axes
-            by_input.setdefault(of, {})[call.path] = None
-    groups = dict.fromkeys(map(tuple, by_input.values()))
-    times = Counter(path for group in groups for path in group)
-    return tuple(g for g in groups if len(g) > 1 and all(times[path] == 1 for path in g))
-
-
-def described(siblings: Sequence[Sequence[str]]) -> list[str]:
-    """Siblings in words, groups that differ by a layer's number as one: 'mlp/wi_0 + wi_1'."""
-    words = [" + ".join([g[0], *(p.rpartition("/")[2] for p in g[1:])]) for g in siblings]
-    return list(dict.fromkeys(map(_without_numbers, words)))
-
-
-def layer_input(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    return args[0] if args else next(iter(kwargs.values()), None)
-
-
 @contextlib.contextmanager
 def inject(
     spec: AdapterSpec,
@@ -213,29 +134,31 @@ def inject(
         target matched nothing.
     """
     seen: dict[str, DenseCall] = {}
-    siblings = _Siblings()
-    states: dict[str, Any] = {}
-    initialising = False
+    injected = _Injected(spec, active, deterministic, source, segments)
+    initialising = within = False
 
     def interceptor(next_fun, args, kwargs, context):
-        nonlocal initialising
+        nonlocal initialising, within
+        if within:  # a layer that is called by what takes its place
+            return next_fun(*args, **kwargs)
+        module, x = context.module, layer_input(args, kwargs)
+        call = dense_call(context, x)
+        if call is not None and len(args) + len(kwargs) == 1 and injected.merges(call, module):
+            seen[call.path] = call
+            within = True
+            try:
+                return checkpoint_name(injected.merged(call, module, x), DENSE_OUTPUT)
+            finally:
+                within = False
         y = next_fun(*args, **kwargs)
-        x = layer_input(args, kwargs)
         call = dense_call(context, x)
         if call is None:
             return y
         seen[call.path] = call
-        initialising = initialising or context.module.is_initializing()
+        initialising = initialising or module.is_initializing()
         if not spec.matching(call.path):
             return y
-        fused = None
-        if spec.fuses(call.path) and not context.module.is_initializing():
-            fused = _source_of(call.path, context.module, source, states), source
-        of = active
-        if segments is not None:
-            of = dataclasses.replace(active, segments=segments(call.path))
-        update = _update(spec, of, call, context.module, x, y, deterministic, fused, siblings)
-        return checkpoint_name(y + update, DENSE_OUTPUT)
+        return checkpoint_name(y + injected.update(call, module, x, y), DENSE_OUTPUT)
 
     with nn.intercept_methods(interceptor):
         yield
@@ -265,75 +188,94 @@ def _source_of(path: str, module: nn.Module, source: Source | None, states: dict
     return states[recorded]
 
 
-def as_rows(call: DenseCall, x: Any) -> Array:
-    """A layer's input [batch, …] as [batch, …, d_in], its contracted axes flattened."""
-    if 0 in call.axes:
-        raise ValueError(f"{call.path}: contracts the batch axis of {x.shape}, cannot be adapted")
-    others = tuple(a for a in range(x.ndim) if a not in call.axes)
-    rows = jnp.asarray(x).transpose(*others, *call.axes)
-    return rows.reshape(*rows.shape[: len(others)], call.d_in)
+class _Injected:
+    """What adapted layers compute in one call of the network; the arguments are `inject`'s."""
 
+    def __init__(
+        self,
+        spec: AdapterSpec,
+        active: ActiveFeatures,
+        deterministic: bool,
+        source: Source | None,
+        segments: Callable[[str], Array] | None,
+    ) -> None:
+        self._spec, self._active = spec, active
+        self._deterministic = deterministic
+        self._source, self._segments = source, segments
+        self._states: dict[str, Any] = {}  # of the source, by the layer that reads them first
+        self._narrowed = siblings.Narrowed()
 
-def _update(
-    spec: AdapterSpec,
-    active: ActiveFeatures,
-    call: DenseCall,
-    module: nn.Module,
-    x: Any,
-    y: Array,
-    deterministic: bool,
-    fused: tuple[Any, Source] | None,
-    siblings: "_Siblings",
-) -> Array:
-    rows = as_rows(call, x).astype(y.dtype)
-    if math.prod(rows.shape[:-1]) * call.d_out != y.size:
-        raise ValueError(
-            f"{call.path}: output {y.shape} for input {x.shape}, expected "
-            f"{call.d_out} features for each position"
-        )
-    function = spec.fusion.function if spec.fusion and spec.fuses(call.path) else None
-    try:
-        child = LowRankDelta(
-            spec.space, spec.alpha, spec.dropout, function=function, name=CHILD, parent=module
-        )
-    except flax.errors.NameInUseError as error:
-        raise ValueError(
-            f"{call.path}: has a child {CHILD!r} already, expected inject() to be entered once"
-        ) from error
-    try:
-        read: dict[str, Any] = {}
-        if fused is not None:
-            states, source = fused
-            read = {"source": as_rows(call, states), "alignment": source.alignment}
-            _check_source(rows, **read)
-        read["narrow"] = siblings.narrowed(call.path, child, x, rows)
-        update = child(rows, call.d_out, active, deterministic=deterministic, **read)
-    except ValueError as error:
-        raise ValueError(f"{call.path}: {error}") from error
-    return update.reshape(y.shape)
+    def update(self, call: DenseCall, module: nn.Module, x: Any, y: Array) -> Array:
+        """What is added to a layer's output y."""
+        rows = as_rows(call, x).astype(y.dtype)
+        if math.prod(rows.shape[:-1]) * call.d_out != y.size:
+            raise ValueError(
+                f"{call.path}: output {y.shape} for input {x.shape}, expected "
+                f"{call.d_out} features for each position"
+            )
+        active = self._active
+        if self._segments is not None:
+            active = dataclasses.replace(active, segments=self._segments(call.path))
+        states: Any = None
+        if self._spec.fuses(call.path) and not module.is_initializing():
+            states = _source_of(call.path, module, self._source, self._states)
+        child = self._child(call, module)
+        try:
+            read: dict[str, Any] = {}
+            if states is not None:
+                assert self._source is not None
+                read = {"source": as_rows(call, states), "alignment": self._source.alignment}
+                _check_source(rows, **read)
+            read["narrow"] = self._narrowed.of(call.path, child, x, rows)
+            found = child(rows, call.d_out, active, deterministic=self._deterministic, **read)
+        except ValueError as error:
+            raise ValueError(f"{call.path}: {error}") from error
+        return found.reshape(y.shape)
 
+    def merges(self, call: DenseCall, module: nn.Module) -> bool:
+        """Whether a layer multiplies with kernels that hold the update.
 
-class _Siblings:
-    """The narrow activations of layers of a module that read the same input, made with the first.
+        Where the table says so, and the layer is one whose kernel takes it: it contracts the last
+        axes, its kernel is no integer, each row has one set of features, and nothing is dropped out
+        of the adapter's input.
+        """
+        if module.is_initializing() or not self._spec.matching(call.path):
+            return False
+        if not module.has_variable("params", CHILD):
+            return False
+        own: Any = module.get_variable("params", CHILD)
+        if MERGED not in own or self._active.ids.ndim == 3:
+            return False
+        if self._spec.dropout and not self._deterministic:
+            return False
+        (kernel,) = jax.tree.leaves(module.get_variable("params", "kernel"))
+        return call.contracts_last and jnp.issubdtype(kernel.dtype, jnp.floating)
 
-    Only where a table says so (`modules.common_leaf`).
-    """
+    def merged(self, call: DenseCall, module: nn.Module, x: Any) -> Array:
+        """What a layer gives whose kernel holds the update."""
+        params: Any = dict(nn.unbox(module.variables["params"]))
+        del params[CHILD]
+        alone = module.clone(parent=None)
 
-    def __init__(self) -> None:
-        self._made: dict[str, tuple[Any, dict[str, Array]]] = {}
+        def layer(params: Any, x: Array) -> Any:
+            return alone.apply({"params": params}, x)
 
-    def narrowed(self, path: str, child: LowRankDelta, x: Any, rows: Array) -> Array | None:
-        """x A of the layer at a path; None where its table has an `a` of its own."""
-        if not child.has_siblings:
-            return None
-        parent, _, name = path.rpartition("/")
-        made = child.narrowed(rows)
-        if made:
-            self._made[parent] = x, made
-        read, by_name = self._made.get(parent, (None, {}))
-        if read is not x or name not in by_name:
-            raise ValueError(f"reads another input than {', '.join(by_name) or 'its siblings'}")
-        return by_name[name]
+        try:
+            return self._child(call, module).merged(layer, params, x, self._active)
+        except ValueError as error:
+            raise ValueError(f"{call.path}: {error}") from error
+
+    def _child(self, call: DenseCall, module: nn.Module) -> LowRankDelta:
+        spec = self._spec
+        function = spec.fusion.function if spec.fusion and spec.fuses(call.path) else None
+        try:
+            return LowRankDelta(
+                spec.space, spec.alpha, spec.dropout, function=function, name=CHILD, parent=module
+            )
+        except flax.errors.NameInUseError as error:
+            raise ValueError(
+                f"{call.path}: has a child {CHILD!r} already, expected inject() to be entered once"
+            ) from error
 
 
 def _check_source(rows: Array, source: Array, alignment: Any) -> None:
@@ -400,7 +342,7 @@ class MatchReport:
         """The report as text, layers that differ by their number alone on one line."""
         groups: dict[tuple[str, int, int], list[Match]] = {}
         for m in self.matched:
-            groups.setdefault((_without_numbers(m.path), m.d_in, m.d_out), []).append(m)
+            groups.setdefault((without_numbers(m.path), m.d_in, m.d_out), []).append(m)
         rows = [("module", "times", "d_in", "d_out", "parameters")]
         for (path, d_in, d_out), members in groups.items():
             times = sum(m.times for m in members)
@@ -408,17 +350,11 @@ class MatchReport:
             rows.append((path, f"{times}", f"{d_in}", f"{d_out}", f"{parameters:,}"))
         times = sum(m.times for m in self.matched)
         rows.append(("all", f"{times}", "", "", f"{self.parameters:,}"))
-        left = list(dict.fromkeys(_without_numbers(p) for p in self.unmatched))
+        left = list(dict.fromkeys(without_numbers(p) for p in self.unmatched))
         return f"{text_tables.plain(rows)}\nnot adapted: {', '.join(left) or 'no dense layer'}"
 
     def __str__(self) -> str:
         return self.table()
-
-
-def _without_numbers(path: str) -> str:
-    """'encoder/layers_3/mlp/wi_0' -> 'encoder/layers_*/mlp/wi_0': the layer's own name stays."""
-    *parents, name = path.split("/")
-    return "/".join([re.sub(r"_\d+$", "_*", p) for p in parents] + [name])
 
 
 def matches(

@@ -45,8 +45,9 @@ class Table(NamedTuple):
     They are those of each example's own values, slot by slot, or those of every value.
 
     Attributes:
-      a: [batch, R, d_in], or of every value [R, d_in]; None where x A is given (`narrowed`).
-      b: [batch, R, d_out] or [R, d_out].
+      a: [groups, R, d_in], or of every value [R, d_in]; None where x A is given (`narrowed`). A
+        group is a row, or several that have the same features (`ActiveFeatures.rows`).
+      b: [groups, R, d_out] or [R, d_out].
       copies: both in the dtype of the products, which are computed with them, while the gradients
         are those of a and b in theirs; None where they are made in the layer.
     """
@@ -58,15 +59,16 @@ class Table(NamedTuple):
 
 def narrowed(
     x: Float[Array, "batch *positions d_in"], a: Array, copy: Array | None = None
-) -> Float[Array, "batch positions R"]:
+) -> Float[Array, "groups positions R"]:
     """x A of a table, the positions as one axis, in the accumulator's dtype.
 
     Args:
       x: the input of an adapted layer, or of several.
-      a: [batch, R, d_in] or [R, d_in], of several layers one beside the other.
+      a: [groups, R, d_in] or [R, d_in], of several layers one beside the other.
       copy: a in x's dtype; None where it is to be made here.
     """
-    return _down(x.reshape(x.shape[0], -1, x.shape[-1]), a, copy)
+    groups = a.shape[0] if a.ndim == 3 else x.shape[0]
+    return _down(x.reshape(groups, -1, x.shape[-1]), a, copy)
 
 
 #: rows [batch, length, d_in] -> rows A [batch, length, R].
@@ -88,7 +90,7 @@ def delta(
     *,
     alpha: float | None = None,
     meet: Meet | None = None,
-    narrow: Float[Array, "batch positions R"] | None = None,
+    narrow: Float[Array, "groups positions R"] | None = None,
 ) -> Float[Array, "batch *positions d_out"]:
     """The summed low-rank update of every example's active features.
 
@@ -96,8 +98,9 @@ def delta(
       x: the input of the adapted layer.
       banks: type name -> (a [values, d_in, rank], b [values, rank, d_out]), usually float32; or
         the table that was made of them (`tables`), with which nothing can meet.
-      active: the features of each example, ids and weights [batch, slots]; of packed rows [batch,
-        examples, slots], with the `segments` of x's positions.
+      active: the features of each example, ids and weights [batch, slots], or of each group of
+        `active.rows` rows; of packed rows [batch, examples, slots], with the `segments` of x's
+        positions.
       space: the feature space that the ids count in.
       alpha: scale alpha / rank of each value, where `active` has no scales; None means 1.
       meet: what takes the place of the narrow activations x A before they are multiplied with c and
@@ -113,12 +116,10 @@ def delta(
         positions, or a bank has a shape that the space does not give it.
     """
     check_shape(space, active.ids, active.weights)
-    if active.ids.shape[0] != x.shape[0]:
-        raise ValueError(
-            f"feature_ids are of {active.ids.shape[0]} examples, expected {x.shape[0]}, the batch "
-            f"of the layer's input {tuple(x.shape)}"
-        )
-    rows = x.reshape(x.shape[0], -1, x.shape[-1])
+    active.check_rows(x)
+    # The rows of a group are one long row: they have the same matrices.
+    rows = x.reshape(active.ids.shape[0], -1, x.shape[-1])
+    assert meet is None or active.rows == 1
     if active.ids.ndim == 3:
         assert meet is None
         found = None if active.segments is None else active.segments.shape
@@ -129,6 +130,8 @@ def delta(
             )
     if isinstance(banks, Table):
         assert meet is None
+        if narrow is not None:
+            narrow = narrow.reshape(*rows.shape[:2], -1)
         total = _of_table(rows, banks, narrow, active, space, alpha)
         return total.reshape(*x.shape[:-1], total.shape[-1])
     _check_banks(x.shape[-1], banks, space)

@@ -10,12 +10,12 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from flix_jax.adapters import fusion, low_rank
+from flix_jax.adapters import coefficients, fusion, low_rank, merged
 from flix_jax.adapters.activation import ActiveFeatures
 from flix_jax.adapters.features import FeatureSpace, FeatureType
 
 #: What a tree calls the tables made of its banks (`tables`): no names of feature types.
-ALL, ROWS, COPIES = "(all)", "(rows)", "(copies)"
+ALL, ROWS, MERGED, COPIES = "(all)", "(rows)", "(merged)", "(copies)"
 #: Between the names of siblings, layers that read the same input, in that of their common `a`.
 _AND = "+"
 
@@ -146,6 +146,24 @@ class LowRankDelta(nn.Module):
             x, table or banks, active, self.space, alpha=self.alpha, meet=meet, narrow=narrow
         )
 
+    def merged(
+        self, layer: merged.Layer, params: merged.Params, x: Array, active: ActiveFeatures
+    ) -> Array:
+        """What a dense layer gives with the update in its kernel, by a table MERGED.
+
+        Args:
+          layer, params, x: as in `merged.product`.
+          active: as in the call.
+
+        Raises:
+          ValueError: `active` is not of x's batch.
+        """
+        table = self._table()
+        assert table is not None
+        active.check_rows(x)
+        c = coefficients.of_table(self.space, active, self.alpha, every=False)
+        return merged.product(layer, params, x, table, c)
+
     def narrowed(self, x: Float[Array, "batch *positions d_in"]) -> dict[str, Array]:
         """x A of this layer and its siblings, by their names; none where they are not with it."""
         made, copies = self._leaves()
@@ -172,6 +190,6 @@ class LowRankDelta(nn.Module):
 
     def _leaves(self) -> tuple[dict[str, Array], dict[str, Array]]:
         """The leaves of the table that was made of the banks and of its copies, if there are."""
-        of: list[Any] = [self.get_variable("params", name) for name in (ALL, ROWS)]
+        of: list[Any] = [self.get_variable("params", name) for name in (ALL, ROWS, MERGED)]
         copies: Any = self.get_variable("params", COPIES)
         return dict(next(filter(None, of), {})), dict(copies or {})

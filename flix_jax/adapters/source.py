@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from flix_jax.adapters.dense import dense_call, layer_input
 from flix_jax.adapters.fusion import Source, align
 from flix_jax.adapters.injection import (
     CHILD,
@@ -31,8 +32,6 @@ from flix_jax.adapters.injection import (
     PROJECTION,
     SOURCE_INPUT,
     AdapterSpec,
-    dense_call,
-    layer_input,
 )
 from flix_jax.adapters.tree import named_leaves, split_adapters
 

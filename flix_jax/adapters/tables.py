@@ -2,16 +2,18 @@
 
 A layer multiplies with two matrices, those of all types side by side (`low_rank.Table`). What is
 made of the banks in a layer is made, and differentiated, in each layer anew. Here it is made for
-the tree, in one of two ways:
+the tree, in one of two ways, or three:
 
     {..., "flix": {"task": {"a", "b"}, "language": {"a", "b"}}}
         of_all ->   {..., "flix": {"(all)": {"a", "b"}}}      the columns of every value
         of_rows ->  {..., "flix": {"(rows)": {"a", "b"}}}     those of the values of each example
+                    {..., "flix": {"(merged)": {"a", "b"}}}   the same, for kernels that hold the
+                                                              update (`merged`)
 
 `LowRankDelta` takes such a tree in place of banks. Joined with `as_copies` of it in the dtype of
 the products, it computes with the copies; the gradient is that of the tables.
 
-Layers that read the same input (`injection.siblings`) have their `a` side by side, as
+Layers that read the same input (`siblings`) have their `a` side by side, as
 one leaf of the first (`modules.common_leaf`): one product makes the narrow activations of all.
 
 `of_all` costs what the number of values asks for, and `of_rows` what the examples do, whatever the
@@ -19,7 +21,6 @@ number of values.
 """
 
 import functools
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -28,16 +29,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from flix_jax.adapters import low_rank, tree
-from flix_jax.adapters.features import FeatureSpace
-from flix_jax.adapters.modules import ALL, COPIES, ROWS, common_leaf
+from flix_jax.adapters.features import FeatureSpace, FeatureType
+from flix_jax.adapters.modules import ALL, COPIES, MERGED, ROWS, common_leaf
 
 #: Logical names of the axes of tables: columns of every value, or examples and their columns.
 COLUMNS, EXAMPLES, OWN_COLUMNS = "columns", "examples", "own_columns"
 _FEATURES, _RANK = "features", "rank"
 
-#: What a run may say of tables: what is best where it runs, none, or one of the two kinds.
+#: What a run may say of tables: what is best where it runs, none, or one of the kinds.
 AUTO, NONE = "auto", "banks"
-KINDS = {"all": ALL, "rows": ROWS}
+KINDS = {"all": ALL, "rows": ROWS, "merged": MERGED}
 
 _LANES = 128  # columns that a TPU multiplies with at the price of one
 _SMALL = 2**26  # parameters: of mT5-base with 30 features of rank 4 there are 0.76 of them
@@ -47,7 +48,15 @@ Siblings = Sequence[Sequence[str]]
 Place = Callable[[Array, Axes], Array]
 
 
-def choose(space: FeatureSpace, examples: int, platform: str, parameters: int) -> str | None:
+def choose(
+    space: FeatureSpace,
+    examples: int,
+    platform: str,
+    *,
+    parameters: int,
+    rows: int = 1,
+    mergeable: bool = False,
+) -> str | None:
     """The kind of table that a training step is fastest with; None is with none.
 
     On a TPU a product takes as long with 8 columns as with 128, and what is made of banks in every
@@ -55,16 +64,19 @@ def choose(space: FeatureSpace, examples: int, platform: str, parameters: int) -
     every value also where it is larger, if its columns fill no more than the lanes: its products
     are not example by example. Devices then exchange the gradients of every value, so only of
     banks that are small. On a CPU the products of a row's own matrices, gathered in the layer, are
-    the fastest.
+    the fastest; but where all rows of a device have the same features, kernels that hold the update
+    are.
 
     Args:
       space: the features.
-      examples: that a device has at a time.
+      examples: that a device has at a time, those of equal features by `rows` as one.
       platform: of the devices, as JAX names it.
       parameters: of all banks.
+      rows: how many rows are known to have equal features.
+      mergeable: whether kernels can hold the update and give the same but for rounding of float32.
     """
     if platform != "tpu":
-        return None
+        return MERGED if mergeable and rows > 1 and examples == 1 else None
     every = sum(t.num_values * t.max_rank for t in space.types)
     own = sum(t.slots * t.max_rank for t in space.types)
     at_once = examples > 1 and every <= _LANES and parameters <= _SMALL
@@ -88,8 +100,8 @@ def of_all(
     """
     made = []
     for path, sides in _layers(banks, axes, space, ALL, siblings):
-        at = sides[0][1].index(_FEATURES)
-        columns = [_merged(leaf, at, names.index(_RANK)) for leaf, names in sides]
+        at = sides[0][2].index(_FEATURES)
+        columns = [_side_by_side(leaf, at, names.index(_RANK)) for _, leaf, names in sides]
         made.append((path, jnp.concatenate(columns, axis=at)))
     return tree.from_named(made)
 
@@ -101,11 +113,13 @@ def of_rows(
     ids: Int[Array, "batch *examples slots"],
     place: Place = lambda taken, axes: taken,
     siblings: Siblings = (),
+    name: str = ROWS,
 ) -> dict[str, Any]:
     """The columns of the values that each example has; differentiable.
 
     Args:
       banks, axes, space, siblings: as in `of_all`.
+      name: ROWS or MERGED.
       ids: of the examples' values, -1 where absent (then any value stands there); of packed rows
         those of all their examples.
       place: (what is taken of a bank for a slot, its axes' names with `EXAMPLES` for the features)
@@ -118,9 +132,9 @@ def of_rows(
       a stack of layers is on the axis on which it was.
     """
     made = []
-    for path, sides in _layers(banks, axes, space, ROWS, siblings):
+    for path, sides in _layers(banks, axes, space, name, siblings):
         taken = []
-        for t, (leaf, names) in zip(itertools.cycle(space.types), sides, strict=False):
+        for t, leaf, names in sides:
             placed = functools.partial(_placed, place, names)
             slots = space.slots(t)
             for of in ids[..., slots.start : slots.stop].reshape(len(ids), -1).T:
@@ -156,13 +170,13 @@ _take.defvjp(_take_forward, _take_backward)
 def logical_axes(
     axes: tree.Tree, space: FeatureSpace, name: str, siblings: Siblings = ()
 ) -> dict[str, Any]:
-    """The logical names of what `of_all` (`name` is ALL) or `of_rows` (ROWS) gives."""
+    """The logical names of what `of_all` (`name` is ALL) or `of_rows` gives."""
     made = []
     for path, sides in _layers(axes, axes, space, name, siblings):
-        names = [n for n in sides[0][1] if n != _RANK]
+        names = [n for n in sides[0][2] if n != _RANK]
         at = names.index(_FEATURES)
         names[at] = COLUMNS if name == ALL else EXAMPLES
-        if name == ROWS:
+        if name != ALL:
             names.insert(len(names) - 1, OWN_COLUMNS)
         made.append((path, tuple(names)))
     return tree.from_named(made)
@@ -177,8 +191,8 @@ def as_copies(tables: tree.Tree) -> dict[str, Any]:
 
 def _layers(
     banks: tree.Tree, axes: tree.Tree, space: FeatureSpace, name: str, siblings: Siblings
-) -> Iterator[tuple[tree.Path, list[tuple[Any, Axes]]]]:
-    """(path of a leaf of a table called `name`, (leaf, axes) of the banks that go into it).
+) -> Iterator[tuple[tree.Path, list[tuple[FeatureType, Any, Axes]]]]:
+    """(path of a leaf of a table called `name`, (type, leaf, axes) of the banks that go into it).
 
     The banks are those of all types, in the order of the siblings and for each in that of the
     types.
@@ -193,11 +207,11 @@ def _layers(
         if kind != space.types[0].name or dense != group[0]:
             continue
         leaf = common_leaf([one[-1] for one in group]) if len(group) > 1 else side
-        of = [(*one, own, t.name, side) for one in group for t in space.types]
-        yield (*dense, own, name, leaf), [(leaves[p], names[p]) for p in of]
+        of = [((*one, own, t.name, side), t) for one in group for t in space.types]
+        yield (*dense, own, name, leaf), [(t, leaves[p], names[p]) for p, t in of]
 
 
-def _merged(bank: Array, at: int, rank: int) -> Array:
+def _side_by_side(bank: Array, at: int, rank: int) -> Array:
     """[…, features, …, rank, …] -> […, features × rank, …, …]."""
     moved = jnp.moveaxis(bank, rank, at + 1)
     return moved.reshape(*moved.shape[:at], -1, *moved.shape[at + 2 :])

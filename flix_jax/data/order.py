@@ -62,9 +62,15 @@ class ExampleOrder:
       sizes: number of examples of each cell, by name.
       rates: share of each cell, by name; they sum to 1.
       seed: of the whole order.
+      together: how many consecutive positions are of one cell, and are drawn as one: positions
+        above are then those of so many examples.
     """
 
-    def __init__(self, sizes: Mapping[str, int], rates: Mapping[str, float], seed: int):
+    def __init__(
+        self, sizes: Mapping[str, int], rates: Mapping[str, float], seed: int, together: int = 1
+    ):
+        if together < 1:
+            raise ValueError(f"together={together}: expected at least 1")
         if set(sizes) != set(rates):
             different = ", ".join(sorted(set(sizes) ^ set(rates)))
             raise ValueError(f"cells with either a size or a rate, but not both: {different}")
@@ -82,6 +88,7 @@ class ExampleOrder:
         self.sizes = tuple(int(sizes[name]) for name in self.names)
         self.shares = tuple(integer_shares([rates[name] for name in self.names]))
         self.seed = int(seed)
+        self.together = int(together)
         edges = np.cumsum((0, *self.shares), dtype=np.int64)
         self._edges = edges * BLOCK
         self._offset = int(philox(self.seed, "offset").random_raw() % _ONE)
@@ -92,6 +99,17 @@ class ExampleOrder:
 
     def cells_at(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Of `count` positions from `start`: index into `names`, and number of that cell's draw."""
+        if self.together == 1:
+            return self._drawn_at(start, count)
+        first, last = start // self.together, -(-(start + count) // self.together)
+        cells, draws = self._drawn_at(first, last - first)
+        each = np.arange(self.together)
+        draws = (draws[:, None] * self.together + each).reshape(-1)
+        own = slice(start - first * self.together, start - first * self.together + count)
+        return np.repeat(cells, self.together)[own], draws[own]
+
+    def _drawn_at(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """`cells_at` of positions that are drawn one by one."""
         cells, draws = [], []
         position, limit = start, start + count
         while position < limit:

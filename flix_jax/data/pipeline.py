@@ -48,11 +48,14 @@ class TrainPipeline:
       packing: whether a row holds several examples of equal features, as many as have room.
       examples_per_row: with packing, how many a row holds at most, then of any features; None is
         equal features.
+      rows_per_cell: without packing, how many consecutive rows are of one cell; a divisor of
+        `global_batch_size`.
 
     Raises:
       ValueError: for no cells, lengths below 1, rows that are not of the batch, cells of which only
         some have feature ids or sources, transforms for no cell; packing with transforms or with
-        sources; examples_per_row without packing.
+        sources; examples_per_row without packing; rows_per_cell with packing, not a divisor, or
+        with a cell whose examples have different features.
     """
 
     def __init__(
@@ -67,9 +70,17 @@ class TrainPipeline:
         rows: Sequence[int] | np.ndarray | None = None,
         packing: bool = False,
         examples_per_row: int | None = None,
+        rows_per_cell: int = 1,
     ):
         if global_batch_size < 1:
             raise ValueError(f"global_batch_size={global_batch_size}: expected at least 1")
+        if packing and rows_per_cell > 1:
+            raise ValueError(f"rows_per_cell={rows_per_cell}: has no effect with packing")
+        if rows_per_cell < 1 or global_batch_size % rows_per_cell:
+            raise ValueError(
+                f"rows_per_cell={rows_per_cell}: expected a divisor of global_batch_size="
+                f"{global_batch_size}"
+            )
         if examples_per_row is not None and not packing:
             raise ValueError(f"examples_per_row={examples_per_row}: has no effect without packing")
         self.rows = np.arange(global_batch_size) if rows is None else np.asarray(rows, np.int64)
@@ -85,7 +96,10 @@ class TrainPipeline:
             sizes={name: len(examples) for name, examples in self._data.items()},
             rates={cell.name: rate for cell, rate in rates.items()},
             seed=seed,
+            together=rows_per_cell,
         )
+        if rows_per_cell > 1:
+            _check_equal_features(self._data)
         self.num_slots = _num_slots(self._data)
         self._transforms = _assign(transforms or {}, tuple(data))
         self._prepared = {
@@ -227,6 +241,7 @@ class TrainPipeline:
             "transforms": {name: describe(self._transforms[name]) for name in self._transforms},
             "data_digest": hashlib.blake2b(repr(digests).encode(), digest_size=16).hexdigest(),
             "packing": None if self._packed is None else self._packed.version,
+            **({"rows_per_cell": order.together} if order.together > 1 else {}),
         }
 
     def _example(self, drawn: Drawn) -> Example:
@@ -343,6 +358,21 @@ def _have_sources(data: Mapping[str, CellData]) -> bool:
         without = next(name for name in data if name not in having)
         raise ValueError(f"cells with and without sources: {having[0]} has them, {without} has not")
     return bool(having)
+
+
+def _check_equal_features(data: Mapping[str, CellData]) -> None:
+    """ValueError for a cell whose examples differ in their features."""
+    for name, examples in data.items():
+        ids = examples.feature_ids
+        if ids is None:
+            continue
+        different = np.flatnonzero((ids != ids[:1]).any(axis=1))
+        if len(different):
+            raise ValueError(
+                f"batches by cell: example {different[0]} of {name} has feature ids "
+                f"{ids[different[0]].tolist()}, its first has {ids[0].tolist()}; expected the same "
+                "of all examples of a cell"
+            )
 
 
 def _num_slots(data: Mapping[str, CellData]) -> int | None:

@@ -14,7 +14,7 @@ import optax
 from etils import epath
 
 from flix_jax import buckets
-from flix_jax.adapters import injection, tables, text_tables, trained_values, tree
+from flix_jax.adapters import injection, siblings, tables, text_tables, trained_values, tree
 from flix_jax.adapters.features import FeatureSpace
 from flix_jax.adapters.ids import ABSENT
 from flix_jax.adapters.suggest import did_you_mean
@@ -120,6 +120,7 @@ class Job:
             self.mesh = run.mesh.make() if mesh is None else mesh
             with mistakes.part("Run.batch_size", "Run.microbatches", *_MESH):
                 partitioning.check_batch_size(self.mesh, run.batch_size, run.microbatches)
+                self._check_rows_of_a_cell()
             with mistakes.part("Evaluation.batch_size", *_MESH):
                 partitioning.check_batch_size(self.mesh, run.evaluation.batch_size)
         with mistakes.part("Run.vocabulary"):
@@ -151,6 +152,7 @@ class Job:
             z_loss=run.z_loss,
             eos_id=run.vocabulary.eos_id,
             loss_chunks=run.loss_chunks,
+            rows_per_cell=run.rows_of_a_cell,
             layout=Layout(
                 self.mesh.abstract_mesh,
                 tuple((n, axes or None) for n, axes in run.mesh.rules.table("activations").items()),
@@ -163,6 +165,7 @@ class Job:
             adapters is not None,
             run.trainable,
             run.mesh.rules,
+            rows_per_cell=run.rows_of_a_cell,
             spec=adapters,
             dtype=run.model.dtype,
         )
@@ -218,6 +221,20 @@ class Job:
         model = dataclasses.replace(self.model, adapters=adapters)
         return model, dataclasses.replace(self.parameters, model=model, spec=adapters)
 
+    @property
+    def _rows_at_once(self) -> int:
+        """How many rows a device computes at a time in training."""
+        return self.run.batch_size // (partitioning.batch_shards(self.mesh) * self.run.microbatches)
+
+    def _check_rows_of_a_cell(self) -> None:
+        """ValueError where rows that belong together would be spread over devices unevenly."""
+        together, at_once = self.run.rows_of_a_cell, self._rows_at_once
+        if at_once % together and together % at_once:
+            raise ValueError(
+                f"Run.rows_per_cell = {together}: a device has {at_once} rows at a time, expected "
+                "one to divide the other"
+            )
+
     def _table(self) -> str | None:
         """What kind of table a training step makes of the adapters' banks (`Run.tables`)."""
         run, adapters = self.run, self.model.adapters
@@ -227,9 +244,15 @@ class Job:
             return tables.KINDS[run.tables]
         if isinstance(self.mesh, jax.sharding.AbstractMesh):
             return None
-        examples = run.most_examples // (partitioning.batch_shards(self.mesh) * run.microbatches)
-        trained = tree.count_parameters(self.parameters.templates[0])
-        return tables.choose(adapters.space, examples, self.mesh.devices.flat[0].platform, trained)
+        examples = self._rows_at_once * (run.own_features or 1)
+        return tables.choose(
+            adapters.space,
+            max(1, examples // run.rows_of_a_cell),
+            self.mesh.devices.flat[0].platform,
+            parameters=tree.count_parameters(self.parameters.templates[0]),
+            rows=run.rows_of_a_cell,
+            mergeable=run.merge_problem is None and run.model.dtype == "float32",
+        )
 
     @property
     def lengths(self) -> dict[str, int]:
@@ -325,7 +348,7 @@ class Job:
             owned += [[f"{name}={value}", f"{count:,}"] for value, count in values.items()]
         names = {kind: name for name, kind in tables.KINDS.items()} | {None: tables.NONE}
         used = [f"a training step multiplies with: {names[self.parameters.table]} (Run.tables)"]
-        groups = injection.described(self.parameters.siblings)
+        groups = siblings.described(self.parameters.siblings)
         if groups:
             used.append(f"layers of one input are narrowed by one product: {', '.join(groups)}")
         return "\n\n".join([self.matches.table(), text_tables.plain(owned), "\n".join(used)])
@@ -405,6 +428,7 @@ class Job:
             rows=partitioning.local_rows(self.mesh, run.batch_size),
             packing=bool(run.packing),
             examples_per_row=run.own_features,
+            rows_per_cell=run.rows_of_a_cell,
         )
 
     def _check_features(self, data: Mapping[Cell, CellData]) -> None:

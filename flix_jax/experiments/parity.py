@@ -96,7 +96,9 @@ def measure(job: Job, state: TrainState, frozen: Any, pipeline: TrainPipeline) -
     own = {"tables": parameters.tables} if parameters.table else {}
 
     def found(loss_fn: Any, frozen: Any, **how: Any) -> tuple[float, float]:
-        sums_of = gradient_sums(loss_fn, microbatches=run.microbatches, **how)
+        sums_of = gradient_sums(
+            loss_fn, microbatches=run.microbatches, rows_per_cell=run.rows_of_a_cell, **how
+        )
 
         @jax.jit
         def program(trained: Any, frozen: Any, batch: Any) -> tuple[jax.Array, jax.Array]:

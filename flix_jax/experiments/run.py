@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from flix_jax.adapters import tables as tables_lib
 from flix_jax.adapters.injection import AdapterSpec
+from flix_jax.adapters.modules import MERGED
 from flix_jax.adapters.suggest import did_you_mean
 from flix_jax.adapters.tree import check_foldable
 from flix_jax.data.cells import CellSplit, Mixture, Source
@@ -35,6 +36,8 @@ STOP, SKIP = "stop", "skip"
 RANDOM = "random"
 MIXED = "mixed"
 EXAMPLES_PER_ROW = 8  # of mixed packing, where nothing is said
+BY_CELL = "by_cell"
+ROWS_PER_CELL = 8  # of batches by cell, where nothing is said
 
 # What may change between two starts of a run, as name=value: it decides what is seen of the result,
 # or where the same data lie, but not what the result is. (A run that `not_finite` has stopped may
@@ -157,6 +160,12 @@ class Run:
         fused.
       examples_per_row: of mixed packing, how many examples a row holds at most; with how many an
         adapter's products grow. None is 8.
+      batching: 'mixed' draws the cell of every example by itself; 'by_cell' of several consecutive
+        rows at once, which then have the same features, and the same of them dropped: an adapter
+        computes with them as one. Cells are drawn at the same rates. A batch holds fewer of them,
+        so that a gradient varies more from one to the next (see docs/data.md).
+      rows_per_cell: of batches by cell, how many consecutive rows are of one; `batch_size` is a
+        multiple of it times `microbatches`. None is 8.
       read_lengths: (inputs, targets) in tokens to which examples are cut when they are read, for
         transforms that shorten them; None is the lengths of the batch.
       microbatches: parts of a batch that are computed one after another, to save memory.
@@ -166,8 +175,10 @@ class Run:
       frozen_dtype: the frozen parameters' dtype, one of ``FROZEN_DTYPES``; None leaves them. 'int8'
         keeps matrices so, with a float32 scale per output channel, and the rest as it is.
       tables: what a training step makes of the adapters' banks before the network uses them
-        (`adapters.tables`): 'rows', 'all', 'banks' for nothing, or 'auto', which is what is
-        fastest: tables on TPUs. The result is the same but for rounding.
+        (`adapters.tables`): 'rows', 'all', 'merged' for kernels that hold the update of a row, or
+        of rows of a cell (`adapters.merged`), 'banks' for nothing, or 'auto', which is what is
+        fastest, but takes 'merged' only where products are in float32. The result is the same but
+        for rounding, of which 'merged' in bfloat16 has more.
       mesh: how the devices are arranged.
       seed: of initialisation, dropout and the order of the data.
       data_seed: of the order of the data, where it is another one: runs of several seeds that see
@@ -204,6 +215,8 @@ class Run:
     transforms: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     packing: bool | str = False
     examples_per_row: int | None = None
+    batching: str = MIXED
+    rows_per_cell: int | None = None
     read_lengths: tuple[int, int] | None = None
     microbatches: int = 1
     loss_chunks: int = 1
@@ -253,6 +266,7 @@ class Run:
         if self.read_lengths is not None and not self.transforms:
             raise ValueError("Run.read_lengths has no effect without Run.transforms")
         self._check_packing()
+        self._check_batching()
         if self.frozen_dtype is not None and self.frozen_dtype not in FROZEN_DTYPES:
             raise ValueError(
                 f"Run.frozen_dtype {self.frozen_dtype!r} is none of {list(FROZEN_DTYPES)}; "
@@ -321,6 +335,43 @@ class Run:
                 "are not packed; expected Run.packing = False, or SourceText.joined"
             )
 
+    def _check_batching(self) -> None:
+        if self.batching not in (MIXED, BY_CELL):
+            near = did_you_mean(str(self.batching), (MIXED, BY_CELL))
+            raise ValueError(
+                f"Run.batching = {self.batching!r}: expected {MIXED!r} or {BY_CELL!r}; {near}"
+            )
+        if self.rows_per_cell is not None and self.batching != BY_CELL:
+            raise ValueError(
+                f"Run.rows_per_cell = {self.rows_per_cell} has no effect without Run.batching = "
+                f"{BY_CELL!r}"
+            )
+        if self.rows_per_cell is not None and self.rows_per_cell < 1:
+            raise ValueError(f"Run.rows_per_cell must be at least 1, got {self.rows_per_cell}")
+        if self.batch_size % (self.microbatches * self.rows_of_a_cell):
+            raise ValueError(
+                f"Run.batch_size = {self.batch_size}: expected a multiple of Run.rows_per_cell = "
+                f"{self.rows_of_a_cell} times Run.microbatches = {self.microbatches}"
+            )
+        if self.batching == BY_CELL and self.packing:
+            raise ValueError(
+                f"Run.batching = {BY_CELL!r}: packed rows have the cells that fill them; expected "
+                "Run.packing = False"
+            )
+
+    @property
+    def merge_problem(self) -> str | None:
+        """Why kernels cannot hold an adapter's update and give the same; None where they can."""
+        if self.adapters is None or self.adapters.fusion is not None:
+            return "there are no adapters" if self.adapters is None else "layers are fused"
+        if self.adapters.dropout:
+            return f"AdapterSpec.dropout = {self.adapters.dropout} is of the adapters' input alone"
+        if self.own_features is not None:
+            return f"Run.packing = {MIXED!r}: examples of a row have features of their own"
+        if self.frozen_dtype == "int8":
+            return "Run.frozen_dtype = 'int8': such kernels take no update"
+        return None
+
     def _check_tables(self) -> None:
         known = (tables_lib.AUTO, tables_lib.NONE, *tables_lib.KINDS)
         if self.tables not in known:
@@ -331,6 +382,8 @@ class Run:
         ):
             reason = "without Run.adapters" if self.adapters is None else "where layers are fused"
             raise ValueError(f"Run.tables = {self.tables!r} has no effect {reason}")
+        if tables_lib.KINDS.get(self.tables) == MERGED and self.merge_problem is not None:
+            raise ValueError(f"Run.tables = {self.tables!r}: {self.merge_problem}")
 
     def check_is_base(self) -> None:
         """ValueError where what this run trains is no network that another run can stand on."""
@@ -386,6 +439,11 @@ class Run:
     def own_features(self) -> int | None:
         """How many examples of a row have features of their own; None where a row has some."""
         return (self.examples_per_row or EXAMPLES_PER_ROW) if self.packing == MIXED else None
+
+    @property
+    def rows_of_a_cell(self) -> int:
+        """How many consecutive rows of a batch are of one cell, and have its features."""
+        return (self.rows_per_cell or ROWS_PER_CELL) if self.batching == BY_CELL else 1
 
     @property
     def most_examples(self) -> int:

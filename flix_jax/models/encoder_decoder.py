@@ -75,6 +75,8 @@ class EncoderDecoder:
       loss_chunks: parts of the length whose logits `loss` makes one after another, so that they
         never stand whole; needs a module that tells its output layer apart, as `models.t5` does.
       layout: where the activations lie; None leaves it to the compiler.
+      rows_per_cell: in training, how many consecutive rows have equal `feature_ids` and
+        `feature_weights`, and the same of them dropped; an adapter computes with them as one.
       settings: dropout rates and scales in place of the feature space's own, to be set within a
         trace: arrays, so they are no part of what a model is equal by.
     """
@@ -87,6 +89,7 @@ class EncoderDecoder:
     members: int = 1
     loss_chunks: int = 1
     layout: Layout | None = None
+    rows_per_cell: int = 1
     settings: FeatureSettings | None = dataclasses.field(default=None, compare=False)
 
     def __post_init__(self) -> None:
@@ -108,6 +111,9 @@ class EncoderDecoder:
                 f"EncoderDecoder.loss_chunks = {self.loss_chunks!r}: adapters of {_OUTPUT} need "
                 "its logits whole"
             )
+        if self.rows_per_cell < 1:
+            found = self.rows_per_cell
+            raise ValueError(f"EncoderDecoder.rows_per_cell = {found!r}: expected >= 1")
         if self.members < 1:
             raise ValueError(f"EncoderDecoder.members = {self.members!r}: expected at least 1")
         if self.members > 1 and (self.adapters is None or self.adapters.space.num_slots != 1):
@@ -160,7 +166,8 @@ class EncoderDecoder:
         numbers = batch.get(EXAMPLE_NUMBERS)
         if numbers is None:
             numbers = jnp.arange(batch["encoder_input_tokens"].shape[0])
-        active, source = self._active(batch, feature_rng, numbers), self._source(params, batch)
+        active = self._active(batch, feature_rng, numbers, self.rows_per_cell)
+        source = self._source(params, batch)
         injected = self._injected(active, source, deterministic=rng is None, batch=batch)
         with by_example(numbers), injected:
             return self._apply(
@@ -427,7 +434,11 @@ class EncoderDecoder:
         return tokens_to_logits
 
     def _active(
-        self, batch: Batch, feature_rng: Array | None, numbers: Array | None = None
+        self,
+        batch: Batch,
+        feature_rng: Array | None,
+        numbers: Array | None = None,
+        rows_per_cell: int = 1,
     ) -> ActiveFeatures | None:
         if self.adapters is None:
             return None
@@ -451,14 +462,17 @@ class EncoderDecoder:
                 f"({rows}, {self.adapters.space.num_slots}), one row per row of "
                 "encoder_input_tokens"
             )
-        return activate(
+        active = activate(
             self.adapters.space,
             ids,
             batch.get("feature_weights"),
             dropout_rng=feature_rng,
             numbers=numbers,
             settings=self.settings,
+            rows=rows_per_cell,
         )
+        # Fused layers meet each row's own source.
+        return active if self.adapters.fusion is None else active.of_each_row()
 
     def _check_packed(self, batch: Batch, rows: int) -> None:
         """ValueError unless a batch of examples with features of their own can be routed."""

@@ -12,9 +12,9 @@ import optax
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from flix_jax.adapters import injection, tables, tree
+from flix_jax.adapters import dense, siblings, tables, tree
 from flix_jax.adapters.injection import AdapterSpec
-from flix_jax.adapters.modules import ALL
+from flix_jax.adapters.modules import ALL, MERGED
 from flix_jax.models import int8
 from flix_jax.training import partitioning
 from flix_jax.training.axis_rules import BATCH_AXES, FEATURES, Axes, AxisRules
@@ -49,7 +49,9 @@ class Parameters:
       trainable: without adapters, patterns over parameter paths; None trains everything.
       rules: which mesh axes split which dimension.
       table: of adapters, what a training step makes of the banks before the network uses them:
-        `modules.ALL`, `modules.ROWS`, or None, when the layers get the banks (`adapters.tables`).
+        `modules.ALL`, `ROWS` or `MERGED`, or None, when the layers get the banks
+        (`adapters.tables`).
+      rows_per_cell: how many consecutive rows of a batch have the same features.
       spec: the adapters, with a table.
       dtype: of the products with a table.
     """
@@ -61,6 +63,7 @@ class Parameters:
     trainable: tuple[str, ...] | None = None
     rules: AxisRules = AxisRules()
     table: str | None = None
+    rows_per_cell: int = 1
     spec: AdapterSpec | None = None
     dtype: str = "float32"
 
@@ -132,11 +135,11 @@ class Parameters:
     @functools.cached_property
     def _traced(self) -> tuple[Any, tuple[tuple[str, ...], ...]]:
         """The boxed parameters as shapes, and the siblings."""
-        with injection.dense_inputs() as inputs:
+        with dense.dense_inputs() as inputs:
             boxed = jax.eval_shape(self._init, jax.random.key(0))
-        if self.table is None or self.spec is None or self.spec.dropout:
+        if self.table in (None, MERGED) or self.spec is None or self.spec.dropout:
             return boxed, ()
-        return boxed, injection.siblings(self.spec, inputs)
+        return boxed, siblings.find(self.spec.matching, inputs)
 
     @property
     def siblings(self) -> tuple[tuple[str, ...], ...]:
@@ -263,8 +266,8 @@ class Parameters:
         if self.table == ALL:
             made = tables.of_all(kept, axes, space, siblings)
         else:
-            ids = batch["feature_ids"]
-            made = tables.of_rows(kept, axes, space, ids, self._beside, siblings)
+            ids = batch["feature_ids"][:: self.rows_per_cell]
+            made = tables.of_rows(kept, axes, space, ids, self._beside, siblings, self.table)
         rules = {**self.rules.in_use.table("adapters"), **TABLE_RULES}
         names = tables.logical_axes(axes, space, self.table, siblings)
         shardings = partitioning.param_shardings(self.mesh, names, made, rules)
