@@ -106,6 +106,106 @@ def test_draws_of_a_cell_are_numbered_without_a_gap_from_any_position(start, cou
     assert (late_cells == cells[start:]).all() and (late_draws == draws[start:]).all()
 
 
+# Several consecutive positions of one cell
+
+
+@given(
+    weights=st.lists(st.floats(1e-4, 1.0), min_size=1, max_size=30),
+    together=st.integers(1, 9),
+    seed=st.integers(0, 2**40),
+    first=st.integers(0, 3000),
+)
+def test_cells_drawn_together_keep_their_rates_over_a_block(weights, together, seed, first):
+    rates = {f"t/{i:02}": w / sum(weights) for i, w in enumerate(weights)}
+    order = ExampleOrder(dict.fromkeys(rates, 5), rates, seed, together)
+    cells, draws = order.cells_at(first * BLOCK * together, BLOCK * together)
+    groups = cells.reshape(BLOCK, together)
+    assert (groups == groups[:, :1]).all()
+    count = np.bincount(groups[:, 0], minlength=len(weights))
+    assert (np.abs(count - np.array(list(rates.values())) * BLOCK) < 1 + 1e-3).all()
+    # They are the cells that are drawn one by one, each as often.
+    alone, numbers = ExampleOrder(dict.fromkeys(rates, 5), rates, seed).cells_at(
+        first * BLOCK, BLOCK
+    )
+    assert (groups[:, 0] == alone).all()
+    expected = numbers[:, None] * together + np.arange(together)
+    assert (draws.reshape(BLOCK, together) == expected).all()
+
+
+@given(st.integers(0, 3000), st.integers(1, 1500), st.integers(2, 7), st.integers(0, 9))
+def test_draws_together_are_numbered_without_a_gap_from_any_position(start, count, together, seed):
+    rates = {"t/a": 0.05, "t/b": 0.6, "t/c": 0.35}
+    sizes = dict.fromkeys(rates, 5)
+    cells, draws = ExampleOrder(sizes, rates, seed, together).cells_at(0, start + count)
+    for cell in range(3):
+        mine = draws[cells == cell]
+        assert (mine == np.arange(len(mine))).all()
+    late = ExampleOrder(sizes, rates, seed, together).cells_at(start, count)
+    assert (late[0] == cells[start:]).all() and (late[1] == draws[start:]).all()
+
+
+def test_batches_by_cell_hold_whole_groups_and_every_example_once_an_epoch():
+    pipeline = make(batch=8, rows_per_cell=4)
+    batches = [pipeline.batch_at(step) for step in range(60)]
+    for batch in batches:
+        for name in ("encoder_input_tokens", "feature_ids"):
+            groups = batch[name].reshape(2, 4, -1)[..., : 1 if name[0] == "e" else None]
+            assert (groups == groups[:, :1]).all()  # the first token names the cell
+    seen = collections.defaultdict(list)
+    for cell, example in identities(batches):
+        seen[cell].append(example)
+    for cell, (name, size) in enumerate(SIZES.items()):
+        whole = len(seen[cell]) // size * size
+        for epoch in np.reshape(seen[cell][:whole], (-1, size)):
+            assert sorted(epoch) == list(range(size)), name
+    # Of 480 rows, each cell has its share but for the groups that a block holds more or less.
+    counts = np.array([len(seen[cell]) for cell in range(3)])
+    np.testing.assert_allclose(counts, np.array(list(RATES.values())) * 480, atol=4 * 8)
+
+
+def test_batches_by_cell_are_the_same_on_several_processes():
+    whole = make(batch=12, rows_per_cell=3)
+    parts = [make(batch=12, rows_per_cell=3, rows=range(i, 12, 2)) for i in range(2)]
+    for step in (0, 5):
+        expected = whole.batch_at(step)
+        for i, part in enumerate(parts):
+            assert equal(part.batch_at(step), {k: v[i::2] for k, v in expected.items()})
+
+
+def test_another_number_of_rows_of_a_cell_is_another_sequence():
+    with pytest.raises(ValueError, match=r"rows_per_cell None -> 4"):
+        make(rows_per_cell=4).check_state(make().position(3))
+    with pytest.raises(ValueError, match=r"rows_per_cell 2 -> 4"):
+        make(rows_per_cell=4).check_state(make(rows_per_cell=2).position(3))
+    with pytest.raises(ValueError, match=r"rows_per_cell 2 -> None"):
+        make().check_state(make(rows_per_cell=2).position(3))
+    make(rows_per_cell=2).check_state(make(rows_per_cell=2).position(3))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rows_per_cell": 3}, r"rows_per_cell=3: expected a divisor of global_batch_size=8"),
+        ({"rows_per_cell": 0}, r"rows_per_cell=0: expected a divisor"),
+        ({"rows_per_cell": 2, "packing": True}, r"rows_per_cell=2: has no effect with packing"),
+    ],
+)
+def test_refused_rows_per_cell(settings, message):
+    with pytest.raises(ValueError, match=message):
+        make(**settings)
+
+
+def test_a_cell_of_several_features_has_no_batches_by_cell():
+    data = make_data(SIZES)
+    data[Cell("ner", "yo")].feature_ids[5] = [0, 3]
+    rates = {cell: 1 / 3 for cell in data}
+    with pytest.raises(
+        ValueError, match=r"example 5 of ner/yo has feature ids \[0, 3\], its first"
+    ):
+        TrainPipeline(data, rates, lengths=LENGTHS, global_batch_size=8, rows_per_cell=2)
+    TrainPipeline(data, rates, lengths=LENGTHS, global_batch_size=8)
+
+
 def test_positions_far_away_cost_little():
     rates = {f"t/{i}": 1 / 50 for i in range(50)}
     order = ExampleOrder(dict.fromkeys(rates, 1000), rates, 0)

@@ -137,12 +137,12 @@ def activate(
       feature_weights: float, of the same shape; 1 by default.
       dropout_rng: key for feature dropout; None switches it off (evaluation).
       numbers: int32 [batch], those of the examples: what is dropped of an example is a function of
-        the key and its number. By default its place in the batch. Of packed rows the numbers are
-        the rows', and an example's is (its row's) * examples + its place in the row.
+        the key and its number. By default its place in the batch, divided by `rows`. Of
+        packed rows the numbers are the rows', and an example's is (its row's) * examples + its
+        place in the row.
       settings: dropout rates and scales in place of the space's own.
-      rows: how many consecutive rows have equal ids and weights, and the same of them dropped: what
-        is, is a function of the key and the number of the first divided by `rows`. A group whose
-        rows differ is NaN.
+      rows: how many consecutive rows have equal ids, weights and numbers, and are one group in what
+        is returned. A group whose ids or weights differ is NaN.
 
     Returns:
       ActiveFeatures; weights are exactly 0 where a feature is absent or dropped. Those of a type
@@ -170,13 +170,13 @@ def activate(
             )
         groups = [of.reshape(-1, rows, space.num_slots) for of in (ids, weights)]
         same = [jnp.all(of == of[:, :1], axis=1) for of in groups]
-        places = jnp.arange(ids.shape[0]) if numbers is None else numbers
+        places = jnp.arange(ids.shape[0]) // rows if numbers is None else numbers
         first = activate(
             space,
             groups[0][:, 0],
             groups[1][:, 0],
             dropout_rng=dropout_rng,
-            numbers=places[::rows] // rows,
+            numbers=places[::rows],
             settings=settings,
         )
         weights = jnp.where(same[0] & same[1], first.weights, jnp.nan)

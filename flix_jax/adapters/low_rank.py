@@ -59,7 +59,7 @@ class Table(NamedTuple):
 
 def narrowed(
     x: Float[Array, "batch *positions d_in"], a: Array, copy: Array | None = None
-) -> Float[Array, "groups positions R"]:
+) -> Float[Array, "groups length R"]:
     """x A of a table, the positions as one axis, in the accumulator's dtype.
 
     Args:
@@ -90,7 +90,7 @@ def delta(
     *,
     alpha: float | None = None,
     meet: Meet | None = None,
-    narrow: Float[Array, "groups positions R"] | None = None,
+    narrow: Float[Array, "groups length R"] | None = None,
 ) -> Float[Array, "batch *positions d_out"]:
     """The summed low-rank update of every example's active features.
 

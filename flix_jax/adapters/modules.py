@@ -112,7 +112,7 @@ class LowRankDelta(nn.Module):
         deterministic: bool = True,
         source: Float[Array, "batch source_length d_in"] | None = None,
         alignment: fusion.Alignment | None = None,
-        narrow: Float[Array, "batch positions R"] | None = None,
+        narrow: Float[Array, "groups length R"] | None = None,
     ) -> Float[Array, "batch *positions d_out"]:
         """The update in x's dtype; ValueError where `active` is not of x's batch.
 

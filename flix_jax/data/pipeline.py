@@ -241,7 +241,7 @@ class TrainPipeline:
             "transforms": {name: describe(self._transforms[name]) for name in self._transforms},
             "data_digest": hashlib.blake2b(repr(digests).encode(), digest_size=16).hexdigest(),
             "packing": None if self._packed is None else self._packed.version,
-            **({"rows_per_cell": order.together} if order.together > 1 else {}),
+            "rows_per_cell": None if order.together == 1 else order.together,
         }
 
     def _example(self, drawn: Drawn) -> Example:

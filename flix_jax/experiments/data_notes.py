@@ -1,6 +1,7 @@
 """What a run's folder and its log tell of its data.
 
-cells.txt     examples per cell: how many there are, are cut, and are dropped; how rows are packed
+cells.txt     examples per cell: how many there are, are cut, and are dropped; how rows are packed,
+              or what batches by cell do
 overlap.txt   inputs that stand in training and in evaluation data
 missing.txt   files that the benchmark lists and the data folder lacks
 skipped.txt   records that cannot be read and were left out
@@ -48,9 +49,10 @@ def _note(job: Job, name: str, text: str) -> str:
 
 def _cells(job: Job, report: DataReport) -> list[str]:
     packed = [] if report.packing is None else [report.packing.line()]
-    tables = [job.cells_table(report), report.table(), *packed]
+    rows = [*packed, *_by_cell(job, report)]
+    tables = [job.cells_table(report), report.table(), *rows]
     place = _note(job, "cells.txt", "\n\n".join(tables))
-    lines = [*packed, *([f"some examples are cut, {place}"] if report.cut else [])]
+    lines = [*rows, *([f"some examples are cut, {place}"] if report.cut else [])]
     without = report.without_source
     if without:
         lines.append(
@@ -65,6 +67,30 @@ def _cells(job: Job, report: DataReport) -> list[str]:
             + (f", {place}" if dropped else "")
         )
     return lines
+
+
+def _by_cell(job: Job, report: DataReport) -> list[str]:
+    """What batches by cell do to the gradient, beside batches of as many rows drawn one by one.
+
+    Of the mean over a batch, the variance within cells is the same, and that between cells goes by
+    the number of draws (cluster sampling).
+    """
+    together, rows = job.run.rows_of_a_cell, job.run.batch_size
+    if together == 1:
+        return []
+    draws = rows // together
+    rarest = min(report.cells, key=lambda cell: report.cells[cell].rate)
+
+    def one_batch_of(draws: int) -> str:
+        """Of how many batches one has the rarest cell."""
+        return f"{1 / (1 - (1 - report.cells[rarest].rate) ** draws):.3g}"
+
+    return [
+        f"batches by cell: {together} rows of a cell at a time, so that a batch of {rows} rows has "
+        f"{draws} draws of a cell: what cells differ in has {together} times the variance in a "
+        f"gradient that it has where every row is drawn by itself; {rarest.name}, the rarest, is "
+        f"in one batch of {one_batch_of(draws)}, and not of {one_batch_of(rows)}"
+    ]
 
 
 def _unknown(job: Job) -> list[str]:

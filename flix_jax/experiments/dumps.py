@@ -60,7 +60,7 @@ def look(job: Job, replayed: Replayed, frozen: Any) -> Findings:
         replayed.batch,
         job.run.seed,
         microbatches=job.run.microbatches,
-        rows_per_cell=job.run.rows_of_a_cell,
+        rows_together=job.rows_together,
         **own,
     )
 

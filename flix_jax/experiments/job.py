@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -120,7 +121,6 @@ class Job:
             self.mesh = run.mesh.make() if mesh is None else mesh
             with mistakes.part("Run.batch_size", "Run.microbatches", *_MESH):
                 partitioning.check_batch_size(self.mesh, run.batch_size, run.microbatches)
-                self._check_rows_of_a_cell()
             with mistakes.part("Evaluation.batch_size", *_MESH):
                 partitioning.check_batch_size(self.mesh, run.evaluation.batch_size)
         with mistakes.part("Run.vocabulary"):
@@ -153,6 +153,7 @@ class Job:
             eos_id=run.vocabulary.eos_id,
             loss_chunks=run.loss_chunks,
             rows_per_cell=run.rows_of_a_cell,
+            rows_together=self.rows_together,
             layout=Layout(
                 self.mesh.abstract_mesh,
                 tuple((n, axes or None) for n, axes in run.mesh.rules.table("activations").items()),
@@ -165,7 +166,7 @@ class Job:
             adapters is not None,
             run.trainable,
             run.mesh.rules,
-            rows_per_cell=run.rows_of_a_cell,
+            rows_together=self.rows_together,
             spec=adapters,
             dtype=run.model.dtype,
         )
@@ -226,14 +227,10 @@ class Job:
         """How many rows a device computes at a time in training."""
         return self.run.batch_size // (partitioning.batch_shards(self.mesh) * self.run.microbatches)
 
-    def _check_rows_of_a_cell(self) -> None:
-        """ValueError where rows that belong together would be spread over devices unevenly."""
-        together, at_once = self.run.rows_of_a_cell, self._rows_at_once
-        if at_once % together and together % at_once:
-            raise ValueError(
-                f"Run.rows_per_cell = {together}: a device has {at_once} rows at a time, expected "
-                "one to divide the other"
-            )
+    @property
+    def rows_together(self) -> int:
+        """How many rows of a cell a device computes as one in training."""
+        return math.gcd(self.run.rows_of_a_cell, self._rows_at_once)
 
     def _table(self) -> str | None:
         """What kind of table a training step makes of the adapters' banks (`Run.tables`)."""
@@ -247,10 +244,10 @@ class Job:
         examples = self._rows_at_once * (run.own_features or 1)
         return tables.choose(
             adapters.space,
-            max(1, examples // run.rows_of_a_cell),
+            examples // self.rows_together,
             self.mesh.devices.flat[0].platform,
             parameters=tree.count_parameters(self.parameters.templates[0]),
-            rows=run.rows_of_a_cell,
+            rows=self.rows_together,
             mergeable=run.merge_problem is None and run.model.dtype == "float32",
         )
 

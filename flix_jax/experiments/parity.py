@@ -97,7 +97,7 @@ def measure(job: Job, state: TrainState, frozen: Any, pipeline: TrainPipeline) -
 
     def found(loss_fn: Any, frozen: Any, **how: Any) -> tuple[float, float]:
         sums_of = gradient_sums(
-            loss_fn, microbatches=run.microbatches, rows_per_cell=run.rows_of_a_cell, **how
+            loss_fn, microbatches=run.microbatches, rows_together=job.rows_together, **how
         )
 
         @jax.jit

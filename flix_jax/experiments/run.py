@@ -164,8 +164,8 @@ class Run:
         rows at once, which then have the same features, and the same of them dropped: an adapter
         computes with them as one. Cells are drawn at the same rates. A batch holds fewer of them,
         so that a gradient varies more from one to the next (see docs/data.md).
-      rows_per_cell: of batches by cell, how many consecutive rows are of one; `batch_size` is a
-        multiple of it times `microbatches`. None is 8.
+      rows_per_cell: of batches by cell, how many consecutive rows are of one, a divisor of
+        `batch_size`. None is 8.
       read_lengths: (inputs, targets) in tokens to which examples are cut when they are read, for
         transforms that shorten them; None is the lengths of the batch.
       microbatches: parts of a batch that are computed one after another, to save memory.
@@ -348,10 +348,10 @@ class Run:
             )
         if self.rows_per_cell is not None and self.rows_per_cell < 1:
             raise ValueError(f"Run.rows_per_cell must be at least 1, got {self.rows_per_cell}")
-        if self.batch_size % (self.microbatches * self.rows_of_a_cell):
+        if self.batch_size % self.rows_of_a_cell:
             raise ValueError(
                 f"Run.batch_size = {self.batch_size}: expected a multiple of Run.rows_per_cell = "
-                f"{self.rows_of_a_cell} times Run.microbatches = {self.microbatches}"
+                f"{self.rows_of_a_cell}"
             )
         if self.batching == BY_CELL and self.packing:
             raise ValueError(

@@ -52,7 +52,7 @@ def _step(
         model.loss,
         optimizer,
         microbatches=job.run.microbatches,
-        rows_per_cell=job.run.rows_of_a_cell,
+        rows_together=job.rows_together,
         kept=parameters.kept,
         skip=job.run.not_finite == SKIP,
         **own,

@@ -272,7 +272,7 @@ class _Group:
             total_steps=self.run.total_steps,
             mesh=self.lead.mesh,
             microbatches=self.run.microbatches,
-            rows_per_cell=self.run.rows_of_a_cell,
+            rows_together=self.lead.rows_together,
         )
         self.frozen = self.lead.frozen_parameters(self.base)
         origin = self.lead.base_digest(self.base)  # hashed once: a base may be large

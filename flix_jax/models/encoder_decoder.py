@@ -76,7 +76,8 @@ class EncoderDecoder:
         never stand whole; needs a module that tells its output layer apart, as `models.t5` does.
       layout: where the activations lie; None leaves it to the compiler.
       rows_per_cell: in training, how many consecutive rows have equal `feature_ids` and
-        `feature_weights`, and the same of them dropped; an adapter computes with them as one.
+        `feature_weights`, and the same of them dropped.
+      rows_together: how many of those an adapter computes as one, a divisor of them.
       settings: dropout rates and scales in place of the feature space's own, to be set within a
         trace: arrays, so they are no part of what a model is equal by.
     """
@@ -90,6 +91,7 @@ class EncoderDecoder:
     loss_chunks: int = 1
     layout: Layout | None = None
     rows_per_cell: int = 1
+    rows_together: int = 1
     settings: FeatureSettings | None = dataclasses.field(default=None, compare=False)
 
     def __post_init__(self) -> None:
@@ -111,9 +113,11 @@ class EncoderDecoder:
                 f"EncoderDecoder.loss_chunks = {self.loss_chunks!r}: adapters of {_OUTPUT} need "
                 "its logits whole"
             )
-        if self.rows_per_cell < 1:
-            found = self.rows_per_cell
-            raise ValueError(f"EncoderDecoder.rows_per_cell = {found!r}: expected >= 1")
+        if self.rows_together < 1 or self.rows_per_cell % self.rows_together:
+            raise ValueError(
+                f"EncoderDecoder.rows_together = {self.rows_together!r}: expected a divisor of "
+                f"EncoderDecoder.rows_per_cell = {self.rows_per_cell!r}"
+            )
         if self.members < 1:
             raise ValueError(f"EncoderDecoder.members = {self.members!r}: expected at least 1")
         if self.members > 1 and (self.adapters is None or self.adapters.space.num_slots != 1):
@@ -166,7 +170,8 @@ class EncoderDecoder:
         numbers = batch.get(EXAMPLE_NUMBERS)
         if numbers is None:
             numbers = jnp.arange(batch["encoder_input_tokens"].shape[0])
-        active = self._active(batch, feature_rng, numbers, self.rows_per_cell)
+        drawn = numbers // self.rows_per_cell if self.rows_per_cell > 1 else numbers
+        active = self._active(batch, feature_rng, drawn, self.rows_together)
         source = self._source(params, batch)
         injected = self._injected(active, source, deterministic=rng is None, batch=batch)
         with by_example(numbers), injected:
@@ -438,7 +443,7 @@ class EncoderDecoder:
         batch: Batch,
         feature_rng: Array | None,
         numbers: Array | None = None,
-        rows_per_cell: int = 1,
+        together: int = 1,
     ) -> ActiveFeatures | None:
         if self.adapters is None:
             return None
@@ -469,7 +474,7 @@ class EncoderDecoder:
             dropout_rng=feature_rng,
             numbers=numbers,
             settings=self.settings,
-            rows=rows_per_cell,
+            rows=together,
         )
         # Fused layers meet each row's own source.
         return active if self.adapters.fusion is None else active.of_each_row()

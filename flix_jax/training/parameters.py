@@ -51,7 +51,7 @@ class Parameters:
       table: of adapters, what a training step makes of the banks before the network uses them:
         `modules.ALL`, `ROWS` or `MERGED`, or None, when the layers get the banks
         (`adapters.tables`).
-      rows_per_cell: how many consecutive rows of a batch have the same features.
+      rows_together: how many consecutive rows of a batch have the same features, and one table.
       spec: the adapters, with a table.
       dtype: of the products with a table.
     """
@@ -63,7 +63,7 @@ class Parameters:
     trainable: tuple[str, ...] | None = None
     rules: AxisRules = AxisRules()
     table: str | None = None
-    rows_per_cell: int = 1
+    rows_together: int = 1
     spec: AdapterSpec | None = None
     dtype: str = "float32"
 
@@ -266,7 +266,7 @@ class Parameters:
         if self.table == ALL:
             made = tables.of_all(kept, axes, space, siblings)
         else:
-            ids = batch["feature_ids"][:: self.rows_per_cell]
+            ids = batch["feature_ids"][:: self.rows_together]
             made = tables.of_rows(kept, axes, space, ids, self._beside, siblings, self.table)
         rules = {**self.rules.in_use.table("adapters"), **TABLE_RULES}
         names = tables.logical_axes(axes, space, self.table, siblings)

@@ -42,7 +42,7 @@ def gradient_sums(
     loss_fn: LossFn,
     *,
     microbatches: int = 1,
-    rows_per_cell: int = 1,
+    rows_together: int = 1,
     tables: Callable[[Any, Batch], tuple[Any, Any]] = lambda trained, batch: (trained, {}),
 ) -> Callable[[Any, Any, Batch, Any], tuple[Any, Metrics]]:
     """The function ``(trained, frozen, batch, rng) -> (gradients, sums)`` of a global batch.
@@ -58,7 +58,7 @@ def gradient_sums(
         return jax.grad(total, has_aux=True)(trained)
 
     def accumulated(trained: Any, frozen: Any, batch: Batch, rng: Any) -> tuple[Any, Metrics]:
-        parts = in_parts(batch, microbatches, rows_per_cell)
+        parts = in_parts(batch, microbatches, rows_together)
         first = jax.tree.map(lambda x: x[0], parts)
         shapes = jax.eval_shape(gradients, trained, frozen, first, rng)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
@@ -71,16 +71,16 @@ def gradient_sums(
     return gradients if microbatches == 1 else accumulated
 
 
-def in_parts(batch: Batch, microbatches: int, rows_per_cell: int = 1) -> Batch:
+def in_parts(batch: Batch, microbatches: int, rows_together: int = 1) -> Batch:
     """The microbatches of a batch, on a leading axis, with each example's place in the batch.
 
-    Every one takes rows from all shards of the batch, and leaves so many consecutive ones together:
-    [B] -> [B / (M R), M, R] -> [M, B / M].
+    Every one takes rows from all shards of the batch, and leaves R = `rows_together` consecutive
+    ones together: [B] -> [B / (M R), M, R] -> [M, B / M].
     """
     size = jax.tree.leaves(batch)[0].shape[0]
 
     def cut(x: jax.Array) -> jax.Array:
-        parts = jnp.moveaxis(x.reshape(-1, microbatches, rows_per_cell, *x.shape[1:]), 1, 0)
+        parts = jnp.moveaxis(x.reshape(-1, microbatches, rows_together, *x.shape[1:]), 1, 0)
         return parts.reshape(microbatches, -1, *x.shape[1:])
 
     return jax.tree.map(cut, batch | {EXAMPLE_NUMBERS: jnp.arange(size)})
@@ -105,7 +105,7 @@ def train_step(
     optimizer: optax.GradientTransformation,
     *,
     microbatches: int = 1,
-    rows_per_cell: int = 1,
+    rows_together: int = 1,
     in_use: Callable[[Any], Any] = lambda trained: trained,
     kept: Callable[[Any], Any] = lambda trained: trained,
     tables: Callable[[Any, Batch], tuple[Any, Any]] = lambda trained, batch: (trained, {}),
@@ -116,9 +116,8 @@ def train_step(
     The loss is the mean over the target tokens of the global batch, and gradients are summed in
     float32. Randomness is a function of (seed, step) and, in a model that draws by the batch's
     `example_numbers` (models.dropout), of each example's place in the global batch: then the number
-    of microbatches changes nothing but the order of sums. So many consecutive rows as
-    `rows_per_cell` says are in the same one. The seed is an argument, so that runs which differ in
-    it are one program.
+    of microbatches changes nothing but the order of sums. Each `rows_together` consecutive rows are
+    in the same one. The seed is an argument, so that runs which differ in it are one program.
 
     `in_use` brings what is trained to where the network uses it, `kept` its gradients to where the
     optimizer does, and `tables` makes of both, the former and (a part of) a batch, what the network
@@ -131,7 +130,7 @@ def train_step(
     with `skip`, ``skipped`` (0 or 1).
     """
     sums_of = gradient_sums(
-        loss_fn, microbatches=microbatches, rows_per_cell=rows_per_cell, tables=tables
+        loss_fn, microbatches=microbatches, rows_together=rows_together, tables=tables
     )
 
     def step(

@@ -66,7 +66,7 @@ class Trials:
       loss_of: a trial's settings -> its loss function, as ``train_step`` takes it.
       total_steps: of every run.
       mesh: where they are computed.
-      microbatches, rows_per_cell: as in ``train_step``.
+      microbatches, rows_together: as in ``train_step``.
       at_once: how many runs a device computes side by side (``vmap``), the others after them; None
         is all, but one on a CPU, whose caches hold no more.
     """
@@ -79,14 +79,14 @@ class Trials:
         total_steps: int,
         mesh: Mesh,
         microbatches: int = 1,
-        rows_per_cell: int = 1,
+        rows_together: int = 1,
         at_once: int | None = None,
     ) -> None:
         self.trials = tuple(trials)
         self._loss_of = loss_of
         self._total_steps = total_steps
         self._mesh = mesh
-        self._microbatches, self._rows_per_cell = microbatches, rows_per_cell
+        self._microbatches, self._rows_together = microbatches, rows_together
         self._shards = math.prod(mesh.shape[axis] for axis in partitioning.BATCH_AXES)
         self._rows = -(-len(self.trials) // self._shards) * self._shards
         if at_once is None and jax.default_backend() == "cpu":
@@ -153,7 +153,7 @@ class Trials:
             self._loss_of(settings),
             self._optimizer(variant, learning_rate),
             microbatches=self._microbatches,
-            rows_per_cell=self._rows_per_cell,
+            rows_together=self._rows_together,
         )
         new, metrics = step(states.state, frozen, batch, seed)
         alive = states.alive & is_sound(metrics)

@@ -102,7 +102,7 @@ def watch(
     seed: int,
     *,
     microbatches: int = 1,
-    rows_per_cell: int = 1,
+    rows_together: int = 1,
     in_use: Callable[[Any], Any] = lambda trained: trained,
     tables: Callable[[Any, Batch], tuple[Any, Any]] = lambda trained, batch: (trained, {}),
 ) -> Findings:
@@ -113,7 +113,7 @@ def watch(
       state: before the step.
       frozen: the parameters that are not trained.
       batch: the global batch.
-      seed, microbatches, rows_per_cell, in_use, tables: as in `train_step`.
+      seed, microbatches, rows_together, in_use, tables: as in `train_step`.
     """
     order: list[str] = []
     watched = _Watched(
@@ -136,7 +136,7 @@ def watch(
     parts = [batch]
     if microbatches > 1:
         cut = jax.jit(in_parts, static_argnums=(1, 2))
-        stacked = cut(batch, microbatches, rows_per_cell)
+        stacked = cut(batch, microbatches, rows_together)
         parts = [jax.tree.map(lambda x: x[i], stacked) for i in range(microbatches)]  # noqa: B023
     found = [jax.device_get(program(state.trained, frozen, part, rng)) for part in parts]
     seen, gradients = (jax.tree.map(_together, *of) for of in zip(*found, strict=True))
