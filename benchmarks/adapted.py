@@ -2,15 +2,18 @@
 
 import argparse
 import contextlib
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flix_jax.adapters import tree
 from flix_jax.adapters.features import FeatureSpace, FeatureType
 from flix_jax.adapters.injection import AdapterSpec
 from flix_jax.models.config import T5Config
+from flix_jax.training import partitioning
 
 
 def flix(num_features: int) -> AdapterSpec:
@@ -24,6 +27,13 @@ def flix(num_features: int) -> AdapterSpec:
 
 def lora(rank: int) -> AdapterSpec:
     return AdapterSpec(FeatureSpace((FeatureType("shared", ("shared",), rank=rank),)))
+
+
+def adapter_axes(boxed: Any) -> Any:
+    """The logical axes of the adapters among parameters as `init` gives them."""
+    base_axes, _ = tree.split_adapters(partitioning.logical_axes(boxed))
+    _, adapters = tree.split_adapters(nn.meta.unbox(boxed))
+    return tree.adapter_logical_axes(adapters, base_axes)
 
 
 def tokens(

@@ -9,6 +9,8 @@ side is the network with
     frozen         no adapters
     lora           one shared update of rank 8
     flix N         N features in two types, two active for each example, rank 4 each
+    ... by cell    the same where all rows of the batch are of one cell (Run.batching), whose
+                   kernels hold the update
 
 The loss is a cross-entropy; gradients are taken with respect to the embedded inputs of encoder and
 decoder on every side, so that no part of the backward pass can be dropped, and to the adapters
@@ -27,10 +29,12 @@ import interleaved
 import jax
 import jax.numpy as jnp
 import numpy as np
-from adapted import flix, lora, network_and_batch, perturbed_embeddings
+from adapted import adapter_axes, flix, lora, network_and_batch, perturbed_embeddings
 
+from flix_jax.adapters import tables
 from flix_jax.adapters.activation import activate
 from flix_jax.adapters.injection import AdapterSpec, inject
+from flix_jax.adapters.modules import MERGED
 from flix_jax.adapters.tree import count_parameters, join, split_adapters
 from flix_jax.models.config import T5Config
 from flix_jax.models.t5 import Transformer
@@ -40,7 +44,12 @@ class Side(interleaved.Timed):
     """One compiled forward and backward pass, its arguments, and its times."""
 
     def __init__(
-        self, name: str, spec: AdapterSpec | None, config: T5Config, batch: dict[str, Any]
+        self,
+        name: str,
+        spec: AdapterSpec | None,
+        config: T5Config,
+        batch: dict[str, Any],
+        by_cell: bool = False,
     ):
         self.name = name
         network = Transformer(config)
@@ -51,17 +60,22 @@ class Side(interleaved.Timed):
             ids = np.stack(
                 [rng.integers(0, t.num_values, rows) for t in spec.space.slot_types], axis=1
             ).astype(np.int32)
+            if by_cell:
+                ids = np.repeat(ids[:1], rows, axis=0)
+        together = rows if by_cell else 1
 
         def injected(ids):
             if spec is None:
                 return contextlib.nullcontext()
-            return inject(spec, activate(spec.space, ids))
+            return inject(spec, activate(spec.space, ids, rows=together))
 
         def init():
             with injected(ids):
                 return network.init(jax.random.key(0), **batch, enable_dropout=False)["params"]
 
-        shapes = nn.meta.unbox(jax.eval_shape(init))
+        boxed = jax.eval_shape(init)
+        shapes = nn.meta.unbox(boxed)
+        axes = adapter_axes(boxed)
         params = jax.tree.map(
             lambda s: jnp.asarray(rng.normal(size=s.shape) * 0.05, s.dtype), shapes
         )
@@ -74,6 +88,9 @@ class Side(interleaved.Timed):
 
         def loss(trained, base, ids, batch):
             perturbations, adapters = trained
+            if by_cell:
+                own = ids[::together]
+                adapters = tables.of_rows(adapters, axes, spec.space, own, name=MERGED)
             with injected(ids), perturbed_embeddings(perturbations):
                 logits = network.apply(
                     {"params": join(base, adapters)}, **batch, enable_dropout=False
@@ -103,6 +120,9 @@ def main() -> None:
     config, batch = network_and_batch(args)
     specs = {"frozen": None, "lora r8": lora(8), **{f"flix {n}": flix(n) for n in args.features}}
     sides = [Side(name, spec, config, batch) for name, spec in specs.items()]
+    sides += [
+        Side(f"flix {n} by cell", flix(n), config, batch, by_cell=True) for n in args.features
+    ]
     interleaved.run(sides, args.rounds, interleaved.CLOCKS[args.clock])
 
     frozen, lora_side = sides[:2]
@@ -113,7 +133,7 @@ def main() -> None:
     )
     flattest = sides[2] if len(sides) > 2 else frozen
     header = ("side", "seconds", "/ frozen", "/ lora r8", f"/ {flattest.name}", "adapters")
-    row = "{:<10}{:>9}  {:<22}{:<22}{:<22}{:>12}"
+    row = "{:<18}{:>9}  {:<22}{:<22}{:<22}{:>12}"
     print(row.format(*header))
     for side in sides:
         print(
@@ -127,9 +147,11 @@ def main() -> None:
             )
         )
     figures.tell_ratios("LoRA / frozen", interleaved.ratios(lora_side, frozen))
-    for side in (side for side in sides[2:] if side.name == "flix 30"):
-        figures.tell_ratios("FLix / frozen", interleaved.ratios(side, frozen))
-        figures.tell_ratios("FLix / LoRA of rank 8", interleaved.ratios(side, lora_side))
+    named = {"flix 30": "FLix", "flix 30 by cell": "FLix by cell"}
+    for side in (side for side in sides if side.name in named):
+        name = named[side.name]
+        figures.tell_ratios(f"{name} / frozen", interleaved.ratios(side, frozen))
+        figures.tell_ratios(f"{name} / LoRA of rank 8", interleaved.ratios(side, lora_side))
 
 
 if __name__ == "__main__":
