@@ -8,10 +8,9 @@ narrow products, as they have otherwise. Where a group has few positions beside 
 making the matrices costs more than it saves, but where the compiler makes them within the product
 that reads them, as a TPU's does.
 
-The sum of kernel and update is rounded to the layer's dtype. In float32 that is what the separate
-products give but for rounding; in bfloat16 what an update adds to an entry is lost while it is
-below half a unit in the last place of the kernel's, as it is in any training of a whole network
-whose products are in bfloat16.
+The sum of kernel and update is rounded to the kernel's dtype, and to the layer's. In float32 that
+is what the separate products give but for rounding; of a kernel in bfloat16, what an update adds to
+an entry is lost while it is below half a unit in its last place.
 """
 
 import functools
