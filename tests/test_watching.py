@@ -25,6 +25,7 @@ TYPES = (FeatureType("task", rank=2), FeatureType("language", rank=2))
         (True, "none", 1, "banks"),
         pytest.param(True, "minimal", 2, "rows", marks=pytest.mark.exhaustive),
         pytest.param(False, "full", 1, "all", marks=pytest.mark.exhaustive),
+        pytest.param(True, "minimal", 1, "merged", marks=pytest.mark.exhaustive),
     ],
 )
 def test_outputs_and_gradients_are_those_of_the_model(tmp_path, scan, remat, microbatches, tables):
