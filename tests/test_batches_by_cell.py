@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_runs import SPLIT_MESH, arrays, make_base_run, write_words
+from tiny_runs import SPLIT_MESH, arrays, logged, make_base_run, write_words
 
 from flix_jax.adapters.activation import activate
 from flix_jax.adapters.features import FeatureSpace, FeatureType
@@ -16,7 +16,6 @@ from flix_jax.experiments import together, training
 from flix_jax.experiments.job import Job
 from flix_jax.models.dropout import EXAMPLE_NUMBERS
 from flix_jax.training.optimizers import Optimizer, Schedule
-from flix_jax.training.reporting import read_metrics
 from flix_jax.training.step import gradient_sums
 
 STEPS = 4
@@ -46,11 +45,6 @@ def whole(run, tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("whole")
     training.train(run, run_dir)
     return run_dir
-
-
-def logged(run_dir):
-    lines = read_metrics(run_dir / "metrics.jsonl")
-    return [(x["step"], x["loss"], x["tokens"]) for x in lines if "loss" in x]
 
 
 def test_a_restarted_run_is_the_run_bit_for_bit(run, whole, tmp_path):

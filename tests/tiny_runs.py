@@ -14,6 +14,7 @@ from flix_jax.tasks.xtreme_up import XtremeUp
 from flix_jax.training.axis_rules import AxisRules
 from flix_jax.training.optimizers import Optimizer, Schedule
 from flix_jax.training.partitioning import MeshSpec
+from flix_jax.training.reporting import read_metrics
 
 MODEL = T5Config(
     vocab_size=384,
@@ -63,6 +64,12 @@ def arrays(run_dir, step):
         jax.tree_util.keystr(path): np.asarray(leaf)
         for path, leaf in jax.tree_util.tree_leaves_with_path(items)
     }
+
+
+def logged(run_dir):
+    """(step, loss, tokens) of every line of a run's log that has a loss."""
+    lines = read_metrics(run_dir / "metrics.jsonl")
+    return [(x["step"], x["loss"], x["tokens"]) for x in lines if "loss" in x]
 
 
 def make_base_run(data_dir):

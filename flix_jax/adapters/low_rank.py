@@ -22,7 +22,7 @@ stand side by side, and c says at each position which of them are those of its e
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -190,6 +190,13 @@ def _of_table(
     alpha: float | None,
 ) -> Array:
     c = coefficients.of_table(space, active, alpha, every=table.b.ndim == 2)
+    return of_columns(rows, table, c, h)
+
+
+def of_columns(
+    rows: Float[Array, "groups length d_in"], table: Table, c: Array, h: Array | None = None
+) -> Float[Array, "groups length d_out"]:
+    """((rows A) · c) B of a table, in the dtype of the rows; `h` is rows A where that is given."""
     a, b = (None, None) if table.copies is None else table.copies
     if h is None:
         assert table.a is not None
@@ -219,7 +226,8 @@ def _gradient_of_c(dz: Array, h: Array, c: Array) -> Array:
     return (found if c.ndim == 3 else jnp.sum(found, axis=1)).astype(c.dtype)
 
 
-def _accumulator(x: Array):
+def accumulator(x: Array) -> Any:
+    """The dtype that products of x are summed in: float32, or wider."""
     return jnp.promote_types(x.dtype, jnp.float32)
 
 
@@ -234,7 +242,7 @@ def _down(x: Array, a: Array, copy: Array | None) -> Array:
 
 def _down_forward(x, a, copy):
     kept = a.astype(x.dtype) if copy is None else copy
-    h = jnp.einsum(f"nld,{_axes(a)}d->nlr", x, kept, preferred_element_type=_accumulator(x))
+    h = jnp.einsum(f"nld,{_axes(a)}d->nlr", x, kept, preferred_element_type=accumulator(x))
     return checkpoint_name(h, LOW_RANK), (x, kept, _dtype_of(a))
 
 
@@ -331,12 +339,12 @@ def _gathered_down(layouts, x, a_banks, ids):
     XLA computes once for all steps, is laid out as the products read it.
     """
     a = _side_by_side(layouts, a_banks, ids, 2, x.dtype).swapaxes(1, 2)  # [batch, R, d_in]
-    return jnp.einsum("nld,nrd->nlr", x, a, preferred_element_type=_accumulator(x))
+    return jnp.einsum("nld,nrd->nlr", x, a, preferred_element_type=accumulator(x))
 
 
 def _gathered_down_forward(layouts, x, a_banks, ids):
     a = _side_by_side(layouts, a_banks, ids, 2, x.dtype)  # [batch, d_in, R]
-    h = jnp.einsum("nld,ndr->nlr", x, a, preferred_element_type=_accumulator(x))
+    h = jnp.einsum("nld,ndr->nlr", x, a, preferred_element_type=accumulator(x))
     return checkpoint_name(h, LOW_RANK), (x, a, ids)
 
 
@@ -400,7 +408,7 @@ def _batched_product(h: Array, b: Array) -> Array:
         return jnp.einsum("nlr,nro->nlo", h, b)
 
     def outer(h: Array, b: Array) -> Array:
-        wide = _accumulator(h)
+        wide = accumulator(h)
         h, b = h.astype(wide)[:, :, :, None], b.astype(wide)[:, None]
         terms = [h[:, :, r] * b[:, :, r] for r in range(h.shape[2])]
         return functools.reduce(jnp.add, terms).astype(dtype)

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from flix_jax.adapters.low_rank import Table
+from flix_jax.adapters.low_rank import Table, accumulator, of_columns
 
 Params = Mapping[str, Any]
 #: (its parameters, x [rows, …, d_in]) -> y [rows, …, features].
@@ -71,28 +71,25 @@ def _product(layer, x, params, a, b, copies, c):
 
 def _forward(layer, x, params, a, b, copies, c):
     y = _of_groups(layer, _kernels(params["kernel"], *copies, c), params, x)
-    return y, (x, params, copies, c, *(jnp.zeros((0,), m.dtype) for m in (a, b)))
+    return y, (x, params, Table(a, b, copies), c)
 
 
 def _backward(layer, saved, g):
-    x, params, (a, b), c, *like = saved
-    kernels = _kernels(params["kernel"], a, b, c)
+    x, params, table, c = saved
+    kernels = _kernels(params["kernel"], *table.copies, c)
     _, pull = jax.vjp(functools.partial(_of_groups, layer), kernels, params, x)
     dkernels, dparams, dx = pull(g)
     dparams["kernel"] = dkernels.sum(axis=0).astype(params["kernel"].dtype)
 
-    wide = _wide(a)
-    groups = len(c)
-    x, g = (m.reshape(groups, -1, of.shape[2]).astype(a.dtype) for m, of in ((x, a), (g, b)))
-    scale = c[:, None, :].astype(wide)
-    h = jnp.einsum("gnd,grd->gnr", x, a, preferred_element_type=wide)
-    dz = jnp.einsum("gno,gro->gnr", g, b, preferred_element_type=wide)
-    dh, z = (dz * scale).astype(a.dtype), (h * scale).astype(a.dtype)
-    da = jnp.einsum("gnr,gnd->grd", dh, x, preferred_element_type=wide)
-    db = jnp.einsum("gnr,gno->gro", z, g, preferred_element_type=wide)
-    dc = jnp.sum(dz * h, axis=1).astype(c.dtype)
-    da, db = (m.astype(of.dtype) for m, of in zip((da, db), like, strict=True))
-    return dx, dparams, da, db, None, dc
+    # The gradients of a, b and c are those of the update beside the layer.
+    dtype = table.copies[0].dtype
+    x, g = (
+        m.reshape(len(c), -1, of.shape[2]).astype(dtype)
+        for m, of in zip((x, g), table[:2], strict=True)
+    )
+    _, pull = jax.vjp(lambda table, c: of_columns(x, table, c), table, c)
+    dtable, dc = pull(g)
+    return dx, dparams, dtable.a, dtable.b, None, dc
 
 
 _product.defvjp(_forward, _backward)
@@ -100,7 +97,7 @@ _product.defvjp(_forward, _backward)
 
 def _kernels(kernel: Array, a: Array, b: Array, c: Array) -> Array:
     """[groups, *kernel.shape]: the kernel with each group's update, in the kernel's dtype."""
-    wide = _wide(a)
+    wide = accumulator(a)
     z = (b.astype(wide) * c[:, :, None].astype(wide)).astype(b.dtype)
     update = jnp.einsum("grd,gro->gdo", a, z, preferred_element_type=wide)
     total = kernel.astype(jnp.promote_types(kernel.dtype, wide)) + update.reshape(
@@ -118,7 +115,3 @@ def _of_groups(layer: Layer, kernels: Array, params: Params, x: Array) -> Array:
     if len(kernels) == 1:
         return one(kernels[0], x[0])[None]
     return jax.vmap(one)(kernels, x)
-
-
-def _wide(a: Array):
-    return jnp.promote_types(a.dtype, jnp.float32)
