@@ -65,7 +65,9 @@ def main() -> None:
             shapes,
             mesh,
             adapters=True,
-            table=tables.choose(space, 1, found.devices[0].platform, parameters=0),
+            kinds=tables.Kinds(
+                others=tables.choose(space, 1, found.devices[0].platform, parameters=0)
+            ),
             spec=model.adapters,
             dtype=config.dtype,
         )

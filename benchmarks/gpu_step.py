@@ -106,7 +106,7 @@ class Training(Ours):
             shapes,
             mesh,
             adapters=spec is not None,
-            table=table,
+            kinds=tables.Kinds(others=table),
             spec=spec,
             dtype=config.dtype,
         )

@@ -170,6 +170,8 @@ VALUES = (
     gin("no examples in a mixed row", "Run.packing = 'mixed'\nRun.examples_per_row = 0", "Run.examples_per_row must be at least 1", place="m.gin:3"),
     gin("packing by a word", "Run.packing = 'yes'", "Run.packing = 'yes'", "'mixed'"),
     gin("tables misspelt", "Run.tables = 'rwos'", "'rwos'", "'rows'"),
+    gin("tables of a layer misspelt", "Run.tables = {'mlp': 'rwos'}", "Run.tables['mlp'] = 'rwos'", "'rows'"),
+    gin("tables of no layer", "Run.tables = {'mlq/.*': 'rows'}", "Run.tables: 'mlq/.*' matches none of", place="m.gin:2"),
 )  # fmt: skip
 
 ADAPTERS = (

@@ -30,6 +30,13 @@ MESHES = [
     MeshSpec(data=8),
     SPLIT_MESH,
 ]
+# Every kind in one network, siblings of two kinds among them.
+BY_LAYER = {
+    "encoder/.*/mlp/.*": "merged",
+    ".*/value": "banks",
+    "encoder": "rows",
+    "decoder/.*/self_attention/.*": "all",
+}
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +108,7 @@ def check(run, kind, mesh, scanned, microbatches, expected, folder, dropout=0.0)
         np.testing.assert_allclose(one, other, atol=1e-6, err_msg="/".join(path))
 
 
-@pytest.mark.parametrize("kind", tables.KINDS)
+@pytest.mark.parametrize("kind", [*tables.KINDS, BY_LAYER], ids=str)
 def test_a_step_is_that_of_banks(run, kind, expected, tmp_path):
     check(run, kind, 0, True, 2, expected, tmp_path)
 
@@ -112,7 +119,7 @@ def test_a_step_with_dropout_of_the_input_is_that_of_banks(run, expected, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", tables.KINDS)
+@pytest.mark.parametrize("kind", [*tables.KINDS, BY_LAYER], ids=str)
 @pytest.mark.parametrize(
     ("mesh", "scanned"),
     [
@@ -217,6 +224,25 @@ def test_matched_modules_say_which_layers_are_narrowed_together(run, tmp_path):
     assert "mlp/wi_0 + wi_1" in told.splitlines()[-1]
     for apart in (dataclasses.replace(run, tables="banks"), with_dropout(run, 0.1)):
         assert "query + key" not in Job(apart, tmp_path).match_table()
+    by_layer = Job(dataclasses.replace(run, tables=BY_LAYER), tmp_path).match_table()
+    assert by_layer.splitlines()[-1].endswith(
+        ": encoder/encoder/attention/query + key, decoder/decoder/self_attention/query + key"
+    )
+
+
+def test_matched_modules_say_what_each_layer_multiplies_with(run, tmp_path):
+    told = Job(dataclasses.replace(run, tables=BY_LAYER), tmp_path).match_table()
+    lines = [line.split() for line in told.splitlines()]
+    assert lines[0] == ["module", "times", "d_in", "d_out", "parameters", "Run.tables"]
+    used = {line[0]: line[-1] for line in lines if line and "/" in line[0]}
+    assert used["encoder/encoder/mlp/wi_0"] == used["encoder/encoder/mlp/wo"] == "merged"
+    assert used["encoder/encoder/attention/query"] == "rows"
+    assert used["encoder/encoder/attention/value"] == "banks"
+    assert used["decoder/decoder/self_attention/out"] == "all"
+    assert used["decoder/decoder/self_attention/value"] == "banks"
+    # 'auto', on a CPU
+    assert used["decoder/decoder/mlp/wo"] == "banks"
+    assert used["decoder/decoder/encoder_decoder_attention/query"] == "banks"
 
 
 def test_the_choice():
@@ -241,3 +267,17 @@ def test_refusals(run):
     fused = dataclasses.replace(run.adapters, fusion=Fusion("add"))
     with pytest.raises(ValueError, match="'all' has no effect where layers are fused"):
         dataclasses.replace(run, adapters=fused, tables="all")
+    with pytest.raises(ValueError, match=r"Run.tables\['mlp'\] = 'row': .*'rows'"):
+        dataclasses.replace(run, tables={"encoder": "all", "mlp": "row"})
+    with pytest.raises(ValueError, match=r"Run.tables\['mlp'\] = 'all' has no effect where"):
+        dataclasses.replace(run, adapters=fused, tables={"mlp": "all"})
+    with pytest.raises(ValueError, match=r"Run.tables\['mlp'\] = 'merged': AdapterSpec.dropout"):
+        dataclasses.replace(with_dropout(run, 0.1), tables={"mlp": "merged"})
+    with pytest.raises(ValueError, match=r"Run.tables: target '\(' is not a regular expression"):
+        dataclasses.replace(run, tables={"(": "all"})
+
+
+def test_a_target_that_matches_no_layer_is_refused(run, tmp_path):
+    changed = dataclasses.replace(run, tables={"encoder": "rows", "encodr/.*": "all"})
+    with pytest.raises(ValueError, match=r"Run.tables: 'encodr/\.\*' matches none of .* adapted"):
+        Job(changed, tmp_path)

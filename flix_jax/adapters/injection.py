@@ -21,7 +21,7 @@ import contextlib
 import dataclasses
 import math
 import numbers
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.errors
@@ -338,18 +338,24 @@ class MatchReport:
     def parameters(self) -> int:
         return sum(m.parameters for m in self.matched)
 
-    def table(self) -> str:
-        """The report as text, layers that differ by their number alone on one line."""
-        groups: dict[tuple[str, int, int], list[Match]] = {}
+    def table(self, more: Mapping[str, Callable[[str], str]] | None = None) -> str:
+        """The report as text, layers that differ by their number alone on one line.
+
+        `more` are columns that a layer's path has besides: title -> what stands there.
+        """
+        more = more or {}
+        groups: dict[tuple[str, ...], list[Match]] = {}
         for m in self.matched:
-            groups.setdefault((without_numbers(m.path), m.d_in, m.d_out), []).append(m)
-        rows = [("module", "times", "d_in", "d_out", "parameters")]
-        for (path, d_in, d_out), members in groups.items():
+            others = [of(m.path) for of in more.values()]
+            line = (without_numbers(m.path), f"{m.d_in}", f"{m.d_out}", *others)
+            groups.setdefault(line, []).append(m)
+        rows = [("module", "times", "d_in", "d_out", "parameters", *more)]
+        for (path, d_in, d_out, *others), members in groups.items():
             times = sum(m.times for m in members)
             parameters = sum(m.parameters for m in members)
-            rows.append((path, f"{times}", f"{d_in}", f"{d_out}", f"{parameters:,}"))
+            rows.append((path, f"{times}", d_in, d_out, f"{parameters:,}", *others))
         times = sum(m.times for m in self.matched)
-        rows.append(("all", f"{times}", "", "", f"{self.parameters:,}"))
+        rows.append(("all", f"{times}", "", "", f"{self.parameters:,}", *("" for _ in more)))
         left = list(dict.fromkeys(without_numbers(p) for p in self.unmatched))
         return f"{text_tables.plain(rows)}\nnot adapted: {', '.join(left) or 'no dense layer'}"
 

@@ -19,14 +19,16 @@ def find(
 ) -> tuple[tuple[str, ...], ...]:
     """Paths of adapted layers of one module that read the very same input, in order of their calls.
 
-    `matches` says of a path whether that layer is adapted. Groups of two and more, of what
-    `dense_inputs` found in a trace, in which each call may have been traced several times. A layer
-    that reads with these once and with those another time has no siblings.
+    `matches` says of a path whether that layer is adapted, and so that siblings have it in common.
+    Groups of two and more, of what `dense_inputs` found in a trace, in which each call may have
+    been traced several times. A layer that reads with these once and with those another time has no
+    siblings.
     """
     by_input: dict[Any, dict[str, None]] = {}
     for call, x in inputs:
-        if matches(call.path):
-            of = call.path.rpartition("/")[0], id(x), call.axes
+        kind = matches(call.path)
+        if kind:
+            of = call.path.rpartition("/")[0], id(x), call.axes, kind
             by_input.setdefault(of, {})[call.path] = None
     groups = dict.fromkeys(map(tuple, by_input.values()))
     times = Counter(path for group in groups for path in group)

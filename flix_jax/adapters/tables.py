@@ -17,20 +17,22 @@ Layers that read the same input (`siblings`) have their `a` side by side, as
 one leaf of the first (`modules.common_leaf`): one product makes the narrow activations of all.
 
 `of_all` costs what the number of values asks for, and `of_rows` what the examples do, whatever the
-number of values.
+number of values. `Kinds` says which layer has which.
 """
 
+import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from flix_jax.adapters import low_rank, tree
+from flix_jax.adapters import low_rank, targets, tree
 from flix_jax.adapters.features import FeatureSpace, FeatureType
 from flix_jax.adapters.modules import ALL, COPIES, MERGED, ROWS, common_leaf
+from flix_jax.adapters.suggest import did_you_mean
 
 #: Logical names of the axes of tables: columns of every value, or examples and their columns.
 COLUMNS, EXAMPLES, OWN_COLUMNS = "columns", "examples", "own_columns"
@@ -39,6 +41,7 @@ _FEATURES, _RANK = "features", "rank"
 #: What a run may say of tables: what is best where it runs, none, or one of the kinds.
 AUTO, NONE = "auto", "banks"
 KINDS = {"all": ALL, "rows": ROWS, "merged": MERGED}
+_NAMES: dict[str | None, str] = {kind: name for name, kind in KINDS.items()} | {None: NONE}
 
 _LANES = 128  # columns that a TPU multiplies with at the price of one
 _SMALL = 2**26  # parameters: of mT5-base with 30 features of rank 4 there are 0.76 of them
@@ -46,6 +49,46 @@ _SMALL = 2**26  # parameters: of mT5-base with 30 features of rank 4 there are 0
 Axes = tuple[str | None, ...]
 Siblings = Sequence[Sequence[str]]
 Place = Callable[[Array, Axes], Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Kinds:
+    """Of which kind the table of each adapted layer is.
+
+    Attributes:
+      by_target: (target, kind), the first that matches a layer's path holds; targets as those of
+        an adapter (`targets`), None as a kind is none: the layer gets its banks.
+      others: the kind of layers that no target matches.
+    """
+
+    by_target: tuple[tuple[str, str | None], ...] = ()
+    others: str | None = None
+
+    def of(self, path: str) -> str | None:
+        """The kind of the layer at a path."""
+        for target, kind in self.by_target:
+            if targets.matching((target,), path):
+                return kind
+        return self.others
+
+    def name(self, path: str) -> str:
+        """That kind as a run says it."""
+        return _NAMES[self.of(path)]
+
+    def parts(self, leaves: tree.Tree) -> dict[str | None, dict[str, Any]]:
+        """The adapters' tree, apart by kind."""
+        found: dict[str | None, list[tuple[tree.Path, Any]]] = {}
+        for path, leaf in tree.named_leaves(leaves):
+            found.setdefault(self.of(tree.layer_of(path)), []).append((path, leaf))
+        return {kind: tree.from_named(part) for kind, part in found.items()}
+
+    def check(self, paths: Iterable[str]) -> None:
+        """ValueError for the first target that matches none of the adapted layers at `paths`."""
+        paths = tuple(paths)
+        for target, _ in self.by_target:
+            if not any(targets.matching((target,), path) for path in paths):
+                near = did_you_mean(target, (*paths, *targets.NAMED_TARGETS))
+                raise ValueError(f"{target!r} matches none of {len(paths)} adapted layers; {near}")
 
 
 def choose(

@@ -132,6 +132,11 @@ def is_shared(path: Path) -> bool:
     return path[0] == CHILD
 
 
+def layer_of(path: Path) -> str:
+    """The path of the layer that a parameter of the adapters is of: 'encoder/layers_0/mlp/wi_0'."""
+    return "/".join(path[: path.index(CHILD)])
+
+
 def adapter_counts(adapters: Tree, space: FeatureSpace) -> dict[str, dict[str, int]]:
     """How many parameters each feature owns: type -> value -> count.
 

@@ -50,9 +50,6 @@ def steps(run_dir: epath.PathLike) -> list[int]:
 def look(job: Job, replayed: Replayed, frozen: Any) -> Findings:
     """Looks at the modules and gradients of a step, as the run's own program uses parameters."""
     parameters = job.parameters
-    own: dict[str, Any] = {"in_use": parameters.in_use}
-    if parameters.table:
-        own = {"tables": parameters.tables}
     return watch(
         job.model,
         replayed.state,
@@ -61,7 +58,8 @@ def look(job: Job, replayed: Replayed, frozen: Any) -> Findings:
         job.run.seed,
         microbatches=job.run.microbatches,
         rows_together=job.rows_together,
-        **own,
+        in_use=parameters.in_use,
+        tables=parameters.tables,
     )
 
 

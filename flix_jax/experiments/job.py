@@ -173,9 +173,11 @@ class Job:
         with mistakes.part(*_MESH, "AdapterSpec.targets"):
             _ = self.parameters.templates  # shapes, target patterns and shardings
         mistakes.tell()
-        table = self._table()
-        if table is not None:
-            self.parameters = dataclasses.replace(self.parameters, table=table)
+        with mistakes.part("Run.tables"):
+            kinds = self._kinds()
+            if kinds != tables.Kinds():
+                self.parameters = dataclasses.replace(self.parameters, kinds=kinds)
+        mistakes.tell()
 
     def _check_cells(self, mistakes: Collected) -> None:
         """What is said of the cells: held out, rates, transforms, sources, evaluation."""
@@ -232,13 +234,28 @@ class Job:
         """How many rows of a cell a device computes as one in training."""
         return math.gcd(self.run.rows_of_a_cell, self._rows_at_once)
 
-    def _table(self) -> str | None:
-        """What kind of table a training step makes of the adapters' banks (`Run.tables`)."""
+    def _kinds(self) -> tables.Kinds:
+        """Of which kind a training step makes the table of each layer (`Run.tables`)."""
+        by_target, others = self.run.tables_by_target
+        names = {*by_target.values(), others}
+        kinds = {tables.NONE: None, **tables.KINDS}
+        if tables.AUTO in names:
+            kinds[tables.AUTO] = self._best_kind()
+        found = tables.Kinds(
+            tuple((target, kinds[name]) for target, name in by_target.items()), kinds[others]
+        )
+        try:
+            if by_target:
+                found.check(match.path for match in self.matches.matched)
+        except ValueError as error:
+            raise ValueError(f"Run.tables: {error}") from None
+        return found
+
+    def _best_kind(self) -> str | None:
+        """The kind of table that a training step is fastest with."""
         run, adapters = self.run, self.model.adapters
-        if adapters is None or adapters.fusion is not None or run.tables == tables.NONE:
+        if adapters is None or adapters.fusion is not None:
             return None
-        if run.tables != tables.AUTO:
-            return tables.KINDS[run.tables]
         if isinstance(self.mesh, jax.sharding.AbstractMesh):
             return None
         examples = self._rows_at_once * (run.own_features or 1)
@@ -343,12 +360,12 @@ class Job:
         owned = [["feature", "parameters"]]
         for name, values in counts.items():
             owned += [[f"{name}={value}", f"{count:,}"] for value, count in values.items()]
-        names = {kind: name for name, kind in tables.KINDS.items()} | {None: tables.NONE}
-        used = [f"a training step multiplies with: {names[self.parameters.table]} (Run.tables)"]
+        parts = [self.matches.table({"Run.tables": self.parameters.kinds.name})]
+        parts.append(text_tables.plain(owned))
         groups = siblings.described(self.parameters.siblings)
         if groups:
-            used.append(f"layers of one input are narrowed by one product: {', '.join(groups)}")
-        return "\n\n".join([self.matches.table(), text_tables.plain(owned), "\n".join(used)])
+            parts.append(f"layers of one input are narrowed by one product: {', '.join(groups)}")
+        return "\n\n".join(parts)
 
     @property
     def frozen_template(self) -> Any:

@@ -93,7 +93,6 @@ def measure(job: Job, state: TrainState, frozen: Any, pipeline: TrainPipeline) -
     batch = partitioning.put_batch(
         job.mesh, pipeline.batch_at(int(state.step)), pipeline.global_batch_size
     )
-    own = {"tables": parameters.tables} if parameters.table else {}
 
     def found(loss_fn: Any, frozen: Any, **how: Any) -> tuple[float, float]:
         sums_of = gradient_sums(
@@ -113,7 +112,7 @@ def measure(job: Job, state: TrainState, frozen: Any, pipeline: TrainPipeline) -
     exact.run = dataclasses.replace(run, frozen_dtype=None)
     whole = dataclasses.replace(run.model, dtype="float32", product_dtype="float32")
     model = dataclasses.replace(job.model, module=Transformer(whole))
-    loss, norm = found(job.model.loss, frozen, **own)
+    loss, norm = found(job.model.loss, frozen, tables=parameters.tables)
     base = exact.load_base()
     exact_loss, exact_norm = found(model.loss, exact.frozen_parameters(base))
     dtypes = {run.model.dtype, run.model.product_dtype or run.model.dtype}

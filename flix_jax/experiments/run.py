@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from flix_jax.adapters import tables as tables_lib
+from flix_jax.adapters import targets as targets_lib
 from flix_jax.adapters.injection import AdapterSpec
 from flix_jax.adapters.modules import MERGED
 from flix_jax.adapters.suggest import did_you_mean
@@ -43,8 +44,8 @@ ROWS_PER_CELL = 8  # of batches by cell, where nothing is said
 # or where the same data lie, but not what the result is. (A run that `not_finite` has stopped may
 # go on by skipping: the steps before are the same.)
 FREE = re.compile(
-    r"(base\.)*((log_every|save_every|keep|keep_period|wandb_project|evaluation\..*|mesh\..*|tables"
-    r"|not_finite|skips_in_a_row|source\.(data|cache)_dir"
+    r"(base\.)*((log_every|save_every|keep|keep_period|wandb_project|evaluation\..*|mesh\..*"
+    r"|tables(\..*)?|not_finite|skips_in_a_row|source\.(data|cache)_dir"
     r"|vocabulary\.path)=.*|mixture\.overlap='(report|ignore)')",
     re.DOTALL,
 )
@@ -178,7 +179,9 @@ class Run:
         (`adapters.tables`): 'rows', 'all', 'merged' for kernels that hold the update of a row, or
         of rows of a cell (`adapters.merged`), 'banks' for nothing, or 'auto', which is what is
         fastest, but takes 'merged' only where products are in float32. The result is the same but
-        for rounding, of which 'merged' in bfloat16 has more.
+        for rounding, of which 'merged' in bfloat16 has more. Or {target: one of these}, for the
+        adapted layers that it matches (targets as `AdapterSpec.targets`; the first that matches a
+        layer holds, and layers that none matches are 'auto').
       mesh: how the devices are arranged.
       seed: of initialisation, dropout and the order of the data.
       data_seed: of the order of the data, where it is another one: runs of several seeds that see
@@ -223,7 +226,7 @@ class Run:
     label_smoothing: float = 0.0
     z_loss: float = 0.0
     frozen_dtype: str | None = None
-    tables: str = tables_lib.AUTO
+    tables: str | Mapping[str, str] = tables_lib.AUTO
     mesh: MeshSpec = MeshSpec()
     seed: int = 0
     data_seed: int | None = None
@@ -372,18 +375,29 @@ class Run:
             return "Run.frozen_dtype = 'int8': such kernels take no update"
         return None
 
+    @property
+    def tables_by_target(self) -> tuple[Mapping[str, str], str]:
+        """`tables` as (by target, of other layers)."""
+        if isinstance(self.tables, Mapping):
+            return self.tables, tables_lib.AUTO
+        return {}, self.tables
+
     def _check_tables(self) -> None:
+        by_target, others = self.tables_by_target
+        for target, kind in by_target.items():
+            targets_lib.compiled(target, "Run.tables")
+            self._check_table(f"Run.tables[{target!r}] = {kind!r}", kind)
+        self._check_table(f"Run.tables = {others!r}", others)
+
+    def _check_table(self, place: str, kind: str) -> None:
         known = (tables_lib.AUTO, tables_lib.NONE, *tables_lib.KINDS)
-        if self.tables not in known:
-            near = did_you_mean(str(self.tables), known)
-            raise ValueError(f"Run.tables = {self.tables!r}: expected one of {known}; {near}")
-        if self.tables in tables_lib.KINDS and (
-            self.adapters is None or self.adapters.fusion is not None
-        ):
+        if kind not in known:
+            raise ValueError(f"{place}: expected one of {known}; {did_you_mean(str(kind), known)}")
+        if kind in tables_lib.KINDS and (self.adapters is None or self.adapters.fusion is not None):
             reason = "without Run.adapters" if self.adapters is None else "where layers are fused"
-            raise ValueError(f"Run.tables = {self.tables!r} has no effect {reason}")
-        if tables_lib.KINDS.get(self.tables) == MERGED and self.merge_problem is not None:
-            raise ValueError(f"Run.tables = {self.tables!r}: {self.merge_problem}")
+            raise ValueError(f"{place} has no effect {reason}")
+        if tables_lib.KINDS.get(kind) == MERGED and self.merge_problem is not None:
+            raise ValueError(f"{place}: {self.merge_problem}")
 
     def check_is_base(self) -> None:
         """ValueError where what this run trains is no network that another run can stand on."""

@@ -46,16 +46,15 @@ def _step(
     parameters: Parameters,
     optimizer: optax.GradientTransformation,
 ) -> Step:
-    # Tables are made of banks where these are kept; banks themselves are brought together once.
-    own = {"tables": parameters.tables} if parameters.table else {"in_use": parameters.in_use}
     return train_step(
         model.loss,
         optimizer,
         microbatches=job.run.microbatches,
         rows_together=job.rows_together,
+        in_use=parameters.in_use,
         kept=parameters.kept,
+        tables=parameters.tables,
         skip=job.run.not_finite == SKIP,
-        **own,
     )
 
 

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from flix_jax.adapters import dense, siblings, tables, tree
 from flix_jax.adapters.injection import AdapterSpec
 from flix_jax.adapters.modules import ALL, MERGED
+from flix_jax.adapters.tables import Kinds
 from flix_jax.models import int8
 from flix_jax.training import partitioning
 from flix_jax.training.axis_rules import BATCH_AXES, FEATURES, Axes, AxisRules
@@ -48,12 +49,11 @@ class Parameters:
       adapters: whether the adapters alone are trained.
       trainable: without adapters, patterns over parameter paths; None trains everything.
       rules: which mesh axes split which dimension.
-      table: of adapters, what a training step makes of the banks before the network uses them:
-        `modules.ALL`, `ROWS` or `MERGED`, or None, when the layers get the banks
-        (`adapters.tables`).
+      kinds: of adapters, what a training step makes of each layer's banks before the network uses
+        them (`adapters.tables`).
       rows_together: how many consecutive rows of a batch have the same features, and one table.
-      spec: the adapters, with a table.
-      dtype: of the products with a table.
+      spec: the adapters, where a layer has a table.
+      dtype: of the products with tables.
     """
 
     model: Model
@@ -62,7 +62,7 @@ class Parameters:
     adapters: bool
     trainable: tuple[str, ...] | None = None
     rules: AxisRules = AxisRules()
-    table: str | None = None
+    kinds: Kinds = Kinds()
     rows_together: int = 1
     spec: AdapterSpec | None = None
     dtype: str = "float32"
@@ -85,6 +85,19 @@ class Parameters:
     def trained_in_use(self) -> Any:
         """The trained part of the templates as it lies while the network runs."""
         return self._templates(self.rules.in_use)[0]
+
+    @functools.cached_property
+    def _banks_in_use(self) -> Any:
+        """The same, but banks of which tables are made as they are kept."""
+        if self.kinds == Kinds():
+            return self.trained_in_use
+        used = dict(tree.named_leaves(self.trained_in_use))
+        return tree.from_named(
+            [
+                (path, kept if self.kinds.of(tree.layer_of(path)) else used[path])
+                for path, kept in tree.named_leaves(self.templates[0])
+            ]
+        )
 
     def _templates(self, rules: AxisRules) -> tuple[Any, Any]:
         shapes, axes = self._shapes_and_axes
@@ -137,13 +150,19 @@ class Parameters:
         """The boxed parameters as shapes, and the siblings."""
         with dense.dense_inputs() as inputs:
             boxed = jax.eval_shape(self._init, jax.random.key(0))
-        if self.table in (None, MERGED) or self.spec is None or self.spec.dropout:
+        spec = self.spec
+        if spec is None or spec.dropout:
             return boxed, ()
-        return boxed, siblings.find(self.spec.matching, inputs)
+
+        def table_with_siblings(path: str) -> str | None:
+            kind = self.kinds.of(path) if spec.matching(path) else None
+            return None if kind == MERGED else kind
+
+        return boxed, siblings.find(table_with_siblings, inputs)
 
     @property
     def siblings(self) -> tuple[tuple[str, ...], ...]:
-        """With a table, paths of adapted layers whose narrow activations one product makes.
+        """With tables, paths of adapted layers whose narrow activations one product makes.
 
         None where each drops out of its input by itself.
         """
@@ -235,8 +254,8 @@ class Parameters:
         )
 
     def in_use(self, trained: Any) -> Any:
-        """What is trained, brought to where the network uses it."""
-        return self._placed(trained, self.trained_in_use)
+        """What is trained, brought to where the network uses it, or `tables` makes tables of it."""
+        return self._placed(trained, self._banks_in_use)
 
     def kept(self, trained: Any) -> Any:
         """Gradients of what is trained, brought to where it is kept."""
@@ -250,26 +269,39 @@ class Parameters:
     def tables(self, trained: Any, batch: Mapping[str, jax.Array]) -> tuple[Any, Any]:
         """What the network uses of adapters in a training step: (with a gradient, without one).
 
-        The tables that are made of the banks, and copies of them in the dtype of the products;
-        differentiable with respect to `trained`.
+        The tables that are made of the banks, and copies of them in the dtype of the products; the
+        banks of layers that have no table. Differentiable with respect to `trained`.
 
         Args:
-          trained: the adapters, where they are kept.
+          trained: as `in_use` gives it.
           batch: or a part of it, of which `feature_ids` are used.
         """
-        if self.table is None:
+        if self.kinds == Kinds():
             return trained, {}
+        axes = self.kinds.parts(self.adapter_axes)
+        templates = self.kinds.parts(self.templates[0])
+        used: dict[str, Any] = {}
+        copied: dict[str, Any] = {}
+        for kind, banks in self.kinds.parts(trained).items():
+            if kind is None:
+                used = tree.join(used, banks)
+                continue
+            kept = jax.lax.with_sharding_constraint(banks, _shardings(templates[kind]))
+            made, copies = self._tables_of(kind, kept, axes[kind], batch["feature_ids"])
+            used, copied = tree.join(used, made), tree.join(copied, copies)
+        return used, copied
+
+    def _tables_of(self, kind: str, banks: Any, axes: Any, ids: jax.Array) -> tuple[Any, Any]:
+        """The tables of some banks, and copies of them in the dtype of the products."""
         assert self.spec is not None
         space, siblings = self.spec.space, self.siblings
-        kept = jax.lax.with_sharding_constraint(trained, _shardings(self.templates[0]))
-        axes = self.adapter_axes
-        if self.table == ALL:
-            made = tables.of_all(kept, axes, space, siblings)
+        if kind == ALL:
+            made = tables.of_all(banks, axes, space, siblings)
         else:
-            ids = batch["feature_ids"][:: self.rows_together]
-            made = tables.of_rows(kept, axes, space, ids, self._beside, siblings, self.table)
+            ids = ids[:: self.rows_together]
+            made = tables.of_rows(banks, axes, space, ids, self._beside, siblings, kind)
         rules = {**self.rules.in_use.table("adapters"), **TABLE_RULES}
-        names = tables.logical_axes(axes, space, self.table, siblings)
+        names = tables.logical_axes(axes, space, kind, siblings)
         shardings = partitioning.param_shardings(self.mesh, names, made, rules)
         constrain = jax.lax.with_sharding_constraint
         copies = jax.tree.map(lambda x: jax.lax.stop_gradient(x).astype(self.dtype), made)
