@@ -9,6 +9,7 @@ Seconds are those of the process on all its cores, so that others on the machine
 """
 
 import argparse
+import functools
 import statistics
 import time
 
@@ -26,7 +27,7 @@ def main() -> None:
     import jax
     import jax.numpy as jnp
 
-    from flix_jax.adapters import tables
+    from flix_jax.adapters import injection, tables
     from flix_jax.adapters.features import FeatureSpace, FeatureType
     from flix_jax.adapters.injection import AdapterSpec
     from flix_jax.models.config import T5Config
@@ -56,19 +57,24 @@ def main() -> None:
             remat="full",
             dtype="bfloat16",
         )
-        model = EncoderDecoder(Transformer(config), AdapterSpec(space))
+        spec = AdapterSpec(space)
+        model = EncoderDecoder(Transformer(config), spec)
         shapes = {"encoder_input_tokens": (rows, inputs), "feature_ids": (rows, space.num_slots)}
         for name in ("input_tokens", "target_tokens", "loss_weights"):
             shapes[f"decoder_{name}"] = (rows, targets)
+        init = functools.partial(model.init, batch_shapes=shapes)
+        best = functools.partial(tables.choose, parameters=0, mergeable=True)
+        kinds = {
+            layer.path: best(layer, space, 1, found.devices[0].platform)
+            for layer in injection.matches(spec, init, jax.random.key(0)).matched
+        }
         parameters = Parameters(
             model,
             shapes,
             mesh,
             adapters=True,
-            kinds=tables.Kinds(
-                others=tables.choose(space, 1, found.devices[0].platform, parameters=0)
-            ),
-            spec=model.adapters,
+            kinds={path: kind for path, kind in kinds.items() if kind is not None},
+            spec=spec,
             dtype=config.dtype,
         )
         optimizer = Optimizer("adamw").build(1000)

@@ -20,6 +20,7 @@ is trained; of the peak of the device's bfloat16 units without sparsity.
 """
 
 import argparse
+import dataclasses
 import functools
 import os
 import time
@@ -34,7 +35,7 @@ import jax.numpy as jnp
 import numpy as np
 from adapted import flix, lora, perturbed_embeddings
 
-from flix_jax.adapters import tables
+from flix_jax.adapters import tables, tree
 from flix_jax.adapters.injection import AdapterSpec
 from flix_jax.models.config import T5Config
 from flix_jax.models.encoder_decoder import EncoderDecoder
@@ -106,10 +107,12 @@ class Training(Ours):
             shapes,
             mesh,
             adapters=spec is not None,
-            kinds=tables.Kinds(others=table),
             spec=spec,
             dtype=config.dtype,
         )
+        if table is not None:
+            kinds = dict.fromkeys(tree.adapted_layers(parameters.templates[0]), table)
+            parameters = dataclasses.replace(parameters, kinds=kinds)
         optimizer = Optimizer("adamw").build(1000)
         if spec is not None:
             trained = parameters.fresh_adapters(0)

@@ -158,7 +158,8 @@ def test_what_is_fastest_is_chosen_and_told(run, tmp_path):
     assert used(microbatches=4) == "merged"
     assert used(microbatches=8, batching="mixed", rows_per_cell=None) == "banks"
     narrow = dataclasses.replace(run.model, dtype="bfloat16")
-    assert used(microbatches=2, model=narrow) == "banks"
+    assert used(microbatches=2, model=narrow) == "merged"
+    assert used(microbatches=2, model=narrow, frozen_dtype="bfloat16") == "banks"
     dropping = dataclasses.replace(run.adapters, dropout=0.1)
     assert used(microbatches=2, adapters=dropping) == "banks"
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import math
 import pathlib
 import re
 from collections.abc import Sequence
@@ -386,6 +387,7 @@ def test_injections_one_after_the_other_do_not_know_each_other():
 def test_the_report_counts_layers_and_parameters(layers, loop_params):
     report = matches(SPEC, Net(layers).init, jax.random.key(0), X)
     assert sum(m.times for m in report.matched) == 5 * LAYERS
+    assert {m.positions for m in report.matched} == {math.prod(X.shape[1:-1])}
     assert report.unmatched == ("head",)
     # task: 3 values of rank 2; language: 1 + 3
     assert report.parameters == 5 * LAYERS * (3 * 2 + 4) * 2 * WIDTH

@@ -12,8 +12,8 @@ from tiny_runs import SPLIT_MESH, make_base_run, write_words
 from flix_jax.adapters import tables, tree
 from flix_jax.adapters.features import FeatureSpace, FeatureType
 from flix_jax.adapters.fusion import Fusion
-from flix_jax.adapters.injection import AdapterSpec
-from flix_jax.adapters.modules import ALL, ROWS
+from flix_jax.adapters.injection import AdapterSpec, Match
+from flix_jax.adapters.modules import ALL, MERGED, ROWS
 from flix_jax.experiments.job import Job
 from flix_jax.experiments.step_program import step_program
 from flix_jax.training.optimizers import Optimizer, Schedule
@@ -248,15 +248,38 @@ def test_matched_modules_say_what_each_layer_multiplies_with(run, tmp_path):
 def test_the_choice():
     many = FeatureSpace((FeatureType("f", tuple(map(str, range(30))), rank=4),))
     one = FeatureSpace((FeatureType("f", ("shared",), rank=8),))
-    assert tables.choose(many, 1, "cpu", parameters=0) is None
-    assert tables.choose(many, 1, "tpu", parameters=0) == ROWS
-    assert tables.choose(many, 2, "tpu", parameters=0) == ALL
-    assert tables.choose(many, 29, "tpu", parameters=2**26 + 1) == ROWS
-    assert tables.choose(many, 30, "tpu", parameters=2**26 + 1) == ALL
-    assert tables.choose(one, 1, "tpu", parameters=2**30) == ALL
+    layer = Match("m", times=1, d_in=768, d_out=768, positions=512, parameters=0)
+    choose = functools.partial(tables.choose, layer)
+    assert choose(many, 1, "cpu", parameters=0) is None
+    assert choose(many, 1, "tpu", parameters=0) == ROWS
+    assert choose(many, 2, "tpu", parameters=0) == ALL
+    assert choose(many, 29, "tpu", parameters=2**26 + 1) == ROWS
+    assert choose(many, 30, "tpu", parameters=2**26 + 1) == ALL
+    assert choose(one, 1, "tpu", parameters=2**30) == ALL
     wide = FeatureSpace((FeatureType("f", tuple(map(str, range(33))), rank=4),))
-    assert tables.choose(wide, 2, "tpu", parameters=0) == ROWS
-    assert tables.choose(wide, 33, "tpu", parameters=0) == ALL
+    assert choose(wide, 2, "tpu", parameters=0) == ROWS
+    assert choose(wide, 33, "tpu", parameters=0) == ALL
+
+
+@pytest.mark.parametrize(
+    ("examples", "rows", "widths", "positions", "kind"),
+    [
+        (1, 1, (768, 2048), 512, MERGED),
+        (1, 1, (4096, 4096), 128, ROWS),
+        (2, 1, (768, 768), 512, MERGED),
+        (2, 1, (768, 2048), 512, ALL),
+        (2, 1, (768, 768), 128, ALL),
+        (2, 8, (2048, 768), 128, MERGED),
+    ],
+)
+def test_kernels_hold_the_update_where_that_pays(examples, rows, widths, positions, kind):
+    space = FeatureSpace((FeatureType("f", tuple(map(str, range(30))), rank=4),))
+    layer = Match("m", 1, *widths, positions=positions, parameters=0)
+    choose = functools.partial(
+        tables.choose, layer, space, examples, "tpu", parameters=0, rows=rows
+    )
+    assert choose(mergeable=True) == kind
+    assert choose(mergeable=False) == (ALL if examples > 1 else ROWS)
 
 
 def test_refusals(run):

@@ -46,7 +46,6 @@ from flix_jax.adapters.features import FeatureSpace
 from flix_jax.adapters.fusion import MATRICES, Fusion, Source
 from flix_jax.adapters.modules import MERGED, LowRankDelta
 from flix_jax.adapters.suggest import did_you_mean
-from flix_jax.adapters.targets import NAMED_TARGETS
 
 CHILD = "flix"
 #: What an adapted layer's output is called, for rematerialisation that goes by names.
@@ -293,19 +292,10 @@ def _check_source(rows: Array, source: Array, alignment: Any) -> None:
 
 def _check_targets(spec: AdapterSpec, paths: Sequence[str]) -> None:
     """ValueError for the first target that matches none of the dense layers at `paths`."""
-    for target in spec.targets:
-        if not any(targets_lib.matching((target,), p) for p in paths):
-            raise ValueError(
-                f"AdapterSpec.targets: {target!r} matches none of {len(paths)} dense layers; "
-                + did_you_mean(target, (*paths, *NAMED_TARGETS) if paths else ())
-            )
-    adapted = [p for p in paths if spec.matching(p)]
-    for target in () if spec.fusion is None else spec.fusion.targets:
-        if not any(targets_lib.matching((target,), p) for p in adapted):
-            raise ValueError(
-                f"Fusion.targets: {target!r} matches none of {len(adapted)} adapted layers; "
-                + did_you_mean(target, (*adapted, *NAMED_TARGETS))
-            )
+    targets_lib.check(spec.targets, paths, "AdapterSpec.targets", "dense layers")
+    if spec.fusion is not None:
+        adapted = [path for path in paths if spec.matching(path)]
+        targets_lib.check(spec.fusion.targets, adapted, "Fusion.targets", "adapted layers")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -316,6 +306,7 @@ class Match:
       path: its module path.
       times: how many copies its kernel holds: the length of the scan, else 1.
       d_in, d_out: its width, dimensions flattened.
+      positions: of a row of a batch, that its input has.
       parameters: how many parameters the adapters of all its copies have; columns beyond the rank
         of a value are not counted.
     """
@@ -324,6 +315,7 @@ class Match:
     times: int
     d_in: int
     d_out: int
+    positions: int
     parameters: int
 
 
@@ -363,6 +355,11 @@ class MatchReport:
         return self.table()
 
 
+def _positions(call: DenseCall, x: Any) -> int:
+    """How many positions of a row of the batch a layer's input has."""
+    return math.prod(size for axis, size in enumerate(x.shape) if axis and axis not in call.axes)
+
+
 def matches(
     spec: AdapterSpec, init_fn: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> MatchReport:
@@ -380,13 +377,13 @@ def matches(
     with dense_inputs() as inputs:
         # A new function each time: a trace that jax has kept would not pass the interceptor.
         variables = jax.eval_shape(lambda *a: init_fn(*a, **kwargs), *args)
-    calls = {call.path: call for call, _ in inputs}
+    calls = {call.path: (call, _positions(call, x)) for call, x in inputs}
     params = variables.get("params", variables)
     _check_targets(spec, tuple(calls))
     ranks = [rank for t in spec.space.types for rank in t.value_ranks]
     attends = spec.fusion is not None and spec.fusion.attends
     matched = []
-    for call in calls.values():
+    for call, positions in calls.values():
         if not spec.matching(call.path):
             continue
         layer = params
@@ -403,6 +400,7 @@ def matches(
                 times=times,
                 d_in=call.d_in,
                 d_out=call.d_out,
+                positions=positions,
                 parameters=times * (sum(ranks) * (call.d_in + call.d_out) + own),
             )
         )

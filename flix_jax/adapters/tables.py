@@ -17,22 +17,22 @@ Layers that read the same input (`siblings`) have their `a` side by side, as
 one leaf of the first (`modules.common_leaf`): one product makes the narrow activations of all.
 
 `of_all` costs what the number of values asks for, and `of_rows` what the examples do, whatever the
-number of values. `Kinds` says which layer has which.
+number of values. Layers of a network may have tables of several kinds, or none (`apart`).
 """
 
-import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Int
 
-from flix_jax.adapters import low_rank, targets, tree
+from flix_jax.adapters import low_rank, tree
 from flix_jax.adapters.features import FeatureSpace, FeatureType
+from flix_jax.adapters.injection import Match
 from flix_jax.adapters.modules import ALL, COPIES, MERGED, ROWS, common_leaf
-from flix_jax.adapters.suggest import did_you_mean
 
 #: Logical names of the axes of tables: columns of every value, or examples and their columns.
 COLUMNS, EXAMPLES, OWN_COLUMNS = "columns", "examples", "own_columns"
@@ -41,57 +41,20 @@ _FEATURES, _RANK = "features", "rank"
 #: What a run may say of tables: what is best where it runs, none, or one of the kinds.
 AUTO, NONE = "auto", "banks"
 KINDS = {"all": ALL, "rows": ROWS, "merged": MERGED}
-_NAMES: dict[str | None, str] = {kind: name for name, kind in KINDS.items()} | {None: NONE}
 
 _LANES = 128  # columns that a TPU multiplies with at the price of one
 _SMALL = 2**26  # parameters: of mT5-base with 30 features of rank 4 there are 0.76 of them
+#: Positions for each of a kernel's inputs and outputs, (1 / d_in + 1 / d_out) times their number,
+#: from which on a TPU a kernel with the update is worth making for them.
+_WORTH_MERGING_ALONE, _WORTH_MERGING = 0.2, 1.0
 
 Axes = tuple[str | None, ...]
 Siblings = Sequence[Sequence[str]]
 Place = Callable[[Array, Axes], Array]
 
 
-@dataclasses.dataclass(frozen=True)
-class Kinds:
-    """Of which kind the table of each adapted layer is.
-
-    Attributes:
-      by_target: (target, kind), the first that matches a layer's path holds; targets as those of
-        an adapter (`targets`), None as a kind is none: the layer gets its banks.
-      others: the kind of layers that no target matches.
-    """
-
-    by_target: tuple[tuple[str, str | None], ...] = ()
-    others: str | None = None
-
-    def of(self, path: str) -> str | None:
-        """The kind of the layer at a path."""
-        for target, kind in self.by_target:
-            if targets.matching((target,), path):
-                return kind
-        return self.others
-
-    def name(self, path: str) -> str:
-        """That kind as a run says it."""
-        return _NAMES[self.of(path)]
-
-    def parts(self, leaves: tree.Tree) -> dict[str | None, dict[str, Any]]:
-        """The adapters' tree, apart by kind."""
-        found: dict[str | None, list[tuple[tree.Path, Any]]] = {}
-        for path, leaf in tree.named_leaves(leaves):
-            found.setdefault(self.of(tree.layer_of(path)), []).append((path, leaf))
-        return {kind: tree.from_named(part) for kind, part in found.items()}
-
-    def check(self, paths: Iterable[str]) -> None:
-        """ValueError for the first target that matches none of the adapted layers at `paths`."""
-        paths = tuple(paths)
-        for target, _ in self.by_target:
-            if not any(targets.matching((target,), path) for path in paths):
-                near = did_you_mean(target, (*paths, *targets.NAMED_TARGETS))
-                raise ValueError(f"{target!r} matches none of {len(paths)} adapted layers; {near}")
-
-
 def choose(
+    layer: Match,
     space: FeatureSpace,
     examples: int,
     platform: str,
@@ -100,10 +63,11 @@ def choose(
     rows: int = 1,
     mergeable: bool = False,
 ) -> str | None:
-    """The kind of table that a training step is fastest with; None is with none.
+    """The kind of table of a layer that a training step is fastest with; None is with none.
 
     On a TPU a product takes as long with 8 columns as with 128, and what is made of banks in every
-    layer costs more than the products. Of the two tables the smaller one is chosen; but that of
+    layer costs more than the products. Kernels that hold the update are the fastest, where making
+    them costs less than they save. Of the other two tables the smaller one is chosen; but that of
     every value also where it is larger, if its columns fill no more than the lanes: its products
     are not example by example. Devices then exchange the gradients of every value, so only of
     banks that are small. On a CPU the products of a row's own matrices, gathered in the layer, are
@@ -111,19 +75,37 @@ def choose(
     are.
 
     Args:
+      layer: what is adapted.
       space: the features.
       examples: that a device has at a time, those of equal features by `rows` as one.
       platform: of the devices, as JAX names it.
       parameters: of all banks.
       rows: how many rows are known to have equal features.
-      mergeable: whether kernels can hold the update and give the same but for rounding of float32.
+      mergeable: whether kernels can hold the update, and what that rounds is no loss.
     """
     if platform != "tpu":
         return MERGED if mergeable and rows > 1 and examples == 1 else None
     every = sum(t.num_values * t.max_rank for t in space.types)
     own = sum(t.slots * t.max_rank for t in space.types)
+    positions = layer.positions * rows * (1 / layer.d_in + 1 / layer.d_out)
+    alone = examples == 1
+    if mergeable and positions >= (_WORTH_MERGING_ALONE if alone else _WORTH_MERGING):
+        return MERGED
     at_once = examples > 1 and every <= _LANES and parameters <= _SMALL
     return ALL if at_once or every <= own * examples else ROWS
+
+
+def apart(leaves: tree.Tree, kinds: Mapping[str, str]) -> dict[str | None, dict[str, Any]]:
+    """The adapters' tree by the kinds of its layers' tables; None is that of layers without one.
+
+    Args:
+      leaves: the tree, of whatever leaves.
+      kinds: path of a layer -> kind.
+    """
+    found: dict[str | None, list[tuple[tree.Path, Any]]] = {}
+    for path, leaf in tree.named_leaves(leaves):
+        found.setdefault(kinds.get(tree.layer_of(path)), []).append((path, leaf))
+    return {kind: tree.from_named(part) for kind, part in found.items()}
 
 
 def of_all(
@@ -204,7 +186,23 @@ def _take_forward(placed, axis, bank, ids):
 def _take_backward(placed, axis, saved, g):
     values, ids = saved
     total = low_rank.sum_by_value(jnp.moveaxis(placed(g), axis, 0), ids, values.shape[0])
-    return jnp.moveaxis(total, 0, axis).astype(values.dtype), None
+    return _as_kept(jnp.moveaxis(total, 0, axis).astype(values.dtype)), None
+
+
+def _as_kept(bank: Array) -> Array:
+    """The same; on a TPU in the order of memory in which programs are given it.
+
+    There the wider of the last two axes is innermost. Without more said, an optimizer's update is
+    in the order of the gradient, a sum by value, and bank and moments are copied back, all three.
+    """
+
+    def in_order(bank: Array) -> Array:
+        order = list(range(bank.ndim))
+        if bank.shape[-1] < bank.shape[-2]:
+            order[-2:] = order[-1], order[-2]
+        return with_layout_constraint(bank, Layout(major_to_minor=tuple(order)))
+
+    return jax.lax.platform_dependent(bank, tpu=in_order, default=lambda bank: bank)
 
 
 _take.defvjp(_take_forward, _take_backward)

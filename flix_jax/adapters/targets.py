@@ -1,8 +1,10 @@
 """Names of dense layers by pattern: what targets an adapter, or a fusion, may have."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+from flix_jax.adapters.suggest import did_you_mean
 
 _ATTENTION = r"(?:.*/)?[^/]*[aA]ttention[^/]*/(?:query|key|value|out)"
 _MLP = r"(?:.*/)?[^/]*(?:mlp|MLP|Mlp)[^/]*/[^/]+"
@@ -38,6 +40,23 @@ def compiled(target: Any, place: str = "adapter") -> re.Pattern[str]:
         ) from error
 
 
-def matching(targets: tuple[str, ...], path: str) -> tuple[str, ...]:
+def matching(targets: Iterable[str], path: str) -> tuple[str, ...]:
     """Those of the targets that match the whole of a module's path."""
     return tuple(t for t in targets if compiled(t).fullmatch(path))
+
+
+def check(targets: Iterable[str], paths: Sequence[str], place: str, layers: str) -> None:
+    """ValueError for the first target that matches none of the layers at `paths`.
+
+    Args:
+      targets: names or regular expressions.
+      paths: of the layers there are.
+      place: what the targets are of, as gin names it: 'AdapterSpec.targets'.
+      layers: what the layers are: 'dense layers'.
+    """
+    for target in targets:
+        if not any(matching((target,), path) for path in paths):
+            raise ValueError(
+                f"{place}: {target!r} matches none of {len(paths)} {layers}; "
+                + did_you_mean(target, (*paths, *NAMED_TARGETS) if paths else ())
+            )

@@ -15,7 +15,15 @@ import optax
 from etils import epath
 
 from flix_jax import buckets
-from flix_jax.adapters import injection, siblings, tables, text_tables, trained_values, tree
+from flix_jax.adapters import (
+    injection,
+    siblings,
+    tables,
+    targets,
+    text_tables,
+    trained_values,
+    tree,
+)
 from flix_jax.adapters.features import FeatureSpace
 from flix_jax.adapters.ids import ABSENT
 from flix_jax.adapters.suggest import did_you_mean
@@ -175,7 +183,7 @@ class Job:
         mistakes.tell()
         with mistakes.part("Run.tables"):
             kinds = self._kinds()
-            if kinds != tables.Kinds():
+            if kinds:
                 self.parameters = dataclasses.replace(self.parameters, kinds=kinds)
         mistakes.tell()
 
@@ -234,38 +242,44 @@ class Job:
         """How many rows of a cell a device computes as one in training."""
         return math.gcd(self.run.rows_of_a_cell, self._rows_at_once)
 
-    def _kinds(self) -> tables.Kinds:
-        """Of which kind a training step makes the table of each layer (`Run.tables`)."""
-        by_target, others = self.run.tables_by_target
-        names = {*by_target.values(), others}
-        kinds = {tables.NONE: None, **tables.KINDS}
-        if tables.AUTO in names:
-            kinds[tables.AUTO] = self._best_kind()
-        found = tables.Kinds(
-            tuple((target, kinds[name]) for target, name in by_target.items()), kinds[others]
-        )
-        try:
-            if by_target:
-                found.check(match.path for match in self.matches.matched)
-        except ValueError as error:
-            raise ValueError(f"Run.tables: {error}") from None
-        return found
-
-    def _best_kind(self) -> str | None:
-        """The kind of table that a training step is fastest with."""
-        run, adapters = self.run, self.model.adapters
-        if adapters is None or adapters.fusion is not None:
-            return None
+    @property
+    def _platform(self) -> str:
+        """Of the devices, as JAX names it; '' of an abstract mesh."""
         if isinstance(self.mesh, jax.sharding.AbstractMesh):
-            return None
+            return ""
+        return self.mesh.devices.flat[0].platform
+
+    def _kinds(self) -> dict[str, str]:
+        """By path of a layer, which kind of table a training step makes for it (`Run.tables`)."""
+        run, adapters = self.run, self.model.adapters
+        by_target, others = run.tables_by_target
+        if adapters is None or adapters.fusion is not None or run.tables == tables.NONE:
+            return {}
+        if run.tables == tables.AUTO and self._platform != "tpu" and self.rows_together == 1:
+            return {}  # which `tables.choose` says of every layer; this saves a trace of them
+        layers = self.matches.matched
+        targets.check(by_target, [layer.path for layer in layers], "Run.tables", "adapted layers")
+        kinds = {}
+        for layer in layers:
+            name = next((by_target[t] for t in targets.matching(by_target, layer.path)), others)
+            kind = self._best_kind(layer) if name == tables.AUTO else tables.KINDS.get(name)
+            if kind is not None:
+                kinds[layer.path] = kind
+        return kinds
+
+    def _best_kind(self, layer: injection.Match) -> str | None:
+        """The kind of table that a training step is fastest with; None is with none."""
+        run, space = self.run, self.space
+        assert space is not None
         examples = self._rows_at_once * (run.own_features or 1)
         return tables.choose(
-            adapters.space,
+            layer,
+            space,
             examples // self.rows_together,
-            self.mesh.devices.flat[0].platform,
+            self._platform,
             parameters=tree.count_parameters(self.parameters.templates[0]),
             rows=self.rows_together,
-            mergeable=run.merge_problem is None and run.model.dtype == "float32",
+            mergeable=run.merges_exactly,
         )
 
     @property
@@ -360,8 +374,10 @@ class Job:
         owned = [["feature", "parameters"]]
         for name, values in counts.items():
             owned += [[f"{name}={value}", f"{count:,}"] for value, count in values.items()]
-        parts = [self.matches.table({"Run.tables": self.parameters.kinds.name})]
-        parts.append(text_tables.plain(owned))
+        kinds, names = self.parameters.kinds, {kind: name for name, kind in tables.KINDS.items()}
+        used = {path: names[kind] for path, kind in kinds.items()}
+        products = {"Run.tables": lambda path: used.get(path, tables.NONE)}
+        parts = [self.matches.table(products), text_tables.plain(owned)]
         groups = siblings.described(self.parameters.siblings)
         if groups:
             parts.append(f"layers of one input are narrowed by one product: {', '.join(groups)}")

@@ -178,10 +178,10 @@ class Run:
       tables: what a training step makes of the adapters' banks before the network uses them
         (`adapters.tables`): 'rows', 'all', 'merged' for kernels that hold the update of a row, or
         of rows of a cell (`adapters.merged`), 'banks' for nothing, or 'auto', which is what is
-        fastest, but takes 'merged' only where products are in float32. The result is the same but
-        for rounding, of which 'merged' in bfloat16 has more. Or {target: one of these}, for the
-        adapted layers that it matches (targets as `AdapterSpec.targets`; the first that matches a
-        layer holds, and layers that none matches are 'auto').
+        fastest, but takes 'merged' only of kernels that are kept in float32. The result is the same
+        but for rounding, of which 'merged' has more where kernels are kept in bfloat16. Or {target:
+        one of these}, for the adapted layers that it matches (targets as `AdapterSpec.targets`; the
+        first that matches a layer holds, and layers that none matches are 'auto').
       mesh: how the devices are arranged.
       seed: of initialisation, dropout and the order of the data.
       data_seed: of the order of the data, where it is another one: runs of several seeds that see
@@ -381,6 +381,14 @@ class Run:
         if isinstance(self.tables, Mapping):
             return self.tables, tables_lib.AUTO
         return {}, self.tables
+
+    @property
+    def merges_exactly(self) -> bool:
+        """Whether kernels can hold an update and the output is no further from the exact one.
+
+        In kernels that are kept in float32; narrower ones lose what is small beside them.
+        """
+        return self.merge_problem is None and self.frozen_dtype in (None, "float32")
 
     def _check_tables(self) -> None:
         by_target, others = self.tables_by_target

@@ -15,7 +15,6 @@ from jax.sharding import Mesh
 from flix_jax.adapters import dense, siblings, tables, tree
 from flix_jax.adapters.injection import AdapterSpec
 from flix_jax.adapters.modules import ALL, MERGED
-from flix_jax.adapters.tables import Kinds
 from flix_jax.models import int8
 from flix_jax.training import partitioning
 from flix_jax.training.axis_rules import BATCH_AXES, FEATURES, Axes, AxisRules
@@ -49,8 +48,8 @@ class Parameters:
       adapters: whether the adapters alone are trained.
       trainable: without adapters, patterns over parameter paths; None trains everything.
       rules: which mesh axes split which dimension.
-      kinds: of adapters, what a training step makes of each layer's banks before the network uses
-        them (`adapters.tables`).
+      kinds: path of an adapted layer -> the kind of table that a training step makes of its banks
+        before the network uses them (`adapters.tables`).
       rows_together: how many consecutive rows of a batch have the same features, and one table.
       spec: the adapters, where a layer has a table.
       dtype: of the products with tables.
@@ -62,7 +61,7 @@ class Parameters:
     adapters: bool
     trainable: tuple[str, ...] | None = None
     rules: AxisRules = AxisRules()
-    kinds: Kinds = Kinds()
+    kinds: Mapping[str, str] = dataclasses.field(default_factory=dict)
     rows_together: int = 1
     spec: AdapterSpec | None = None
     dtype: str = "float32"
@@ -89,12 +88,12 @@ class Parameters:
     @functools.cached_property
     def _banks_in_use(self) -> Any:
         """The same, but banks of which tables are made as they are kept."""
-        if self.kinds == Kinds():
+        if not self.kinds:
             return self.trained_in_use
         used = dict(tree.named_leaves(self.trained_in_use))
         return tree.from_named(
             [
-                (path, kept if self.kinds.of(tree.layer_of(path)) else used[path])
+                (path, kept if tree.layer_of(path) in self.kinds else used[path])
                 for path, kept in tree.named_leaves(self.templates[0])
             ]
         )
@@ -150,15 +149,10 @@ class Parameters:
         """The boxed parameters as shapes, and the siblings."""
         with dense.dense_inputs() as inputs:
             boxed = jax.eval_shape(self._init, jax.random.key(0))
-        spec = self.spec
-        if spec is None or spec.dropout:
+        if self.spec is None or self.spec.dropout:
             return boxed, ()
-
-        def table_with_siblings(path: str) -> str | None:
-            kind = self.kinds.of(path) if spec.matching(path) else None
-            return None if kind == MERGED else kind
-
-        return boxed, siblings.find(table_with_siblings, inputs)
+        beside = {path: kind for path, kind in self.kinds.items() if kind != MERGED}
+        return boxed, siblings.find(beside.get, inputs)
 
     @property
     def siblings(self) -> tuple[tuple[str, ...], ...]:
@@ -276,13 +270,13 @@ class Parameters:
           trained: as `in_use` gives it.
           batch: or a part of it, of which `feature_ids` are used.
         """
-        if self.kinds == Kinds():
+        if not self.kinds:
             return trained, {}
-        axes = self.kinds.parts(self.adapter_axes)
-        templates = self.kinds.parts(self.templates[0])
+        axes = tables.apart(self.adapter_axes, self.kinds)
+        templates = tables.apart(self.templates[0], self.kinds)
         used: dict[str, Any] = {}
         copied: dict[str, Any] = {}
-        for kind, banks in self.kinds.parts(trained).items():
+        for kind, banks in tables.apart(trained, self.kinds).items():
             if kind is None:
                 used = tree.join(used, banks)
                 continue
