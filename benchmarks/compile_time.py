@@ -63,7 +63,7 @@ def main() -> None:
         for name in ("input_tokens", "target_tokens", "loss_weights"):
             shapes[f"decoder_{name}"] = (rows, targets)
         init = functools.partial(model.init, batch_shapes=shapes)
-        best = functools.partial(tables.choose, parameters=0, mergeable=True)
+        best = functools.partial(tables.choose, parameters=0)
         kinds = {
             layer.path: best(layer, space, 1, found.devices[0].platform)
             for layer in injection.matches(spec, init, jax.random.key(0)).matched

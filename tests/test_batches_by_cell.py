@@ -149,7 +149,7 @@ def test_trials_of_one_program_are_their_solo_runs(run, whole, tmp_path):
 
 def test_what_is_fastest_is_chosen_and_told(run, tmp_path):
     def used(**changed):
-        job = Job(dataclasses.replace(run, tables="auto", **changed), tmp_path)
+        job = Job(dataclasses.replace(run, **{"tables": "auto", **changed}), tmp_path)
         (column,) = {line.split()[-1] for line in job.match_table().splitlines() if "/mlp/" in line}
         return column
 
@@ -159,7 +159,9 @@ def test_what_is_fastest_is_chosen_and_told(run, tmp_path):
     assert used(microbatches=8, batching="mixed", rows_per_cell=None) == "banks"
     narrow = dataclasses.replace(run.model, dtype="bfloat16")
     assert used(microbatches=2, model=narrow) == "merged"
-    assert used(microbatches=2, model=narrow, frozen_dtype="bfloat16") == "banks"
+    assert used(microbatches=2, frozen_dtype="bfloat16") == "banks"
+    assert used(microbatches=2, frozen_dtype="bfloat16", tables="fastest") == "merged"
+    assert used(microbatches=2, frozen_dtype="int8", tables="fastest") == "banks"
     dropping = dataclasses.replace(run.adapters, dropout=0.1)
     assert used(microbatches=2, adapters=dropping) == "banks"
 

@@ -38,8 +38,9 @@ from flix_jax.adapters.modules import ALL, COPIES, MERGED, ROWS, common_leaf
 COLUMNS, EXAMPLES, OWN_COLUMNS = "columns", "examples", "own_columns"
 _FEATURES, _RANK = "features", "rank"
 
-#: What a run may say of tables: what is best where it runs, none, or one of the kinds.
-AUTO, NONE = "auto", "banks"
+#: What a run may say of tables: what is fastest where it runs and rounds no more than banks would,
+#: what is fastest, none, or one of the kinds.
+AUTO, FASTEST, NONE = "auto", "fastest", "banks"
 KINDS = {"all": ALL, "rows": ROWS, "merged": MERGED}
 
 _LANES = 128  # columns that a TPU multiplies with at the price of one
@@ -81,7 +82,7 @@ def choose(
       platform: of the devices, as JAX names it.
       parameters: of all banks.
       rows: how many rows are known to have equal features.
-      mergeable: whether kernels can hold the update, and what that rounds is no loss.
+      mergeable: whether kernels can, and may, hold the update.
     """
     if platform != "tpu":
         return MERGED if mergeable and rows > 1 and examples == 1 else None

@@ -255,19 +255,23 @@ class Job:
         by_target, others = run.tables_by_target
         if adapters is None or adapters.fusion is not None or run.tables == tables.NONE:
             return {}
-        if run.tables == tables.AUTO and self._platform != "tpu" and self.rows_together == 1:
-            return {}  # which `tables.choose` says of every layer; this saves a trace of them
+        chosen = {tables.AUTO: run.merges_exactly, tables.FASTEST: run.merge_problem is None}
+        if not by_target and others in chosen:
+            if self._platform != "tpu" and self.rows_together == 1:
+                return {}  # as `tables.choose` says of every layer; this saves a trace of them
         layers = self.matches.matched
         targets.check(by_target, [layer.path for layer in layers], "Run.tables", "adapted layers")
         kinds = {}
         for layer in layers:
             name = next((by_target[t] for t in targets.matching(by_target, layer.path)), others)
-            kind = self._best_kind(layer) if name == tables.AUTO else tables.KINDS.get(name)
+            kind = tables.KINDS.get(name)
+            if name in chosen:
+                kind = self._best_kind(layer, mergeable=chosen[name])
             if kind is not None:
                 kinds[layer.path] = kind
         return kinds
 
-    def _best_kind(self, layer: injection.Match) -> str | None:
+    def _best_kind(self, layer: injection.Match, *, mergeable: bool) -> str | None:
         """The kind of table that a training step is fastest with; None is with none."""
         run, space = self.run, self.space
         assert space is not None
@@ -279,7 +283,7 @@ class Job:
             self._platform,
             parameters=tree.count_parameters(self.parameters.templates[0]),
             rows=self.rows_together,
-            mergeable=run.merges_exactly,
+            mergeable=mergeable,
         )
 
     @property

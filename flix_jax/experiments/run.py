@@ -177,11 +177,12 @@ class Run:
         keeps matrices so, with a float32 scale per output channel, and the rest as it is.
       tables: what a training step makes of the adapters' banks before the network uses them
         (`adapters.tables`): 'rows', 'all', 'merged' for kernels that hold the update of a row, or
-        of rows of a cell (`adapters.merged`), 'banks' for nothing, or 'auto', which is what is
-        fastest, but takes 'merged' only of kernels that are kept in float32. The result is the same
-        but for rounding, of which 'merged' has more where kernels are kept in bfloat16. Or {target:
-        one of these}, for the adapted layers that it matches (targets as `AdapterSpec.targets`; the
-        first that matches a layer holds, and layers that none matches are 'auto').
+        of rows of a cell (`adapters.merged`), 'banks' for nothing, or, for each layer what is
+        thought fastest, 'fastest', and 'auto', which takes 'merged' only of kernels that are kept
+        in float32. The result is the same but for rounding, of which 'merged' has more where
+        kernels are kept in bfloat16. Or {target: one of these}, for the adapted layers that it
+        matches (targets as `AdapterSpec.targets`; the first that matches a layer holds, and layers
+        that none matches are 'auto').
       mesh: how the devices are arranged.
       seed: of initialisation, dropout and the order of the data.
       data_seed: of the order of the data, where it is another one: runs of several seeds that see
@@ -398,7 +399,7 @@ class Run:
         self._check_table(f"Run.tables = {others!r}", others)
 
     def _check_table(self, place: str, kind: str) -> None:
-        known = (tables_lib.AUTO, tables_lib.NONE, *tables_lib.KINDS)
+        known = (tables_lib.AUTO, tables_lib.FASTEST, tables_lib.NONE, *tables_lib.KINDS)
         if kind not in known:
             raise ValueError(f"{place}: expected one of {known}; {did_you_mean(str(kind), known)}")
         if kind in tables_lib.KINDS and (self.adapters is None or self.adapters.fusion is not None):
