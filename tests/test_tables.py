@@ -245,6 +245,32 @@ def test_matched_modules_say_what_each_layer_multiplies_with(run, tmp_path):
     assert used["decoder/decoder/encoder_decoder_attention/query"] == "banks"
 
 
+def test_a_tpu_has_what_pays_for_each_module(run, tmp_path, monkeypatch):
+    """8 positions of the encoder's output and 6 of the decoder's, widths 16 and 32."""
+    monkeypatch.setattr(Job, "_platform", "tpu")
+
+    def used(**changed):
+        mesh = MESHES[0].make(jax.devices()[:1])
+        job = Job(dataclasses.replace(run, mesh=MESHES[0], **changed), tmp_path, mesh=mesh)
+        lines = [line.split() for line in job.match_table().splitlines()]
+        return {line[0]: line[-1] for line in lines if line and "/" in line[0]}
+
+    merged = ("encoder/encoder/attention/query", "encoder/encoder/attention/out")
+    merged += tuple(f"decoder/decoder/encoder_decoder_attention/{n}" for n in ("key", "value"))
+    beside = ("encoder/encoder/mlp/wi_0", "decoder/decoder/mlp/wo")
+    beside += (
+        "decoder/decoder/self_attention/key",
+        "decoder/decoder/encoder_decoder_attention/out",
+    )
+    for found in (used(), used(frozen_dtype="bfloat16", tables="fastest")):
+        assert {found[path] for path in merged} == {"merged"}
+        assert {found[path] for path in beside} == {"all"}
+    assert set(used(frozen_dtype="bfloat16").values()) == {"all"}
+    of_mlp = used(frozen_dtype="bfloat16", tables={"mlp": "fastest", ".*/key": "rows"})
+    assert of_mlp["encoder/encoder/attention/query"] == "all"
+    assert of_mlp["encoder/encoder/attention/key"] == "rows"
+
+
 def test_the_choice():
     many = FeatureSpace((FeatureType("f", tuple(map(str, range(30))), rank=4),))
     one = FeatureSpace((FeatureType("f", ("shared",), rank=8),))
