@@ -117,6 +117,12 @@ BENCHMARKS = (
         ("libtpu",),
     ),
     Benchmark(
+        f"""{POD} {FULL} --gin "Run.tables='fastest'" --sides frozen LoRA FLix""",
+        "the same with `Run.tables = 'fastest'`",
+        {"FLix / frozen": "≤ 1.15", "LoRA / frozen": ""},
+        ("libtpu",),
+    ),
+    Benchmark(
         "benchmarks/frozen_plan.py --pod mt5_xxl_v5e_16x16 --sides frozen LoRA FLix",
         "mT5-xxl on v5e:16x16, 1 row of a chip, cycles by the TPU compiler",
         {"FLix / frozen": "≤ 1.111", "LoRA / frozen": ""},  # a tenth of all cycles
