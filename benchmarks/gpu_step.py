@@ -111,7 +111,8 @@ class Training(Ours):
             dtype=config.dtype,
         )
         if table is not None:
-            kinds = dict.fromkeys(tree.adapted_layers(parameters.templates[0]), table)
+            paths = (path for path, _ in tree.named_leaves(parameters.templates[0]))
+            kinds = dict.fromkeys(map(tree.layer_of, paths), table)
             parameters = dataclasses.replace(parameters, kinds=kinds)
         optimizer = Optimizer("adamw").build(1000)
         if spec is not None:

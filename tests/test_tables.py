@@ -230,11 +230,15 @@ def test_matched_modules_say_which_layers_are_narrowed_together(run, tmp_path):
     )
 
 
-def test_matched_modules_say_what_each_layer_multiplies_with(run, tmp_path):
-    told = Job(dataclasses.replace(run, tables=BY_LAYER), tmp_path).match_table()
-    lines = [line.split() for line in told.splitlines()]
+def kinds_told(job):
+    """By path of a module, what `matched_modules.txt` says that it multiplies with."""
+    lines = [line.split() for line in job.match_table().splitlines()]
     assert lines[0] == ["module", "times", "d_in", "d_out", "parameters", "Run.tables"]
-    used = {line[0]: line[-1] for line in lines if line and "/" in line[0]}
+    return {line[0]: line[-1] for line in lines if line and "/" in line[0]}
+
+
+def test_matched_modules_say_what_each_layer_multiplies_with(run, tmp_path):
+    used = kinds_told(Job(dataclasses.replace(run, tables=BY_LAYER), tmp_path))
     assert used["encoder/encoder/mlp/wi_0"] == used["encoder/encoder/mlp/wo"] == "merged"
     assert used["encoder/encoder/attention/query"] == "rows"
     assert used["encoder/encoder/attention/value"] == "banks"
@@ -251,9 +255,8 @@ def test_a_tpu_has_what_pays_for_each_module(run, tmp_path, monkeypatch):
 
     def used(**changed):
         mesh = MESHES[0].make(jax.devices()[:1])
-        job = Job(dataclasses.replace(run, mesh=MESHES[0], **changed), tmp_path, mesh=mesh)
-        lines = [line.split() for line in job.match_table().splitlines()]
-        return {line[0]: line[-1] for line in lines if line and "/" in line[0]}
+        changed = dataclasses.replace(run, mesh=MESHES[0], **changed)
+        return kinds_told(Job(changed, tmp_path, mesh=mesh))
 
     merged = ("encoder/encoder/attention/query", "encoder/encoder/attention/out")
     merged += tuple(f"decoder/decoder/encoder_decoder_attention/{n}" for n in ("key", "value"))

@@ -137,12 +137,6 @@ def layer_of(path: Path) -> str:
     return "/".join(path[: path.index(CHILD)])
 
 
-def adapted_layers(adapters: Tree) -> list[str]:
-    """The paths of the layers that adapters are of."""
-    found = (path for path, _ in named_leaves(adapters) if CHILD in path and not is_shared(path))
-    return list(dict.fromkeys(map(layer_of, found)))
-
-
 def adapter_counts(adapters: Tree, space: FeatureSpace) -> dict[str, dict[str, int]]:
     """How many parameters each feature owns: type -> value -> count.
 

@@ -256,34 +256,33 @@ class Job:
         if adapters is None or adapters.fusion is not None or run.tables == tables.NONE:
             return {}
         chosen = {tables.AUTO: run.merges_exactly, tables.FASTEST: run.merge_problem is None}
-        if not by_target and others in chosen:
-            if self._platform != "tpu" and self.rows_together == 1:
-                return {}  # as `tables.choose` says of every layer; this saves a trace of them
+        never = self._platform != "tpu" and self.rows_together == 1
+        if never and not by_target and others in chosen:
+            return {}  # as `tables.choose` says of every layer; this saves a trace of them
         layers = self.matches.matched
         targets.check(by_target, [layer.path for layer in layers], "Run.tables", "adapted layers")
+        choose = self._choice_of_kinds()
         kinds = {}
         for layer in layers:
             name = next((by_target[t] for t in targets.matching(by_target, layer.path)), others)
             kind = tables.KINDS.get(name)
             if name in chosen:
-                kind = self._best_kind(layer, mergeable=chosen[name])
+                kind = choose(layer, mergeable=chosen[name])
             if kind is not None:
                 kinds[layer.path] = kind
         return kinds
 
-    def _best_kind(self, layer: injection.Match, *, mergeable: bool) -> str | None:
-        """The kind of table that a training step is fastest with; None is with none."""
-        run, space = self.run, self.space
-        assert space is not None
-        examples = self._rows_at_once * (run.own_features or 1)
-        return tables.choose(
-            layer,
-            space,
-            examples // self.rows_together,
-            self._platform,
+    def _choice_of_kinds(self) -> Callable[..., str | None]:
+        """`tables.choose` of a layer, with what all layers have in common."""
+        assert self.space is not None
+        examples = self._rows_at_once * (self.run.own_features or 1)
+        return functools.partial(
+            tables.choose,
+            space=self.space,
+            examples=examples // self.rows_together,
+            platform=self._platform,
             parameters=tree.count_parameters(self.parameters.templates[0]),
             rows=self.rows_together,
-            mergeable=mergeable,
         )
 
     @property
