@@ -1,6 +1,7 @@
 """The tokenised examples of one cell as flat arrays in memory."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -90,6 +91,11 @@ class CellData:
             example["sources"] = self.sources[index]
         return example
 
+    def token_counts(self, lengths: Mapping[str, int]) -> Int[np.ndarray, "examples sides"]:
+        """Of every example's inputs, targets or sources, those that a batch of `lengths` holds."""
+        rows = [(getattr(self, side), length) for side, length in lengths.items()]
+        return np.stack([np.minimum(np.diff(of.offsets), length) for of, length in rows], axis=1)
+
     def digest(self) -> str:
         """Hash of everything that the examples consist of."""
         hasher = hashlib.blake2b(digest_size=16)
@@ -154,14 +160,67 @@ class PackingReport:
 
 
 @dataclass(frozen=True)
+class BucketReport:
+    """What batches of nearly one length are, by those of a window.
+
+    Attributes:
+      lengths: of inputs and of targets, of every batch.
+      tokens: of all inputs and of all targets.
+      rows: of a batch.
+      limits: the longest lengths of inputs and of targets.
+      target_tokens: the least and the most of a batch.
+      target_tokens_without: the same of the batches that there were without buckets.
+      variance: of the shares that cells have in a batch, as a multiple of that without buckets;
+        None where shares do not vary then.
+    """
+
+    lengths: tuple[tuple[int, ...], ...]
+    tokens: tuple[int, ...]
+    rows: int
+    limits: tuple[int, int]
+    target_tokens: tuple[int, int]
+    target_tokens_without: tuple[int, int]
+    variance: float | None
+
+    def line(self) -> str:
+        """The report in a line."""
+        batches = len(self.lengths)
+        shapes = [
+            f"{inputs}/{targets} ({count / batches:.0%})"
+            for (inputs, targets), count in sorted(Counter(self.lengths).items())
+        ]
+        made = [self.rows * sum(of) for of in zip(*self.lengths, strict=True)]
+        full = [
+            f"{used / positions:.0%}"
+            for all_positions in (made, [self.rows * batches * limit for limit in self.limits])
+            for used, positions in zip(self.tokens, all_positions, strict=True)
+        ]
+        least, most = self.target_tokens
+        least_without, most_without = self.target_tokens_without
+        text = (
+            f"batches by length: inputs/targets of {', '.join(shapes)}; {full[0]} of the inputs' "
+            f"positions and {full[1]} of the targets' hold tokens (without buckets {full[2]} and "
+            f"{full[3]}); a batch has {least:,} to {most:,} target tokens (without "
+            f"{least_without:,} to {most_without:,})"
+        )
+        if self.variance is not None:
+            text += (
+                f", and what cells differ in has {self.variance:.1f} times the variance in a "
+                "gradient that it has without"
+            )
+        return text
+
+
+@dataclass(frozen=True)
 class DataReport:
     """Per training cell: examples, rate, token lengths, and how much the lengths cut off.
 
-    `packing` is None where a row holds one example.
+    `packing` is None where a row holds one example, `buckets` where all batches have one length.
     """
 
     cells: Mapping[Cell, CellReport]
     packing: PackingReport | None = None
+    buckets: BucketReport | None = None
 
     @property
     def cut(self) -> bool:
@@ -204,6 +263,7 @@ def report_on(
     data: Mapping[Cell, CellData],
     rates: Mapping[Cell, float],
     packing: PackingReport | None = None,
+    buckets: BucketReport | None = None,
 ) -> DataReport:
     """Counts `data`."""
     return DataReport(
@@ -222,6 +282,7 @@ def report_on(
             for cell, examples in data.items()
         },
         packing,
+        buckets,
     )
 
 

@@ -22,6 +22,7 @@ guarantees the stream of raw words across versions (not that of shuffles): permu
 import hashlib
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int
@@ -31,6 +32,14 @@ BLOCK = 1024  # positions
 _ONE = 1 << 32  # shares are integers in units of 2**-32
 _STRIDE = 256  # blocks between two stored counts
 _GOLDEN = 2654435769  # 2**32 / golden ratio, odd: u_b visits all of [0, 2**32) evenly
+
+
+class Drawn(NamedTuple):
+    """An example: the number of its cell in the order's names, its own there, its position."""
+
+    cell: int
+    example: int
+    position: int
 
 
 def philox(*key: Hashable) -> np.random.Philox:

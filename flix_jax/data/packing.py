@@ -16,24 +16,16 @@ from __future__ import annotations
 import bisect
 import threading
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 
 from flix_jax.data.examples import CellData, PackingReport
-from flix_jax.data.order import ExampleOrder, Recent, permutation
+from flix_jax.data.order import Drawn, ExampleOrder, Recent, permutation
 
 WINDOW = 8192  # examples; a multiple of the order's blocks
 VERSION = 1  # changes when the same examples are packed otherwise
-
-
-class Drawn(NamedTuple):
-    """An example: the number of its cell in the order's names, its own there, its position."""
-
-    cell: int
-    example: int
-    position: int
 
 
 def pack(
@@ -106,18 +98,7 @@ class PackedOrder:
             raise ValueError("packing: examples have sources, which are not packed")
         self._order = order
         self._limits = (lengths["inputs"], lengths["targets"])
-        self._sizes = [
-            np.stack(
-                [
-                    np.minimum(np.diff(tokens.offsets), limit)
-                    for tokens, limit in zip(
-                        (data[name].inputs, data[name].targets), self._limits, strict=True
-                    )
-                ],
-                axis=1,
-            )
-            for name in order.names
-        ]
+        self._sizes = [data[name].token_counts(lengths) for name in order.names]
         self._most = examples_per_row
         apart = examples_per_row is None
         of_cells = [data[name].feature_ids if apart else None for name in order.names]

@@ -16,8 +16,9 @@ import numpy as np
 from flix_jax.adapters.ids import ABSENT
 from flix_jax.data.cells import Cell, match
 from flix_jax.data.examples import CellData, DataReport, Example, report_on
-from flix_jax.data.order import VERSION, ExampleOrder, philox
-from flix_jax.data.packing import Drawn, PackedOrder
+from flix_jax.data.length_buckets import BucketedOrder
+from flix_jax.data.order import VERSION, Drawn, ExampleOrder, philox
+from flix_jax.data.packing import PackedOrder
 
 Batch = dict[str, np.ndarray]
 Transform = Callable[[Example, np.random.Generator], Example]
@@ -50,12 +51,15 @@ class TrainPipeline:
         equal features.
       rows_per_cell: without packing, how many consecutive rows are of one cell; a divisor of
         `global_batch_size`.
+      length_buckets: without packing, how many lengths inputs and targets of a batch may have,
+        {'inputs': n, 'targets': m}: those of `lengths` and their halves; see `length_buckets`.
 
     Raises:
       ValueError: for no cells, lengths below 1, rows that are not of the batch, cells of which only
         some have feature ids or sources, transforms for no cell; packing with transforms or with
         sources; examples_per_row without packing; rows_per_cell with packing, not a divisor, or
-        with a cell whose examples have different features.
+        with a cell whose examples have different features; length_buckets with packing, or of a
+        length that cannot be halved so often.
     """
 
     def __init__(
@@ -71,11 +75,14 @@ class TrainPipeline:
         packing: bool = False,
         examples_per_row: int | None = None,
         rows_per_cell: int = 1,
+        length_buckets: Mapping[str, int] | None = None,
     ):
         if global_batch_size < 1:
             raise ValueError(f"global_batch_size={global_batch_size}: expected at least 1")
         if packing and rows_per_cell > 1:
             raise ValueError(f"rows_per_cell={rows_per_cell}: has no effect with packing")
+        if packing and length_buckets:
+            raise ValueError(f"length_buckets={dict(length_buckets)}: no effect with packing")
         if rows_per_cell < 1 or global_batch_size % rows_per_cell:
             raise ValueError(
                 f"rows_per_cell={rows_per_cell}: expected a divisor of global_batch_size="
@@ -113,8 +120,23 @@ class TrainPipeline:
             of = (self._order, self._data, self.lengths, tuple(self._transforms))
             self._packed = PackedOrder(*of, examples_per_row)
         self._examples_per_row = examples_per_row
-        packed = None if self._packed is None else self._packed.report()
-        self._report = report_on(data, rates, packed)
+        self._bucketed = None
+        if length_buckets:
+            self._bucketed = BucketedOrder(
+                self._order,
+                self._data,
+                self.lengths,
+                length_buckets,
+                self.global_batch_size,
+                self._example,
+                self._transforms,
+            )
+        self._report = report_on(
+            data,
+            rates,
+            None if self._packed is None else self._packed.report(),
+            None if self._bucketed is None else self._bucketed.report(),
+        )
         self._state = self._describe()
 
     @property
@@ -122,7 +144,7 @@ class TrainPipeline:
         return self._order.seed
 
     def batch_at(self, step: int) -> Batch:
-        """`rows` of the batch of `step` (from 0), padded with zeros.
+        """`rows` of the batch of `step` (from 0), padded with zeros to `lengths_at` it.
 
         Returns:
           int32 `encoder_input_tokens` [rows, L], `decoder_input_tokens`, `decoder_target_tokens`,
@@ -132,14 +154,14 @@ class TrainPipeline:
           examples of a row by number from 1 on, 0 where there is padding. With `examples_per_row`
           `feature_ids` are [rows, examples_per_row, slots], -1 where a row has fewer.
         """
-        rows = len(self.rows)
-        inputs = np.zeros((rows, self.lengths["inputs"]), np.int32)
-        targets = np.zeros((rows, self.lengths["targets"]), np.int32)
+        rows, lengths = len(self.rows), self.lengths_at(step)
+        inputs = np.zeros((rows, lengths["inputs"]), np.int32)
+        targets = np.zeros((rows, lengths["targets"]), np.int32)
         packed = self._packed is not None
         segments = [np.zeros_like(inputs), np.zeros_like(targets)] if packed else []
         each = () if self._examples_per_row is None else (self._examples_per_row,)
         feature_ids = np.full((rows, *each, self.num_slots or 0), ABSENT, np.int32)
-        sources = np.zeros((rows, self.lengths.get(SOURCES, 0)), np.int32)
+        sources = np.zeros((rows, lengths.get(SOURCES, 0)), np.int32)
         for row, drawn in enumerate(self._rows_at(step, self.rows)):
             ends = [0, 0]
             for number, one in enumerate(drawn, 1):
@@ -167,6 +189,10 @@ class TrainPipeline:
             batch[SOURCE_TOKENS] = sources
         return batch
 
+    def lengths_at(self, step: int) -> dict[str, int]:
+        """The lengths of the batch of `step`, as `lengths`."""
+        return self.lengths if self._bucketed is None else self._bucketed.lengths_at(int(step))
+
     def origins_at(self, step: int) -> list[tuple[str, int, int]]:
         """Where the examples of the global batch of `step` come from.
 
@@ -186,13 +212,16 @@ class TrainPipeline:
         if self._packed is not None:
             rows = self._packed.rows_at(start, self.global_batch_size)
             return [rows[place] for place in places]
+        if self._bucketed is not None:
+            batch = self._bucketed.rows_at(int(step))
+            return [[batch[place]] for place in places]
         cells, draws = (of[places] for of in self._order.cells_at(start, self.global_batch_size))
         examples = self._order.examples(cells, draws)
         drawn = zip(cells.tolist(), examples.tolist(), (start + places).tolist(), strict=True)
         return [[Drawn(*one)] for one in drawn]
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of every array of the global batch."""
+        """The shape of every array of the global batch, where it is as long as any."""
         return batch_shapes(
             self.global_batch_size,
             self.lengths,
@@ -242,6 +271,7 @@ class TrainPipeline:
             "data_digest": hashlib.blake2b(repr(digests).encode(), digest_size=16).hexdigest(),
             "packing": None if self._packed is None else self._packed.version,
             "rows_per_cell": None if order.together == 1 else order.together,
+            "length_buckets": None if self._bucketed is None else self._bucketed.version,
         }
 
     def _example(self, drawn: Drawn) -> Example:

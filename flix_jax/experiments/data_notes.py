@@ -1,7 +1,7 @@
 """What a run's folder and its log tell of its data.
 
 cells.txt     examples per cell: how many there are, are cut, and are dropped; how rows are packed,
-              or what batches by cell do
+              or what batches by cell or by length do
 overlap.txt   inputs that stand in training and in evaluation data
 missing.txt   files that the benchmark lists and the data folder lacks
 skipped.txt   records that cannot be read and were left out
@@ -48,8 +48,8 @@ def _note(job: Job, name: str, text: str) -> str:
 
 
 def _cells(job: Job, report: DataReport) -> list[str]:
-    packed = [] if report.packing is None else [report.packing.line()]
-    rows = [*packed, *_by_cell(job, report)]
+    told = [of.line() for of in (report.packing, report.buckets) if of is not None]
+    rows = [*told, *_by_cell(job, report)]
     tables = [job.cells_table(report), report.table(), *rows]
     place = _note(job, "cells.txt", "\n\n".join(tables))
     lines = [*rows, *([f"some examples are cut, {place}"] if report.cut else [])]

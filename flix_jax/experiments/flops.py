@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from flix_jax.adapters import tree
 from flix_jax.adapters.fusion import FROM_TARGET, MATRICES
-from flix_jax.adapters.source import SOURCE_TOKENS
+from flix_jax.data.pipeline import SOURCES
 from flix_jax.experiments.job import Job
 
 
-def model_flops(job: Job) -> float:
+def model_flops(job: Job, lengths: Mapping[str, int] | None = None) -> float:
     """Multiplications and additions of a step that the model asks for, over the whole batch.
 
     The products with kernels and within attention, forward and for the gradients with respect to
     activations, and for those with respect to what is trained; of adapters the columns of an
     example's own features; of a source that they read the forward pass of the whole encoder. What
-    rematerialisation does again is not counted.
+    rematerialisation does again is not counted. `lengths` are those of the batch, by default the
+    longest that the run has.
     """
     run, config = job.run, job.run.model
-    inputs = run.batch_size * run.inputs_length
-    targets = run.batch_size * run.targets_length
-    source_length = _source_length(job)
+    lengths = job.lengths if lengths is None else lengths
+    inputs = run.batch_size * lengths["inputs"]
+    targets = run.batch_size * lengths["targets"]
+    source_length = _source_length(job, lengths)
     sources = run.batch_size * source_length
     times = 3 if run.trains_everything else 2
     total = 0.0
@@ -41,32 +44,34 @@ def model_flops(job: Job) -> float:
         if tree.is_shared(path):  # forward, and its own gradient
             total += 2 * 2.0 * sources * math.prod(leaf.shape)
             continue
-        total += _adapter_flops(job, path, math.prod(leaf.shape), tokens(*path[:-3]))
+        of = (math.prod(leaf.shape), tokens(*path[:-3]), sources)
+        total += _adapter_flops(job, path, *of)
     if config.logits_via_embedding:
         total += times * 2.0 * targets * config.emb_dim * config.vocab_size
     width = config.num_heads * config.head_dim
-    attended = config.num_encoder_layers * run.inputs_length**2 + config.num_decoder_layers * (
-        run.targets_length**2 + run.targets_length * run.inputs_length
+    length, target_length = lengths["inputs"], lengths["targets"]
+    attended = config.num_encoder_layers * length**2 + config.num_decoder_layers * (
+        target_length**2 + target_length * length
     )
     total += 4.0 * run.batch_size * width * config.num_encoder_layers * source_length**2
     return total + 3 * 4.0 * run.batch_size * width * attended
 
 
-def _source_length(job: Job) -> int:
+def _source_length(job: Job, lengths: Mapping[str, int]) -> int:
     """Of the source texts that adapters read; 0 where they read none."""
     spec = job.model.adapters
-    if spec is None or spec.fusion is None:
-        return 0
-    return job.batch_shapes(1).get(SOURCE_TOKENS, (1, 0))[1]
+    return 0 if spec is None or spec.fusion is None else lengths.get(SOURCES, 0)
 
 
-def _adapter_flops(job: Job, path: tuple[str, ...], size: int, tokens: int) -> float:
-    """Those of the products with one leaf of the adapters, of `size` elements."""
+def _adapter_flops(job: Job, path: tuple[str, ...], size: int, tokens: int, sources: int) -> float:
+    """Those of the products with one leaf of the adapters, of `size` elements.
+
+    `tokens` are those that the layer sees in a batch, `sources` those of its sources.
+    """
     spec = job.model.adapters
     assert job.space is not None and spec is not None
     of = job.space.type(path[-2])
     rows = job.run.batch_size
-    sources = rows * _source_length(job)
     columns = of.slots * of.max_rank
     fused = sources > 0 and spec.fuses("/".join(path[:-3]))
     per_column = size / (of.num_values * of.max_rank)  # of all layers of a stack

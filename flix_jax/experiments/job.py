@@ -462,6 +462,7 @@ class Job:
             packing=bool(run.packing),
             examples_per_row=run.own_features,
             rows_per_cell=run.rows_of_a_cell,
+            length_buckets=run.buckets,
         )
 
     def _check_features(self, data: Mapping[Cell, CellData]) -> None:

@@ -167,6 +167,11 @@ class Run:
         so that a gradient varies more from one to the next (see docs/data.md).
       rows_per_cell: of batches by cell, how many consecutive rows are of one, a divisor of
         `batch_size`. None is 8.
+      length_buckets: how many lengths the inputs and the targets of a batch may have: with 3 those
+        of the run, their halves and quarters. Batches are then of examples of nearly one length,
+        and every pair of lengths is compiled once; what that does to a batch is told in
+        docs/data.md and by the log. A number for both, or {'inputs': n, 'targets': m}; 1 pads all
+        batches alike. Not with packing.
       read_lengths: (inputs, targets) in tokens to which examples are cut when they are read, for
         transforms that shorten them; None is the lengths of the batch.
       microbatches: parts of a batch that are computed one after another, to save memory.
@@ -221,6 +226,7 @@ class Run:
     examples_per_row: int | None = None
     batching: str = MIXED
     rows_per_cell: int | None = None
+    length_buckets: int | Mapping[str, int] = 1
     read_lengths: tuple[int, int] | None = None
     microbatches: int = 1
     loss_chunks: int = 1
@@ -271,6 +277,7 @@ class Run:
             raise ValueError("Run.read_lengths has no effect without Run.transforms")
         self._check_packing()
         self._check_batching()
+        self._check_length_buckets()
         if self.frozen_dtype is not None and self.frozen_dtype not in FROZEN_DTYPES:
             raise ValueError(
                 f"Run.frozen_dtype {self.frozen_dtype!r} is none of {list(FROZEN_DTYPES)}; "
@@ -362,6 +369,37 @@ class Run:
                 f"Run.batching = {BY_CELL!r}: packed rows have the cells that fill them; expected "
                 "Run.packing = False"
             )
+
+    def _check_length_buckets(self) -> None:
+        given = self.length_buckets
+        place = f"Run.length_buckets = {given!r}"
+        sides = ("inputs", "targets")
+        if isinstance(given, Mapping):
+            for side in given:
+                if side not in sides:
+                    near = did_you_mean(str(side), sides)
+                    raise ValueError(f"{place}: {side!r} is none of {list(sides)}; {near}")
+        counts = given.values() if isinstance(given, Mapping) else [given]
+        if not all(type(count) is int and count >= 1 for count in counts):
+            raise ValueError(
+                f"{place}: expected how many lengths there are, 1 or more, or such numbers for "
+                "'inputs' and 'targets'"
+            )
+        buckets = self.buckets
+        if buckets and self.packing:
+            raise ValueError(
+                f"{place}: Run.packing = {self.packing!r} fills rows of one length; expected one "
+                "or the other (in gin, a base that is a run may need base/Run.length_buckets = 1)"
+            )
+        for side, parts in (("inputs", 1), ("targets", self.loss_chunks)):
+            length = getattr(self, f"{side}_length")
+            multiple = parts * 2 ** (buckets.get(side, 1) - 1)
+            if length % multiple:
+                of = "" if parts == 1 else f" and Run.loss_chunks = {parts}"
+                raise ValueError(
+                    f"{place}: Run.{side}_length = {length} is halved for each but the first; "
+                    f"expected, with this{of}, a multiple of {multiple}"
+                )
 
     @property
     def merge_problem(self) -> str | None:
@@ -467,6 +505,15 @@ class Run:
     def rows_of_a_cell(self) -> int:
         """How many consecutive rows of a batch are of one cell, and have its features."""
         return (self.rows_per_cell or ROWS_PER_CELL) if self.batching == BY_CELL else 1
+
+    @property
+    def buckets(self) -> dict[str, int]:
+        """How many lengths either side of a batch may have; {} where all batches are alike."""
+        of = self.length_buckets
+        both = of if isinstance(of, Mapping) else {"inputs": of, "targets": of}
+        if max(both.values(), default=1) == 1:
+            return {}
+        return {side: both.get(side, 1) for side in ("inputs", "targets")}
 
     @property
     def most_examples(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -117,7 +118,7 @@ def train(
                 log_every=run.log_every,
                 wait_seconds=lambda: batches.wait_seconds,
                 devices=job.mesh.size,
-                utilization=_utilization(job),
+                utilization=_utilization(job, pipeline),
                 title=title,
                 hparams=run.hparams(),
                 wandb_project=run.wandb_project,
@@ -226,11 +227,17 @@ def _check_profile(profile: tuple[int, int], first: int, last: int) -> None:
         )
 
 
-def _utilization(job: Job) -> float | None:
-    """The share of the devices' peak that one step a second would be."""
-    device = job.mesh.devices.flat[0]
-    peak = topology.peak_flops(device.device_kind)
-    return None if peak is None else flops.model_flops(job) / (peak * job.mesh.size)
+def _utilization(job: Job, pipeline: TrainPipeline) -> Callable[[int], float] | None:
+    """By step, the share of the devices' peak that it would be if it took a second."""
+    peak = topology.peak_flops(job.mesh.devices.flat[0].device_kind)
+    if peak is None:
+        return None
+
+    @functools.cache
+    def share(lengths: tuple[tuple[str, int], ...]) -> float:
+        return flops.model_flops(job, dict(lengths)) / (peak * job.mesh.size)
+
+    return lambda step: share(tuple(pipeline.lengths_at(step - 1).items()))
 
 
 def train_base(

@@ -49,7 +49,8 @@ class Reporter:
       log_every: the window in steps.
       wait_seconds: the time so far in which the loop waited for data.
       devices: how many there are, over all processes.
-      utilization: share of the devices' peak that one step a second is; None where it is not known.
+      utilization: by step, the share of the devices' peak that it would be if it took a second;
+        None where that is not known.
       title: what is running, before the progress bar.
       show: whether the console is written to.
       hparams: what TensorBoard's page of hyperparameters shows of the run, by name.
@@ -66,7 +67,7 @@ class Reporter:
         log_every: int,
         wait_seconds: Callable[[], float],
         devices: int = 1,
-        utilization: float | None = None,
+        utilization: Callable[[int], float] | None = None,
         title: str = "train",
         show: bool = True,
         hparams: Mapping[str, str | float] | None = None,
@@ -190,7 +191,7 @@ class Reporter:
                 f"{', '.join(map(str, numbers))} ({self._skipped} steps so far)"
             )
         if self._utilization is not None:
-            line["mfu"] = self._utilization * line["steps_per_second"]
+            line["mfu"] = sum(map(self._utilization, steps)) / seconds
         memory = jax.local_devices()[0].memory_stats() or {}
         if "peak_bytes_in_use" in memory:
             line["device_memory"] = memory["peak_bytes_in_use"]

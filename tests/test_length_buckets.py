@@ -1,0 +1,341 @@
+"""Batches of examples of nearly one length: which examples share one, and how long it is."""
+
+import collections
+import concurrent.futures
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flix_jax.data import length_buckets
+from flix_jax.data.cells import Cell
+from flix_jax.data.denoising import SpanCorruption
+from flix_jax.data.examples import CellData, Ragged
+from flix_jax.data.pipeline import SOURCE_TOKENS, TrainPipeline
+from flix_jax.data.vocabularies import ByteVocabulary
+
+LENGTHS = {"inputs": 16, "targets": 8}
+BUCKETS = {"inputs": 3, "targets": 2}
+CELLS = {Cell("ner", "sw"): 0.2, Cell("ner", "yo"): 0.5, Cell("qa", "sw"): 0.3}
+ROWS = 6
+WINDOW = 5  # batches
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_windows():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(length_buckets, "BATCHES", WINDOW)
+        yield
+
+
+def data_of(seed=0, sources=None):
+    """Cells of 40 examples: long ones are few, and a cell's are of a length of their own."""
+    draw = np.random.default_rng(seed)
+    found = {}
+    for number, cell in enumerate(CELLS):
+
+        def rows(most, number=number):
+            sizes = 1 + draw.binomial(most - 1, (0.15, 0.3, 0.7)[number], 40)
+            return Ragged.from_rows([draw.integers(2, 60, size) for size in sizes])
+
+        ids = np.tile(np.int32([[number, number + 1]]), (40, 1))
+        texts = None if sources is None else rows(sources)
+        found[cell] = CellData(rows(20), rows(8), ids, sources=texts)
+    return found
+
+
+def make(seed=0, buckets=BUCKETS, lengths=LENGTHS, sources=None, **options):
+    if sources is not None:
+        lengths = {**lengths, "sources": sources}
+    more = {"lengths": lengths, "global_batch_size": ROWS, "seed": seed, **options}
+    return TrainPipeline(data_of(seed, sources), CELLS, length_buckets=buckets, **more)
+
+
+def positions(pipeline, step):
+    return [position for _, _, position in pipeline.origins_at(step)]
+
+
+def least(tokens, known):
+    """The least of the known lengths that holds so many tokens."""
+    return min(length for length in known if length >= tokens)
+
+
+# Which examples share a batch
+
+
+@settings(max_examples=25)
+@given(
+    seed=st.integers(0, 99),
+    inputs=st.integers(1, 4),
+    targets=st.integers(1, 3),
+    first=st.integers(0, 9),
+)
+def test_a_window_has_the_examples_that_it_has_without(seed, inputs, targets, first):
+    pipeline = make(seed, {"inputs": inputs, "targets": targets})
+    plain = make(seed, None)
+    steps = range(first * WINDOW, (first + 1) * WINDOW)
+    found = sorted(one for step in steps for one in pipeline.origins_at(step))
+    assert found == sorted(one for step in steps for one in plain.origins_at(step))
+    assert collections.Counter(len(pipeline.origins_at(step)) for step in steps) == {ROWS: WINDOW}
+
+
+@settings(max_examples=25)
+@given(seed=st.integers(0, 99), inputs=st.integers(1, 4), targets=st.integers(1, 3))
+def test_a_batch_is_as_long_as_its_longest_example_needs(seed, inputs, targets):
+    pipeline, data = make(seed, {"inputs": inputs, "targets": targets}), data_of(seed)
+    by_name = {cell.name: of for cell, of in data.items()}
+    known = {
+        "inputs": [16 // 2**i for i in range(inputs)],
+        "targets": [8 // 2**i for i in range(targets)],
+    }
+    for step in range(2 * WINDOW):
+        rows = [(by_name[name], example) for name, example, _ in pipeline.origins_at(step)]
+        for side, names in known.items():
+            tokens = [min(len(getattr(of, side)[i]), LENGTHS[side]) for of, i in rows]
+            assert pipeline.lengths_at(step)[side] == least(max(tokens), names)
+
+
+def test_rows_are_those_of_the_plain_batches_with_less_padding():
+    pipeline, plain = make(), make(buckets=None)
+    at = {}
+    for step in range(WINDOW):
+        batch = plain.batch_at(step)
+        for row, position in enumerate(positions(plain, step)):
+            at[position] = {name: array[row] for name, array in batch.items()}
+    shapes = set()
+    for step in range(WINDOW):
+        batch, lengths = pipeline.batch_at(step), pipeline.lengths_at(step)
+        assert batch["encoder_input_tokens"].shape == (ROWS, lengths["inputs"])
+        assert batch["decoder_target_tokens"].shape == (ROWS, lengths["targets"])
+        shapes.add(tuple(lengths.values()))
+        for row, position in enumerate(positions(pipeline, step)):
+            for name, whole in at[position].items():
+                part = batch[name][row]
+                np.testing.assert_array_equal(part, whole[: len(part)], err_msg=name)
+                if name != "decoder_input_tokens":  # whose last token may stand before padding
+                    assert name == "feature_ids" or not whole[len(part) :].any(), name
+    assert 1 < len(shapes) < WINDOW
+
+
+def test_batches_are_sorted_within_a_window_and_not_over_it():
+    """Lengths are those of sorted examples cut into batches, which come in any order."""
+    pipeline = make(global_batch_size=4)
+    monotonous = 0
+    for window in range(40):
+        lengths = [
+            pipeline.lengths_at(step) for step in range(window * WINDOW, (window + 1) * WINDOW)
+        ]
+        inputs = [of["inputs"] for of in lengths]
+        ordered = sorted((of["inputs"], of["targets"]) for of in lengths)
+        monotonous += inputs == sorted(inputs)
+        needed = sorted(
+            tuple(
+                least(min(len(getattr(of, side)[i]), LENGTHS[side]), known)
+                for side, known in (("inputs", (4, 8, 16)), ("targets", (4, 8)))
+            )
+            for step in range(window * WINDOW, (window + 1) * WINDOW)
+            for of, i in [
+                (pipeline._data[name], example) for name, example, _ in pipeline.origins_at(step)
+            ]
+        )
+        parts = [needed[i * 4 : (i + 1) * 4] for i in range(WINDOW)]
+        assert ordered == sorted(tuple(np.max(part, axis=0).tolist()) for part in parts)
+    assert monotonous < 20  # of 40: batches are shuffled
+
+
+def test_equal_lengths_are_in_a_random_order():
+    """Examples that need the same length share batches as they would in plain ones."""
+    data = {
+        cell: dataclasses.replace(of, inputs=Ragged.from_rows([[5]] * 40))
+        for cell, of in data_of().items()
+    }
+    buckets = {"inputs": 3, "targets": 1}
+    more = {"lengths": LENGTHS, "global_batch_size": 32, "seed": 0}
+    pipeline = TrainPipeline(data, CELLS, length_buckets=buckets, **more)
+    counts = [
+        sum(name == "ner/yo" for name, *_ in pipeline.origins_at(step)) for step in range(500)
+    ]
+    assert np.mean(counts) == pytest.approx(16, abs=0.1)
+    assert 6 < np.var(counts) < 10  # a fair coin: 8
+    assert {pipeline.lengths_at(step)["inputs"] for step in range(500)} == {4}
+
+
+def test_rates_are_kept_over_windows():
+    pipeline = make(global_batch_size=64)
+    for first in (0, 7):
+        names = [
+            name
+            for step in range(first * WINDOW * 16, (first + 1) * WINDOW * 16)  # 5 blocks
+            for name, *_ in pipeline.origins_at(step)
+        ]
+        for cell, rate in CELLS.items():
+            assert abs(names.count(cell.name) - rate * len(names)) <= 5
+
+
+# A pure function of seed and step
+
+
+def test_any_step_at_any_time_from_any_thread():
+    pipeline, again = make(), make()
+    steps = np.random.default_rng(0).permutation(6 * WINDOW).tolist()
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        found = dict(zip(steps, pool.map(again.batch_at, steps), strict=True))
+        lengths = dict(zip(steps, pool.map(again.lengths_at, steps), strict=True))
+    for step in range(6 * WINDOW):
+        batch = pipeline.batch_at(step)
+        assert lengths[step] == pipeline.lengths_at(step)
+        for name, array in batch.items():
+            np.testing.assert_array_equal(array, found[step][name])
+    assert any(
+        (pipeline.batch_at(s)["decoder_target_tokens"].tolist())
+        != make(seed=1).batch_at(s)["decoder_target_tokens"].tolist()
+        for s in range(3)
+    )
+
+
+def test_processes_have_parts_of_one_batch():
+    whole = make()
+    parts = [make(rows=rows) for rows in ([0, 1, 4], [2, 3, 5])]
+    for step in (0, 3, WINDOW, 4 * WINDOW + 1):
+        batch = whole.batch_at(step)
+        for part in parts:
+            for name, array in part.batch_at(step).items():
+                np.testing.assert_array_equal(array, batch[name][part.rows], err_msg=name)
+
+
+def test_a_position_belongs_to_its_buckets():
+    pipeline = make()
+    pipeline.check_state(make().position(3))
+    with pytest.raises(ValueError, match=r"length_buckets \[1, 5, 3, 2\] -> \[1, 5, 2, 2\]"):
+        make(buckets={"inputs": 2, "targets": 2}).check_state(pipeline.position(3))
+    with pytest.raises(ValueError, match=r"length_buckets None -> \[1, 5, 3, 2\]"):
+        old = make(buckets=None).position(3)
+        del old["length_buckets"]
+        pipeline.check_state(old)
+    older = make(buckets=None)
+    older.check_state({k: v for k, v in older.position(3).items() if k != "length_buckets"})
+
+
+# What packing does not do: examples that change, sources, rows of a cell
+
+
+def test_lengths_are_those_of_the_examples_as_they_are_drawn():
+    noise = SpanCorruption(ByteVocabulary(), noise_density=0.4)
+    more = {"transforms": {"ner/*": noise}, "lengths": {"inputs": 16, "targets": 16}}
+    pipeline, plain = make(**more), make(buckets=None, **more)
+    at = {}
+    for step in range(2 * WINDOW):
+        batch = plain.batch_at(step)
+        for row, position in enumerate(positions(plain, step)):
+            at[position] = {name: array[row] for name, array in batch.items()}
+    shapes = set()
+    for step in range(2 * WINDOW):
+        batch, lengths = pipeline.batch_at(step), pipeline.lengths_at(step)
+        shapes.add(tuple(lengths.values()))
+        for row, position in enumerate(positions(pipeline, step)):
+            for name in ("encoder_input_tokens", "decoder_target_tokens"):
+                part, whole = batch[name][row], at[position][name]
+                np.testing.assert_array_equal(part, whole[: len(part)])
+                assert not whole[len(part) :].any()  # nothing is cut
+    assert len(shapes) > 1
+
+
+def test_a_window_of_transforms_is_made_a_batch_at_a_time():
+    calls = []
+
+    def transform(example, rng):
+        calls.append(None)
+        return example
+
+    pipeline = make(transforms={"*/*": transform})
+    counts = []
+    for step in range(3 * WINDOW):
+        before = len(calls)
+        pipeline.batch_at(step)
+        counts.append(len(calls) - before)
+    # Its own rows, and as many of the next window.
+    assert set(counts) == {2 * ROWS}
+
+
+@pytest.mark.parametrize("sources", [16, 12])
+def test_sources_are_as_long_as_inputs_where_they_were(sources):
+    pipeline, plain = make(sources=sources), make(buckets=None, sources=sources)
+    at = {}
+    for step in range(WINDOW):
+        batch = plain.batch_at(step)
+        for row, position in enumerate(positions(plain, step)):
+            at[position] = batch[SOURCE_TOKENS][row], batch["encoder_input_tokens"][row]
+    cut = 0
+    for step in range(WINDOW):
+        batch = pipeline.batch_at(step)
+        found = batch[SOURCE_TOKENS]
+        assert found.shape[1] == pipeline.lengths_at(step)["sources"]
+        inputs = batch["encoder_input_tokens"]
+        assert found.shape[1] == (inputs.shape[1] if sources == 16 else sources)
+        cut += inputs.shape[1] < 16
+        for row, position in enumerate(positions(pipeline, step)):
+            for part, whole in zip((found[row], inputs[row]), at[position], strict=True):
+                np.testing.assert_array_equal(part, whole[: len(part)])
+                assert not whole[len(part) :].any()
+    assert cut
+
+
+def test_rows_of_a_cell_stay_together():
+    pipeline = make(rows_per_cell=3)
+    for step in range(3 * WINDOW):
+        origins = pipeline.origins_at(step)
+        for group in (origins[:3], origins[3:]):
+            assert len({name for name, *_ in group}) == 1
+            first = group[0][2]
+            assert first % 3 == 0
+            assert [position for *_, position in group] == [first, first + 1, first + 2]
+
+
+# What is told, and what is refused
+
+
+def test_the_report_is_what_a_count_by_hand_gives():
+    pipeline, plain = make(), make(buckets=None)
+    told = pipeline.report().buckets
+    batches, without = ([of.batch_at(step) for step in range(WINDOW)] for of in (pipeline, plain))
+    names = ("encoder_input_tokens", "decoder_target_tokens")
+    shapes = [tuple(batch[name].shape[1] for name in names) for batch in batches]
+    assert told.lengths == tuple(shapes)
+    assert told.tokens == tuple(sum(int((b[name] > 0).sum()) for b in batches) for name in names)
+    for found, of in ((told.target_tokens, batches), (told.target_tokens_without, without)):
+        counts = [int((b["decoder_target_tokens"] > 0).sum()) for b in of]
+        assert found == (min(counts), max(counts))
+
+    def variance(of):
+        total = 0.0
+        for cell in CELLS:
+            shares = [
+                sum(name == cell.name for name, *_ in of.origins_at(step)) / ROWS
+                for step in range(WINDOW)
+            ]
+            total += np.mean(np.square(np.array(shares) - np.mean(shares)))
+        return total
+
+    assert told.variance == pytest.approx(variance(pipeline) / variance(plain))
+    positions = [sum(of) * ROWS for of in zip(*shapes, strict=True)]
+    full = [f"{tokens / held:.0%}" for tokens, held in zip(told.tokens, positions, strict=True)]
+    line = told.line()
+    assert f"; {full[0]} of the inputs' positions and {full[1]} of the targets' hold tokens" in line
+    for shape in set(shapes):
+        assert f"{shape[0]}/{shape[1]} ({shapes.count(shape) / WINDOW:.0%})" in line
+    assert plain.report().buckets is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"packing": True}, r"length_buckets=\{'inputs': 3, 'targets': 2\}: no effect with pack"),
+        ({"lengths": {"inputs": 18, "targets": 8}}, "expected a multiple of 4, got 18"),
+        ({"buckets": {"inputs": 1, "targets": 5}}, "expected a multiple of 16, got 8"),
+    ],
+)
+def test_what_cannot_be_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        make(**options)
