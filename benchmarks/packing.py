@@ -1,4 +1,4 @@
-"""Packed against padded batches: useful tokens per second of a training step.
+"""Packed batches, and such of nearly one length, against padded ones: useful tokens per second.
 
     python benchmarks/packing.py --data_dir DIR [--tasks ner topic translation qa_cross_lang]
 
@@ -6,13 +6,15 @@ Reads the training data of tasks in XTREME-UP's layout, tokenised by a SentenceP
 none is given, by a unigram model of 8,192 pieces that is trained on 20,000 of their texts. One
 network at mT5-small's widths with FLix (task and language, rank 4) makes the loss and the adapters'
 gradients of batches of as many rows without packing, packed by equal features, and mixed, where
-each example of a row has its own; they are interleaved, each round with the next batch. Useful
-tokens are those of inputs and of targets that are no padding.
+each example of a row has its own; they are interleaved, each round with the next batch. Beside them
+is length bucketing, whose round is a batch of every length, each counted by its share in a window
+of batches. Useful tokens are those of inputs and of targets that are no padding.
 """
 
 import itertools
 import os
 import tempfile
+from collections.abc import Callable
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -31,6 +33,7 @@ from flix_jax.adapters.injection import AdapterSpec
 from flix_jax.adapters.tree import join, split_adapters
 from flix_jax.data.cells import Cell, Mixture, columns
 from flix_jax.data.examples import CellData
+from flix_jax.data.length_buckets import BATCHES
 from flix_jax.data.pipeline import TrainPipeline
 from flix_jax.data.seqio_tasks import load_cells
 from flix_jax.data.vocabularies import SentencePieceVocabulary
@@ -40,6 +43,7 @@ from flix_jax.models.t5 import Transformer
 from flix_jax.tasks.xtreme_up import XtremeUp
 
 TRAIN = "train"
+BY_LENGTH = "by length"
 PIECES, TEXTS = 8192, 20_000
 
 
@@ -73,11 +77,11 @@ class Side(interleaved.Timed):
         model: EncoderDecoder,
         trained: Any,
         frozen: Any,
-        rounds: int,
+        *steps: int,
     ):
         self.name = name
         self.trained, self.frozen = trained, frozen
-        made = [pipeline.batch_at(step) for step in range(rounds)]
+        made = [pipeline.batch_at(step) for step in steps]
         self.useful = [
             sum(
                 int((b[f"{part}_tokens"] > 0).sum()) for part in ("encoder_input", "decoder_target")
@@ -102,6 +106,29 @@ class Side(interleaved.Timed):
         return self.trained, self.frozen, batch, self.gradients
 
 
+class ByLength(interleaved.Timed):
+    """Sides of a batch of every length that a window has: their times, by its share."""
+
+    def __init__(self, name: str, pipeline: TrainPipeline, *of: Any):
+        self.name = name
+        told = pipeline.report().buckets
+        assert told is not None
+        self.shares = {lengths: told.lengths.count(lengths) / BATCHES for lengths in told.lengths}
+        self.sides = [
+            Side(f"{name}, {inputs}/{targets}", pipeline, *of, told.lengths.index(lengths))
+            for lengths in self.shares
+            for inputs, targets in [lengths]
+        ]
+        self.useful_of_window = sum(told.tokens) / BATCHES
+        self.times = []
+
+    def run(self, clock: Callable[[], float]) -> None:
+        for side in self.sides:
+            side.run(clock)
+        shares = zip(self.shares.values(), self.sides, strict=True)
+        self.times.append(sum(share * side.times[-1] for share, side in shares))
+
+
 def read(source: XtremeUp, cells: list[Cell], vocabulary: Any, lengths: dict[str, int]):
     """(data of the cells, feature space)."""
     space = FeatureSpace((FeatureType("task"), FeatureType("language"))).complete(columns(cells))
@@ -117,6 +144,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=tasks)
     parser.add_argument("--model", help="a SentencePiece model (default: one of the data)")
     parser.add_argument("--most", type=int, default=8, help="examples in a mixed row (default 8)")
+    parser.add_argument("--buckets", type=int, default=3, help="lengths of a side (default 3)")
     parser.set_defaults(batch=8, input_length=512, target_length=128)
     args = parser.parse_args()
     lengths = {"inputs": args.input_length, "targets": args.target_length}
@@ -139,6 +167,7 @@ def main() -> None:
         "padded": {},
         "packed": {"packing": True},
         "mixed": {"packing": True, "examples_per_row": args.most},
+        BY_LENGTH: {"length_buckets": dict.fromkeys(lengths, args.buckets)},
     }
     pipelines = {
         name: TrainPipeline(data, rates, lengths=lengths, global_batch_size=args.batch, **manner)
@@ -147,11 +176,14 @@ def main() -> None:
     shapes = pipelines["padded"].shapes()
     params = jax.jit(lambda key: model.init(key, shapes))(jax.random.key(0))
     frozen, trained = split_adapters(params)
+    of = (model, trained, frozen)
     sides = {
-        name: Side(name, pipeline, model, trained, frozen, args.rounds + 2)
-        for name, pipeline in pipelines.items()
+        name: Side(name, pipelines[name], *of, *range(args.rounds + 2))
+        for name in ("padded", "packed", "mixed")
     }
-    interleaved.run(list(sides.values()), args.rounds, interleaved.CLOCKS[args.clock])
+    by_length = ByLength(BY_LENGTH, pipelines[BY_LENGTH], *of)
+    timed = [*sides.values(), by_length]
+    interleaved.run(timed, args.rounds, interleaved.CLOCKS[args.clock])
     report = pipelines["packed"].report()
     print(
         f"\n{sum(map(len, data.values())):,} examples of {len(cells)} cells of "
@@ -163,6 +195,9 @@ def main() -> None:
         told = pipelines[name].report().packing
         assert told is not None
         print(f"{name}: {told.line().removeprefix('packed: ')}")
+    buckets = pipelines[BY_LENGTH].report().buckets
+    assert buckets is not None
+    print(buckets.line())
     cut = [
         sum(getattr(row, n) or 0 for row in report.cells.values())
         for n in ("cut_inputs", "cut_targets")
@@ -175,12 +210,18 @@ def main() -> None:
         speed[name] = useful / np.asarray(side.times)
         seconds, tokens, rate = np.median(side.times), np.median(useful), np.median(speed[name])
         rows.append([name, f"{seconds:.3f}", f"{tokens:,.0f}", f"{rate:,.0f}"])
+    seconds, tokens = np.median(by_length.times), by_length.useful_of_window
+    rows.append([BY_LENGTH, f"{seconds:.3f}", f"{tokens:,.0f}", f"{tokens / seconds:,.0f}"])
     print(text_tables.plain(rows))
     for one, other in (("packed", "padded"), ("mixed", "packed")):
         ratios = speed[one] / speed[other]
         figures.tell_ratios(f"{one} / {other}", ratios)
         print(f"\nuseful tokens/s, {one} / {other}: {interleaved.quartiles(ratios)}")
         print(f"seconds a step, {one} / {other}: {interleaved.ratio(sides[one], sides[other])}")
+    # A window has the same examples with and without.
+    ratios = interleaved.ratios(sides["padded"], by_length)
+    figures.tell_ratios(f"{BY_LENGTH} / padded", ratios)
+    print(f"\nuseful tokens/s, {BY_LENGTH} / padded: {interleaved.quartiles(ratios)}")
 
 
 if __name__ == "__main__":
