@@ -23,6 +23,34 @@ def test_a_step_that_is_compiled_again_says_what_changed():
     assert said[1:] == ["compiled again: argument 1/x was float32[2, 4], is int32[4]"]
 
 
+def test_arguments_that_change_alike_are_told_together():
+    said = []
+    names = ("inputs", "targets", "weights", "features")
+    step = tracing.telling_compilations(jax.jit(lambda batch: sum(batch.values())), said.append)
+    for size in (4, 2):
+        step({name: jnp.zeros(size) for name in names})
+    step({name: jnp.zeros(2) if name == "inputs" else jnp.zeros(1) for name in names})
+    assert said == [
+        "compiled again: arguments 0/features, 0/inputs, 0/targets and 1 more were float32[4], "
+        "are float32[2]",
+        "compiled again: arguments 0/features, 0/targets, 0/weights were float32[2], "
+        "are float32[1]",
+    ]
+
+
+def test_what_an_argument_is_split_over_is_told_where_that_changed():
+    said = []
+    step = tracing.telling_compilations(jax.jit(lambda x: x + 1), said.append)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    for size, axes in ((8, ("data",)), (16, ("data",)), (16, ())):
+        spec = jax.sharding.PartitionSpec(*axes)
+        step(jax.device_put(jnp.zeros(size), jax.sharding.NamedSharding(mesh, spec)))
+    assert said == [
+        "compiled again: argument 0 was float32[8], is float32[16]",
+        "compiled again: argument 0 was float32[16] over P('data',), is float32[16]",
+    ]
+
+
 def test_the_donated_arguments_of_a_step_can_be_told_of():
     said = []
     step = tracing.telling_compilations(jax.jit(lambda x: x + 1, donate_argnums=0), said.append)

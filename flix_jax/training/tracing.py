@@ -26,7 +26,7 @@ def telling_compilations(program: Any, say: Callable[[str], None]) -> StepFn:
       program: what `jax.jit` gives.
       say: takes a line: which argument has another shape, dtype or sharding than before.
     """
-    known: dict[str, str] = {}
+    known: dict[str, tuple[str, str]] = {}
     count = 0
 
     def step(*arguments: Any) -> Any:
@@ -87,25 +87,38 @@ def _trace(folder: epath.PathLike) -> Iterator[None]:
             buckets.put(local, folder)
 
 
-def _signature(arguments: tuple[Any, ...]) -> dict[str, str]:
-    """Argument and place in it -> dtype[shape] and sharding."""
+def _signature(arguments: tuple[Any, ...]) -> dict[str, tuple[str, str]]:
+    """Argument and place in it -> dtype[shape], and what it is split over."""
     return {name: _described(leaf) for name, leaf in tree.leaves_by_name(arguments)}
 
 
-def _described(leaf: Any) -> str:
+def _described(leaf: Any) -> tuple[str, str]:
     if not isinstance(leaf, jax.Array):
-        return type(leaf).__name__
+        return type(leaf).__name__, ""
     spec = getattr(leaf.sharding, "spec", "")
-    return f"{leaf.dtype.name}{list(leaf.shape)}{'' if not spec else f' over {spec}'}"
+    return f"{leaf.dtype.name}{list(leaf.shape)}", f" over {spec}" if spec else ""
 
 
-def _difference(before: dict[str, str], now: dict[str, str]) -> str:
-    changed = [
-        f"argument {name} was {before.get(name, 'absent')}, is {now.get(name, 'absent')}"
-        for name in sorted({*before, *now})
-        if before.get(name) != now.get(name)
-    ]
-    if not changed:
+def _difference(before: dict[str, tuple[str, str]], now: dict[str, tuple[str, str]]) -> str:
+    changes: dict[tuple[str, str], list[str]] = {}
+    for name in sorted({*before, *now}):
+        was, found = (of.get(name, ("absent", "")) for of in (before, now))
+        if was != found:
+            split = was[1] != found[1]  # told where that is what has changed
+            pair = ("".join(was), "".join(found)) if split else (was[0], found[0])
+            changes.setdefault(pair, []).append(name)
+    if not changes:
         return "shapes, dtypes and shardings are what they were"
-    more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-    return "; ".join(changed[:3]) + more
+    told = [
+        f"argument {names[0]} was {was}, is {found}"
+        if len(names) == 1
+        else f"arguments {_some(names, ', ')} were {was}, are {found}"
+        for (was, found), names in changes.items()
+    ]
+    return _some(told, "; ")
+
+
+def _some(texts: list[str], between: str) -> str:
+    """The first three, and how many more there are."""
+    more = f" and {len(texts) - 3} more" if len(texts) > 3 else ""
+    return between.join(texts[:3]) + more
