@@ -19,7 +19,6 @@ from flix_jax.adapters import (
     injection,
     siblings,
     tables,
-    targets,
     text_tables,
     trained_values,
     tree,
@@ -41,7 +40,7 @@ from flix_jax.data.prefetch import PrefetchIterator
 from flix_jax.evaluation import files
 from flix_jax.evaluation.batches import GUESSES
 from flix_jax.experiments import base as base_lib
-from flix_jax.experiments import ensembles, parameter_table, starting_values
+from flix_jax.experiments import ensembles, parameter_table, starting_values, table_kinds
 from flix_jax.experiments.base import WHOLE
 from flix_jax.experiments.run import Run
 from flix_jax.experiments.run_folder import (
@@ -182,7 +181,7 @@ class Job:
             _ = self.parameters.templates  # shapes, target patterns and shardings
         mistakes.tell()
         with mistakes.part("Run.tables"):
-            kinds = self._kinds()
+            kinds = table_kinds.of_layers(self)
             if kinds:
                 self.parameters = dataclasses.replace(self.parameters, kinds=kinds)
         mistakes.tell()
@@ -233,57 +232,14 @@ class Job:
         return model, dataclasses.replace(self.parameters, model=model, spec=adapters)
 
     @property
-    def _rows_at_once(self) -> int:
+    def rows_at_once(self) -> int:
         """How many rows a device computes at a time in training."""
         return self.run.batch_size // (partitioning.batch_shards(self.mesh) * self.run.microbatches)
 
     @property
     def rows_together(self) -> int:
         """How many rows of a cell a device computes as one in training."""
-        return math.gcd(self.run.rows_of_a_cell, self._rows_at_once)
-
-    @property
-    def _platform(self) -> str:
-        """Of the devices, as JAX names it; '' of an abstract mesh."""
-        if isinstance(self.mesh, jax.sharding.AbstractMesh):
-            return ""
-        return self.mesh.devices.flat[0].platform
-
-    def _kinds(self) -> dict[str, str]:
-        """By path of a layer, which kind of table a training step makes for it (`Run.tables`)."""
-        run, adapters = self.run, self.model.adapters
-        by_target, others = run.tables_by_target
-        if adapters is None or adapters.fusion is not None or run.tables == tables.NONE:
-            return {}
-        chosen = {tables.AUTO: run.merges_exactly, tables.FASTEST: run.merge_problem is None}
-        never = self._platform != "tpu" and self.rows_together == 1
-        if never and not by_target and others in chosen:
-            return {}  # as `tables.choose` says of every layer; this saves a trace of them
-        layers = self.matches.matched
-        targets.check(by_target, [layer.path for layer in layers], "Run.tables", "adapted layers")
-        choose = self._choice_of_kinds()
-        kinds = {}
-        for layer in layers:
-            name = next((by_target[t] for t in targets.matching(by_target, layer.path)), others)
-            kind = tables.KINDS.get(name)
-            if name in chosen:
-                kind = choose(layer, mergeable=chosen[name])
-            if kind is not None:
-                kinds[layer.path] = kind
-        return kinds
-
-    def _choice_of_kinds(self) -> Callable[..., str | None]:
-        """`tables.choose` of a layer, with what all layers have in common."""
-        assert self.space is not None
-        examples = self._rows_at_once * (self.run.own_features or 1)
-        return functools.partial(
-            tables.choose,
-            space=self.space,
-            examples=examples // self.rows_together,
-            platform=self._platform,
-            parameters=tree.count_parameters(self.parameters.templates[0]),
-            rows=self.rows_together,
-        )
+        return math.gcd(self.run.rows_of_a_cell, self.rows_at_once)
 
     @property
     def lengths(self) -> dict[str, int]:
