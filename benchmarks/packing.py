@@ -111,13 +111,12 @@ class ByLength(interleaved.Timed):
 
     def __init__(self, name: str, pipeline: TrainPipeline, *of: Any):
         self.name = name
-        told = pipeline.report().buckets
+        told = pipeline.report().by_length
         assert told is not None
-        self.shares = {lengths: told.lengths.count(lengths) / BATCHES for lengths in told.lengths}
+        self.shares = {shape: told.lengths.count(shape) / BATCHES for shape in told.lengths}
         self.sides = [
-            Side(f"{name}, {inputs}/{targets}", pipeline, *of, told.lengths.index(lengths))
-            for lengths in self.shares
-            for inputs, targets in [lengths]
+            Side(f"{name}, {'/'.join(map(str, shape))}", pipeline, *of, told.lengths.index(shape))
+            for shape in self.shares
         ]
         self.useful_of_window = sum(told.tokens) / BATCHES
         self.times = []
@@ -144,7 +143,9 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=tasks)
     parser.add_argument("--model", help="a SentencePiece model (default: one of the data)")
     parser.add_argument("--most", type=int, default=8, help="examples in a mixed row (default 8)")
-    parser.add_argument("--buckets", type=int, default=3, help="lengths of a side (default 3)")
+    parser.add_argument(
+        "--buckets", type=int, nargs=2, default=(3, 3), help="lengths of inputs, targets (3 3)"
+    )
     parser.set_defaults(batch=8, input_length=512, target_length=128)
     args = parser.parse_args()
     lengths = {"inputs": args.input_length, "targets": args.target_length}
@@ -167,7 +168,7 @@ def main() -> None:
         "padded": {},
         "packed": {"packing": True},
         "mixed": {"packing": True, "examples_per_row": args.most},
-        BY_LENGTH: {"length_buckets": dict.fromkeys(lengths, args.buckets)},
+        BY_LENGTH: {"length_buckets": dict(zip(lengths, args.buckets, strict=True))},
     }
     pipelines = {
         name: TrainPipeline(data, rates, lengths=lengths, global_batch_size=args.batch, **manner)
@@ -195,7 +196,7 @@ def main() -> None:
         told = pipelines[name].report().packing
         assert told is not None
         print(f"{name}: {told.line().removeprefix('packed: ')}")
-    buckets = pipelines[BY_LENGTH].report().buckets
+    buckets = pipelines[BY_LENGTH].report().by_length
     assert buckets is not None
     print(buckets.line())
     cut = [

@@ -3,6 +3,7 @@
 import collections
 import concurrent.futures
 import dataclasses
+import time
 
 import numpy as np
 import pytest
@@ -145,21 +146,24 @@ def test_batches_are_sorted_within_a_window_and_not_over_it():
     assert monotonous < 20  # of 40: batches are shuffled
 
 
-def test_equal_lengths_are_in_a_random_order():
-    """Examples that need the same length share batches as they would in plain ones."""
+def test_examples_of_one_length_stay_in_their_order():
+    """So that their batches are as balanced as without."""
     data = {
         cell: dataclasses.replace(of, inputs=Ragged.from_rows([[5]] * 40))
         for cell, of in data_of().items()
     }
-    buckets = {"inputs": 3, "targets": 1}
     more = {"lengths": LENGTHS, "global_batch_size": 32, "seed": 0}
-    pipeline = TrainPipeline(data, CELLS, length_buckets=buckets, **more)
-    counts = [
-        sum(name == "ner/yo" for name, *_ in pipeline.origins_at(step)) for step in range(500)
-    ]
-    assert np.mean(counts) == pytest.approx(16, abs=0.1)
-    assert 6 < np.var(counts) < 10  # a fair coin: 8
-    assert {pipeline.lengths_at(step)["inputs"] for step in range(500)} == {4}
+    made, plain = (
+        TrainPipeline(data, CELLS, length_buckets=buckets, **more)
+        for buckets in ({"inputs": 3}, None)
+    )
+    for window in range(3):
+        steps = range(window * WINDOW, (window + 1) * WINDOW)
+        batches = [made.origins_at(step) for step in steps]
+        assert sorted(batches, key=lambda batch: batch[0][2]) == [
+            plain.origins_at(step) for step in steps
+        ]
+    assert {made.lengths_at(step)["inputs"] for step in range(3 * WINDOW)} == {4}
 
 
 def test_rates_are_kept_over_windows():
@@ -221,9 +225,22 @@ def test_a_position_belongs_to_its_buckets():
 # What packing does not do: examples that change, sources, rows of a cell
 
 
-def test_lengths_are_those_of_the_examples_as_they_are_drawn():
-    noise = SpanCorruption(ByteVocabulary(), noise_density=0.4)
-    more = {"transforms": {"ner/*": noise}, "lengths": {"inputs": 16, "targets": 16}}
+def cut_anywhere(example, rng):
+    """Of a length that the draw alone knows."""
+    return {
+        **example,
+        "inputs": example["inputs"][: int(rng.integers(1, 20))],
+        "targets": np.repeat(example["targets"], 3)[: int(rng.integers(1, 9))],
+    }
+
+
+@pytest.mark.parametrize(
+    "transform", [cut_anywhere, SpanCorruption(ByteVocabulary(), noise_density=0.4)]
+)
+@pytest.mark.parametrize("rows_per_cell", [1, 3])
+def test_lengths_are_those_of_the_examples_as_they_are_drawn(transform, rows_per_cell):
+    more = {"transforms": {"ner/*": transform}, "rows_per_cell": rows_per_cell}
+    more["lengths"] = {"inputs": 16, "targets": 16}
     pipeline, plain = make(**more), make(buckets=None, **more)
     at = {}
     for step in range(2 * WINDOW):
@@ -240,6 +257,37 @@ def test_lengths_are_those_of_the_examples_as_they_are_drawn():
                 np.testing.assert_array_equal(part, whole[: len(part)])
                 assert not whole[len(part) :].any()  # nothing is cut
     assert len(shapes) > 1
+
+
+def test_lengths_of_steps_that_are_over_are_known():
+    """A run's log asks for them, of many windows at once."""
+    calls = []
+
+    def transform(example, rng):
+        calls.append(None)
+        return example
+
+    pipeline = make(transforms={"*/*": transform})
+    expected = [pipeline.lengths_at(step) for step in range(12 * WINDOW)]
+    made = len(calls)
+    assert [pipeline.lengths_at(step) for step in range(12 * WINDOW)] == expected
+    assert len(calls) == made
+
+
+def test_threads_do_not_make_windows_at_once():
+    inside, most = [], []
+
+    def transform(example, rng):
+        inside.append(None)
+        most.append(len(inside))
+        time.sleep(1e-4)
+        inside.pop()
+        return example
+
+    pipeline = make(transforms={"*/*": transform})
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        list(pool.map(pipeline.lengths_at, range(0, 20 * WINDOW, WINDOW)))
+    assert len(most) >= 20 * WINDOW * ROWS and max(most) == 1
 
 
 def test_a_window_of_transforms_is_made_a_batch_at_a_time():
@@ -296,9 +344,10 @@ def test_rows_of_a_cell_stay_together():
 # What is told, and what is refused
 
 
-def test_the_report_is_what_a_count_by_hand_gives():
-    pipeline, plain = make(), make(buckets=None)
-    told = pipeline.report().buckets
+@pytest.mark.parametrize("sources", [None, 16, 12])
+def test_the_report_is_what_a_count_by_hand_gives(sources):
+    pipeline, plain = make(sources=sources), make(buckets=None, sources=sources)
+    told = pipeline.report().by_length
     batches, without = ([of.batch_at(step) for step in range(WINDOW)] for of in (pipeline, plain))
     names = ("encoder_input_tokens", "decoder_target_tokens")
     shapes = [tuple(batch[name].shape[1] for name in names) for batch in batches]
@@ -308,32 +357,39 @@ def test_the_report_is_what_a_count_by_hand_gives():
         counts = [int((b["decoder_target_tokens"] > 0).sum()) for b in of]
         assert found == (min(counts), max(counts))
 
-    def variance(of):
-        total = 0.0
-        for cell in CELLS:
-            shares = [
-                sum(name == cell.name for name, *_ in of.origins_at(step)) / ROWS
-                for step in range(WINDOW)
-            ]
-            total += np.mean(np.square(np.array(shares) - np.mean(shares)))
-        return total
-
-    assert told.variance == pytest.approx(variance(pipeline) / variance(plain))
+    varied = by_itself = 0.0
+    for cell in CELLS:
+        shares = [
+            sum(name == cell.name for name, *_ in pipeline.origins_at(step)) / ROWS
+            for step in range(WINDOW)
+        ]
+        mean = sum(shares) / WINDOW
+        varied += sum((share - mean) ** 2 for share in shares) / WINDOW
+        by_itself += mean * (1 - mean) / ROWS  # of a binomial
+    assert told.variance == pytest.approx(varied / by_itself)
     positions = [sum(of) * ROWS for of in zip(*shapes, strict=True)]
     full = [f"{tokens / held:.0%}" for tokens, held in zip(told.tokens, positions, strict=True)]
     line = told.line()
     assert f"; {full[0]} of the inputs' positions and {full[1]} of the targets' hold tokens" in line
     for shape in set(shapes):
         assert f"{shape[0]}/{shape[1]} ({shapes.count(shape) / WINDOW:.0%})" in line
-    assert plain.report().buckets is None
+    assert plain.report().by_length is None
+
+
+def test_a_single_cell_has_no_shares_that_vary():
+    (cell, of), *_ = data_of().items()
+    more = {"lengths": LENGTHS, "global_batch_size": ROWS, "length_buckets": BUCKETS}
+    told = TrainPipeline({cell: of}, {cell: 1.0}, **more).report().by_length
+    assert told.variance is None and "shares" not in told.line()
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"packing": True}, r"length_buckets=\{'inputs': 3, 'targets': 2\}: no effect with pack"),
-        ({"lengths": {"inputs": 18, "targets": 8}}, "expected a multiple of 4, got 18"),
-        ({"buckets": {"inputs": 1, "targets": 5}}, "expected a multiple of 16, got 8"),
+        ({"lengths": {"inputs": 18, "targets": 8}}, "3 lengths, .* up to 18: expected 1 or more"),
+        ({"buckets": {"inputs": 1, "targets": 5}}, "5 lengths, .* up to 8: expected 1 or more"),
+        ({"buckets": {"inputs": 0, "targets": 2}}, "0 lengths, .* up to 16: expected 1 or more"),
     ],
 )
 def test_what_cannot_be_is_refused(options, message):

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import io
-import itertools
 import json
 
 import jax
@@ -17,7 +16,15 @@ from flix_jax.adapters.injection import AdapterSpec
 from flix_jax.data import length_buckets
 from flix_jax.data.denoising import SpanCorruption
 from flix_jax.data.pipeline import SOURCE_TOKENS
-from flix_jax.experiments import data_notes, flops, together, topology, training
+from flix_jax.experiments import (
+    data_notes,
+    flops,
+    plan,
+    plan_text,
+    together,
+    topology,
+    training,
+)
 from flix_jax.experiments.job import Job
 from flix_jax.tasks.source_text import SourceText
 from flix_jax.training.optimizers import Optimizer, Schedule
@@ -166,7 +173,7 @@ def test_examples_that_change_are_as_long_as_they_come_out(run, tmp_path):
         ):
             batch = pipeline.batch_at(step)[name]
             assert batch.shape[1] == pipeline.lengths_at(step)[side]
-    counted = pipeline.report().buckets.target_tokens
+    counted = pipeline.report().by_length.target_tokens
     tokens = [int((pipeline.batch_at(s)["decoder_target_tokens"] > 0).sum()) for s in range(WINDOW)]
     assert counted == (min(tokens), max(tokens))
 
@@ -220,7 +227,7 @@ def test_every_length_is_compiled_once_and_what_is_made_is_told(several):
     pipeline = job.pipeline()
     made = shapes(pipeline, 2 * WINDOW)
     assert log.count("compiled again: ") == len(set(made)) - 1 > 1
-    line = pipeline.report().buckets.line()
+    line = pipeline.report().by_length.line()
     assert line in log and line in (job.run_dir / "cells.txt").read_text()
     for inputs, targets in set(made[:WINDOW]):
         assert f"{inputs}/{targets} (" in line
@@ -245,6 +252,14 @@ def test_a_folder_goes_on_with_its_lengths(run, whole):
         Job(dataclasses.replace(run, length_buckets={"inputs": 2, "targets": 2}), whole)
 
 
+def test_a_plan_says_which_batch_it_is_of(run):
+    there = topology.Topology("v5e:2x4", topology.CHIPS["v5e"], (), 8, "no compiler")
+    longest = "16 tokens in, 8 out, the longest batch of Run.length_buckets; remat"
+    assert longest in plan_text.to_markdown(plan.make(run, there))
+    alike = dataclasses.replace(run, length_buckets=1)
+    assert "16 tokens in, 8 out; remat" in plan_text.to_markdown(plan.make(alike, there))
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
@@ -252,7 +267,9 @@ def test_a_folder_goes_on_with_its_lengths(run, whole):
         ({"length_buckets": True}, r"Run.length_buckets = True: expected how many lengths"),
         ({"length_buckets": {"inputs": "3"}}, r"Run.length_buckets = .*: expected how many"),
         ({"length_buckets": {"input": 3}}, r"'input' is none of .*did you mean 'inputs'"),
-        ({"length_buckets": 5}, r"Run.targets_length = 8 is halved .* a multiple of 16"),
+        ({"length_buckets": 512}, r"those of Run.inputs_length = 16 are at most 5"),
+        ({"length_buckets": {"targets": 5}}, r"those of Run.targets_length = 8 are at most 4"),
+        ({"inputs_length": 15}, r"Run.inputs_length = 15 is halved .* multiple of 2 .*base/Run"),
         (
             {"length_buckets": 3, "loss_chunks": 4},
             r"Run.targets_length = 8 .*with this and Run.loss_chunks = 4, a multiple of 16",
@@ -276,11 +293,21 @@ def test_refused_in_the_run(run, changed, message):
     ],
 )
 def test_a_number_is_of_both_sides(run, given, expected):
-    assert dataclasses.replace(run, length_buckets=given).buckets == expected
+    assert dataclasses.replace(run, length_buckets=given).lengths_per_side == expected
 
 
-def test_values_that_do_nothing_leave_the_fingerprint(run):
-    plain, one = (dataclasses.replace(run, length_buckets=n) for n in (1, 2))
-    assert plain.fingerprint() != one.fingerprint()
-    of = itertools.chain(plain.describe(), plain.defaults())
-    assert "length_buckets" in set(of) and "length_buckets" in plain.defaults()
+@pytest.mark.parametrize(
+    "equal",
+    [
+        (1, {}, {"inputs": 1}, {"targets": 1, "inputs": 1}),
+        (2, {"inputs": 2, "targets": 2}, {"targets": 2, "inputs": 2}),
+        ({"inputs": 2}, {"inputs": 2, "targets": 1}, {"targets": 1, "inputs": 2}),
+    ],
+)
+def test_equal_values_are_one_run(run, equal):
+    runs = [dataclasses.replace(run, length_buckets=given) for given in equal]
+    assert len({one.fingerprint() for one in runs}) == 1
+    assert all(one.describe() == runs[0].describe() for one in runs)
+    other = dataclasses.replace(run, length_buckets={"targets": 2})
+    assert other.fingerprint() != runs[0].fingerprint()
+    assert ("length_buckets" in runs[0].defaults()) == (equal[0] == 1)

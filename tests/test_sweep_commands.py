@@ -99,7 +99,15 @@ def test_a_dry_run_tells_trials_and_costs_and_writes_nothing(folder, capsys):
     assert "2 trials in 1 programs" in out
     assert "FeatureType.dropout = 0.5; FeatureType.rank = 2; SEED = 0" in out
     assert "MiB" in out and "of training on this machine" in out
+    assert "Run.length_buckets" not in out
     assert not (folder / "dry").exists()
+
+
+@pytest.mark.exhaustive
+def test_a_dry_run_says_which_batches_it_has_timed(folder, capsys):
+    longest = flags("dry", "--dry_run", "--gin.Sweep.seeds=(0,)", "--gin.Run.length_buckets=2")
+    assert cli.main(longest) == 0
+    assert "steps are those of the longest batches" in capsys.readouterr().out
 
 
 AXES = "--gin.Sweep.axes="

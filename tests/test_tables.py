@@ -14,6 +14,7 @@ from flix_jax.adapters.features import FeatureSpace, FeatureType
 from flix_jax.adapters.fusion import Fusion
 from flix_jax.adapters.injection import AdapterSpec, Match
 from flix_jax.adapters.modules import ALL, MERGED, ROWS
+from flix_jax.experiments import table_kinds
 from flix_jax.experiments.job import Job
 from flix_jax.experiments.step_program import step_program
 from flix_jax.training.optimizers import Optimizer, Schedule
@@ -251,7 +252,7 @@ def test_matched_modules_say_what_each_layer_multiplies_with(run, tmp_path):
 
 def test_a_tpu_has_what_pays_for_each_module(run, tmp_path, monkeypatch):
     """8 positions of the encoder's output and 6 of the decoder's, widths 16 and 32."""
-    monkeypatch.setattr(Job, "_platform", "tpu")
+    monkeypatch.setattr(table_kinds, "_platform", lambda job: "tpu")
 
     def used(**changed):
         mesh = MESHES[0].make(jax.devices()[:1])

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from flix_jax.data.examples import SOURCES
 from flix_jax.data.libraries import seqio, tf
-from flix_jax.data.pipeline import SOURCE_TOKENS, SOURCES
+from flix_jax.data.pipeline import SOURCE_TOKENS
 
 FEATURE_IDS = "feature_ids"
 

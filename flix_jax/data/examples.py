@@ -12,6 +12,8 @@ from flix_jax.adapters import text_tables
 from flix_jax.data.cells import Cell
 
 Example = dict[str, np.ndarray]
+INPUTS, TARGETS = TOKENS = ("inputs", "targets")
+SOURCES = "sources"  # of an example, and of the seqio task that it comes from
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,7 +162,7 @@ class PackingReport:
 
 
 @dataclass(frozen=True)
-class BucketReport:
+class LengthReport:
     """What batches of nearly one length are, by those of a window.
 
     Attributes:
@@ -169,9 +171,9 @@ class BucketReport:
       rows: of a batch.
       limits: the longest lengths of inputs and of targets.
       target_tokens: the least and the most of a batch.
-      target_tokens_without: the same of the batches that there were without buckets.
-      variance: of the shares that cells have in a batch, as a multiple of that without buckets;
-        None where shares do not vary then.
+      target_tokens_without: the same of the batches that there are without buckets.
+      variance: of the shares that cells have in a batch, over the variance where every row is drawn
+        by itself; None of a single cell.
     """
 
     lengths: tuple[tuple[int, ...], ...]
@@ -205,8 +207,8 @@ class BucketReport:
         )
         if self.variance is not None:
             text += (
-                f", and what cells differ in has {self.variance:.1f} times the variance in a "
-                "gradient that it has without"
+                f"; the shares of cells in a batch have {self.variance:.1f} times the variance "
+                "that they have where every row is drawn by itself"
             )
         return text
 
@@ -215,12 +217,12 @@ class BucketReport:
 class DataReport:
     """Per training cell: examples, rate, token lengths, and how much the lengths cut off.
 
-    `packing` is None where a row holds one example, `buckets` where all batches have one length.
+    `packing` is None where a row holds one example, `by_length` where all batches have one length.
     """
 
     cells: Mapping[Cell, CellReport]
     packing: PackingReport | None = None
-    buckets: BucketReport | None = None
+    by_length: LengthReport | None = None
 
     @property
     def cut(self) -> bool:
@@ -263,7 +265,7 @@ def report_on(
     data: Mapping[Cell, CellData],
     rates: Mapping[Cell, float],
     packing: PackingReport | None = None,
-    buckets: BucketReport | None = None,
+    by_length: LengthReport | None = None,
 ) -> DataReport:
     """Counts `data`."""
     return DataReport(
@@ -282,7 +284,7 @@ def report_on(
             for cell, examples in data.items()
         },
         packing,
-        buckets,
+        by_length,
     )
 
 

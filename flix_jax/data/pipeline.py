@@ -15,15 +15,20 @@ import numpy as np
 
 from flix_jax.adapters.ids import ABSENT
 from flix_jax.data.cells import Cell, match
-from flix_jax.data.examples import CellData, DataReport, Example, report_on
+from flix_jax.data.examples import (
+    SOURCES,
+    TOKENS,
+    CellData,
+    DataReport,
+    Example,
+    report_on,
+)
 from flix_jax.data.length_buckets import BucketedOrder
 from flix_jax.data.order import VERSION, Drawn, ExampleOrder, philox
 from flix_jax.data.packing import PackedOrder
 
 Batch = dict[str, np.ndarray]
 Transform = Callable[[Example, np.random.Generator], Example]
-TOKENS = ("inputs", "targets")
-SOURCES = "sources"  # of an example, and of the seqio task that it comes from
 SOURCE_TOKENS = "source_input_tokens"  # of a batch
 SEGMENTS = ("encoder_segment_ids", "decoder_segment_ids")  # of a packed batch
 PACKED = "packed"  # in a saved position: where its row is
@@ -52,7 +57,7 @@ class TrainPipeline:
       rows_per_cell: without packing, how many consecutive rows are of one cell; a divisor of
         `global_batch_size`.
       length_buckets: without packing, how many lengths inputs and targets of a batch may have,
-        {'inputs': n, 'targets': m}: those of `lengths` and their halves; see `length_buckets`.
+        {'inputs': n, 'targets': m}: those of `lengths` and their halves (`data.length_buckets`).
 
     Raises:
       ValueError: for no cells, lengths below 1, rows that are not of the batch, cells of which only
@@ -231,7 +236,10 @@ class TrainPipeline:
         )
 
     def report(self) -> DataReport:
-        """Examples, rates, lengths and cut examples per cell. Transforms are not counted."""
+        """Examples, rates, lengths and cut examples per cell, and how rows or batches are made.
+
+        Cells are as they were read, before transforms.
+        """
         return self._report
 
     def state(self) -> dict[str, Any]:

@@ -9,9 +9,9 @@ from jaxtyping import Int
 
 from flix_jax.data.cells import Cell
 from flix_jax.data.converter import FEATURE_IDS
-from flix_jax.data.examples import CellData, Ragged
+from flix_jax.data.examples import SOURCES, TOKENS, CellData, Ragged
 from flix_jax.data.libraries import seqio, tf
-from flix_jax.data.pipeline import SOURCES, TOKENS, check_lengths
+from flix_jax.data.pipeline import check_lengths
 
 ANSWER = "answer"
 HAS_SOURCE = "has_source"

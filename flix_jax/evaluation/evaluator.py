@@ -21,8 +21,8 @@ from etils import epath
 from flix_jax import preemption, processes
 from flix_jax.adapters.suggest import did_you_mean
 from flix_jax.data.cells import GENERATE, RETRIEVE, Cell
+from flix_jax.data.examples import SOURCES
 from flix_jax.data.libraries import seqio
-from flix_jax.data.pipeline import SOURCES
 from flix_jax.evaluation import files, retrieval
 from flix_jax.evaluation.batches import (
     SHAPES,

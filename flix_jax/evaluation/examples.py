@@ -12,8 +12,8 @@ import absl.logging
 import numpy as np
 from jaxtyping import Int
 
+from flix_jax.data.examples import SOURCES
 from flix_jax.data.libraries import seqio
-from flix_jax.data.pipeline import SOURCES
 from flix_jax.data.seqio_tasks import ANSWER, HAS_SOURCE
 from flix_jax.evaluation.batches import Batch
 

@@ -48,7 +48,7 @@ def _note(job: Job, name: str, text: str) -> str:
 
 
 def _cells(job: Job, report: DataReport) -> list[str]:
-    told = [of.line() for of in (report.packing, report.buckets) if of is not None]
+    told = [of.line() for of in (report.packing, report.by_length) if of is not None]
     rows = [*told, *_by_cell(job, report)]
     tables = [job.cells_table(report), report.table(), *rows]
     place = _note(job, "cells.txt", "\n\n".join(tables))

@@ -91,6 +91,11 @@ def describe(
             f"about {duration(total)} of training on this machine, one program after another; "
             "bases, reading of data and evaluation come on top"
         )
+    if any(run.lengths_per_side for run in runs):
+        parts.append(
+            "steps are those of the longest batches that Run.length_buckets has, of which one is "
+            "compiled: shorter ones take less, and each length is compiled, too"
+        )
     return "\n\n".join(parts)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from flix_jax.adapters import tree
 from flix_jax.adapters.fusion import FROM_TARGET, MATRICES
-from flix_jax.data.pipeline import SOURCES
+from flix_jax.data.examples import SOURCES
 from flix_jax.experiments.job import Job
 
 
@@ -44,8 +44,8 @@ def model_flops(job: Job, lengths: Mapping[str, int] | None = None) -> float:
         if tree.is_shared(path):  # forward, and its own gradient
             total += 2 * 2.0 * sources * math.prod(leaf.shape)
             continue
-        of = (math.prod(leaf.shape), tokens(*path[:-3]), sources)
-        total += _adapter_flops(job, path, *of)
+        size = math.prod(leaf.shape)
+        total += _adapter_flops(job, path, size, tokens(*path[:-3]), sources)
     if config.logits_via_embedding:
         total += times * 2.0 * targets * config.emb_dim * config.vocab_size
     width = config.num_heads * config.head_dim

@@ -29,10 +29,9 @@ from flix_jax.adapters.suggest import did_you_mean
 from flix_jax.data import cells as cells_lib
 from flix_jax.data import overlap
 from flix_jax.data.cells import COMPLETE, GENERATE, RETRIEVE, Cell
-from flix_jax.data.examples import CellData, DataReport
+from flix_jax.data.examples import SOURCES, CellData, DataReport
 from flix_jax.data.pipeline import (
     SOURCE_TOKENS,
-    SOURCES,
     TrainPipeline,
     batch_shapes,
 )
@@ -418,7 +417,7 @@ class Job:
             packing=bool(run.packing),
             examples_per_row=run.own_features,
             rows_per_cell=run.rows_of_a_cell,
-            length_buckets=run.buckets,
+            length_buckets=run.lengths_per_side,
         )
 
     def _check_features(self, data: Mapping[Cell, CellData]) -> None:

@@ -64,13 +64,14 @@ def _time(seconds: tuple[float, float]) -> str:
 def _sections(plan: Plan) -> Iterator[str]:
     run, topology = plan.run, plan.topology
     slices = "" if topology.slices == 1 else f" in {topology.slices} slices"
+    longest = ", the longest batch of Run.length_buckets" if run.lengths_per_side else ""
     yield (
         f"{topology.name}: {topology.count} devices{slices}, mesh "
         + " × ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
         + f". {_network(run.model)}; {plan.parameters['base']:,} parameters frozen "
         f"({run.frozen_dtype or 'float32'}), {plan.parameters['trained']:,} trained. Batch "
         f"{run.batch_size} in {run.microbatches} microbatches, {run.inputs_length} tokens in, "
-        f"{run.targets_length} out; remat {run.model.remat}."
+        f"{run.targets_length} out{longest}; remat {run.model.remat}."
     )
     yield text_tables.markdown(_memory(plan))
     yield _verdict(plan)

@@ -18,6 +18,7 @@ from flix_jax.adapters.modules import MERGED
 from flix_jax.adapters.suggest import did_you_mean
 from flix_jax.adapters.tree import check_foldable
 from flix_jax.data.cells import CellSplit, Mixture, Source
+from flix_jax.data.examples import TOKENS
 from flix_jax.data.vocabularies import Vocabulary
 from flix_jax.models.config import T5Config
 from flix_jax.tasks.source_text import SourceText
@@ -373,32 +374,38 @@ class Run:
     def _check_length_buckets(self) -> None:
         given = self.length_buckets
         place = f"Run.length_buckets = {given!r}"
-        sides = ("inputs", "targets")
         if isinstance(given, Mapping):
             for side in given:
-                if side not in sides:
-                    near = did_you_mean(str(side), sides)
-                    raise ValueError(f"{place}: {side!r} is none of {list(sides)}; {near}")
+                if side not in TOKENS:
+                    near = did_you_mean(str(side), TOKENS)
+                    raise ValueError(f"{place}: {side!r} is none of {list(TOKENS)}; {near}")
         counts = given.values() if isinstance(given, Mapping) else [given]
         if not all(type(count) is int and count >= 1 for count in counts):
             raise ValueError(
                 f"{place}: expected how many lengths there are, 1 or more, or such numbers for "
                 "'inputs' and 'targets'"
             )
-        buckets = self.buckets
-        if buckets and self.packing:
+        per_side = self.lengths_per_side
+        # Equal values are one, whatever way they were given in.
+        object.__setattr__(self, "length_buckets", per_side or 1)
+        if per_side and self.packing:
             raise ValueError(
                 f"{place}: Run.packing = {self.packing!r} fills rows of one length; expected one "
                 "or the other (in gin, a base that is a run may need base/Run.length_buckets = 1)"
             )
-        for side, parts in (("inputs", 1), ("targets", self.loss_chunks)):
-            length = getattr(self, f"{side}_length")
-            multiple = parts * 2 ** (buckets.get(side, 1) - 1)
-            if length % multiple:
+        for side, parts in zip(TOKENS, (1, self.loss_chunks), strict=True):
+            length, count = getattr(self, f"{side}_length"), per_side.get(side, 1)
+            if count > length.bit_length():
+                raise ValueError(
+                    f"{place}: how many lengths, of which each is half of the next; those of "
+                    f"Run.{side}_length = {length} are at most {length.bit_length()}"
+                )
+            if length % (parts * 2 ** (count - 1)):
                 of = "" if parts == 1 else f" and Run.loss_chunks = {parts}"
                 raise ValueError(
                     f"{place}: Run.{side}_length = {length} is halved for each but the first; "
-                    f"expected, with this{of}, a multiple of {multiple}"
+                    f"expected, with this{of}, a multiple of {parts * 2 ** (count - 1)} (in gin, a "
+                    "base that is a run may need base/Run.length_buckets = 1)"
                 )
 
     @property
@@ -507,13 +514,13 @@ class Run:
         return (self.rows_per_cell or ROWS_PER_CELL) if self.batching == BY_CELL else 1
 
     @property
-    def buckets(self) -> dict[str, int]:
-        """How many lengths either side of a batch may have; {} where all batches are alike."""
+    def lengths_per_side(self) -> dict[str, int]:
+        """How many lengths inputs and targets of a batch may have; {} where all have one."""
         of = self.length_buckets
-        both = of if isinstance(of, Mapping) else {"inputs": of, "targets": of}
+        both = of if isinstance(of, Mapping) else dict.fromkeys(TOKENS, of)
         if max(both.values(), default=1) == 1:
             return {}
-        return {side: both.get(side, 1) for side in ("inputs", "targets")}
+        return {side: both.get(side, 1) for side in TOKENS}
 
     @property
     def most_examples(self) -> int:

@@ -31,7 +31,7 @@ from flix_jax.experiments.run import FREE, RANDOM, SKIP, Run
 from flix_jax.experiments.run_folder import saved_steps
 from flix_jax.experiments.trial_records import Outcome
 from flix_jax.preemption import Preempted
-from flix_jax.training import not_finite
+from flix_jax.training import not_finite, tracing
 from flix_jax.training import trials as trials_lib
 from flix_jax.training.checkpoints import Checkpoints, digest
 from flix_jax.training.loop import REPORT, UNEVALUATED
@@ -348,6 +348,9 @@ class _Group:
                 checkpoints = self.checkpoints[i]
                 if value is not None and (self.run.saves_at(first) or checkpoints.improves(value)):
                     checkpoints.set_value(first, value)
+            step_fn = tracing.telling_compilations(
+                self.program.step, lambda text: overall.say(f"{self.title}: {text}")
+            )
             state = self.program.stack(states)
             del states
             pending: list[tuple[int, Any]] = []
@@ -360,7 +363,7 @@ class _Group:
 
             stack.enter_context(preemption.phase("compiling"))
             for step in range(first + 1, total + 1):
-                state, metrics = self.program.step(state, self.frozen, next(batches))
+                state, metrics = step_fn(state, self.frozen, next(batches))
                 if step == first + 1:  # from here on there is something to save
                     stack.enter_context(preemption.holding())
                     stack.enter_context(preemption.phase("training"))
