@@ -62,7 +62,9 @@ BENCHMARKS = (
             "FLix / LoRA of rank 8": "≤ 1.00",
             "FLix by cell / frozen": "≤ 1.15",
             "FLix by cell / LoRA of rank 8": "≤ 1.00",
+            "FLix by cell / LoRA by cell": "≤ 1.00",
             "LoRA / frozen": "",
+            "LoRA by cell / frozen": "",
         },
     ),
     Benchmark(

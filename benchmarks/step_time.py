@@ -120,9 +120,8 @@ def main() -> None:
     config, batch = network_and_batch(args)
     specs = {"frozen": None, "lora r8": lora(8), **{f"flix {n}": flix(n) for n in args.features}}
     sides = [Side(name, spec, config, batch) for name, spec in specs.items()]
-    sides += [
-        Side(f"flix {n} by cell", flix(n), config, batch, by_cell=True) for n in args.features
-    ]
+    by_cell = {"lora r8 by cell": lora(8), **{f"flix {n} by cell": flix(n) for n in args.features}}
+    sides += [Side(name, spec, config, batch, by_cell=True) for name, spec in by_cell.items()]
     interleaved.run(sides, args.rounds, interleaved.CLOCKS[args.clock])
 
     frozen, lora_side = sides[:2]
@@ -147,11 +146,14 @@ def main() -> None:
             )
         )
     figures.tell_ratios("LoRA / frozen", interleaved.ratios(lora_side, frozen))
+    lora_by_cell = next(side for side in sides if side.name == "lora r8 by cell")
+    figures.tell_ratios("LoRA by cell / frozen", interleaved.ratios(lora_by_cell, frozen))
     named = {"flix 30": "FLix", "flix 30 by cell": "FLix by cell"}
     for side in (side for side in sides if side.name in named):
         name = named[side.name]
         figures.tell_ratios(f"{name} / frozen", interleaved.ratios(side, frozen))
         figures.tell_ratios(f"{name} / LoRA of rank 8", interleaved.ratios(side, lora_side))
+        figures.tell_ratios(f"{name} / LoRA by cell", interleaved.ratios(side, lora_by_cell))
 
 
 if __name__ == "__main__":

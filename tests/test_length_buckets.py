@@ -58,6 +58,16 @@ def positions(pipeline, step):
     return [position for _, _, position in pipeline.origins_at(step)]
 
 
+def rows_by_position(pipeline, steps):
+    """Every row of the first batches, by the position of its example in the sequence."""
+    return {
+        position: {name: array[row] for name, array in batch.items()}
+        for step in range(steps)
+        for batch in [pipeline.batch_at(step)]
+        for row, position in enumerate(positions(pipeline, step))
+    }
+
+
 def least(tokens, known):
     """The least of the known lengths that holds so many tokens."""
     return min(length for length in known if length >= tokens)
@@ -100,11 +110,7 @@ def test_a_batch_is_as_long_as_its_longest_example_needs(seed, inputs, targets):
 
 def test_rows_are_those_of_the_plain_batches_with_less_padding():
     pipeline, plain = make(), make(buckets=None)
-    at = {}
-    for step in range(WINDOW):
-        batch = plain.batch_at(step)
-        for row, position in enumerate(positions(plain, step)):
-            at[position] = {name: array[row] for name, array in batch.items()}
+    at = rows_by_position(plain, WINDOW)
     shapes = set()
     for step in range(WINDOW):
         batch, lengths = pipeline.batch_at(step), pipeline.lengths_at(step)
@@ -242,11 +248,7 @@ def test_lengths_are_those_of_the_examples_as_they_are_drawn(transform, rows_per
     more = {"transforms": {"ner/*": transform}, "rows_per_cell": rows_per_cell}
     more["lengths"] = {"inputs": 16, "targets": 16}
     pipeline, plain = make(**more), make(buckets=None, **more)
-    at = {}
-    for step in range(2 * WINDOW):
-        batch = plain.batch_at(step)
-        for row, position in enumerate(positions(plain, step)):
-            at[position] = {name: array[row] for name, array in batch.items()}
+    at = rows_by_position(plain, 2 * WINDOW)
     shapes = set()
     for step in range(2 * WINDOW):
         batch, lengths = pipeline.batch_at(step), pipeline.lengths_at(step)
@@ -310,11 +312,7 @@ def test_a_window_of_transforms_is_made_a_batch_at_a_time():
 @pytest.mark.parametrize("sources", [16, 12])
 def test_sources_are_as_long_as_inputs_where_they_were(sources):
     pipeline, plain = make(sources=sources), make(buckets=None, sources=sources)
-    at = {}
-    for step in range(WINDOW):
-        batch = plain.batch_at(step)
-        for row, position in enumerate(positions(plain, step)):
-            at[position] = batch[SOURCE_TOKENS][row], batch["encoder_input_tokens"][row]
+    at = rows_by_position(plain, WINDOW)
     cut = 0
     for step in range(WINDOW):
         batch = pipeline.batch_at(step)
@@ -324,7 +322,8 @@ def test_sources_are_as_long_as_inputs_where_they_were(sources):
         assert found.shape[1] == (inputs.shape[1] if sources == 16 else sources)
         cut += inputs.shape[1] < 16
         for row, position in enumerate(positions(pipeline, step)):
-            for part, whole in zip((found[row], inputs[row]), at[position], strict=True):
+            for name in (SOURCE_TOKENS, "encoder_input_tokens"):
+                part, whole = batch[name][row], at[position][name]
                 np.testing.assert_array_equal(part, whole[: len(part)])
                 assert not whole[len(part) :].any()
     assert cut

@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from tiny_runs import SPLIT_MESH, arrays, logged, make_base_run, write_words
+from tiny_runs import SPLIT_MESH, arrays, check_same_training, logged, make_base_run, write_words
 
 from flix_jax.adapters.features import FeatureSpace, FeatureType
 from flix_jax.adapters.injection import AdapterSpec
@@ -143,15 +143,7 @@ def test_mixed_batches_are_as_announced(mixed, mixed_whole):
 )
 def test_a_mixed_run_is_the_same_however_it_is_computed(mixed, mixed_whole, changed, tmp_path):
     training.train(dataclasses.replace(mixed, **changed), tmp_path)
-    found, expected = arrays(tmp_path, 4), arrays(mixed_whole, 4)
-    moved = 0.0
-    for name in (name for name in expected if "flix" in name):
-        size = np.abs(expected[name]).max()
-        assert np.abs(found[name] - expected[name]).max() <= 2e-5 * max(size, 1e-3), name
-        moved = max(moved, size if name.endswith("['b']") else 0.0)
-    assert moved > 1e-3
-    for (step, loss, _), (_, wanted, _) in zip(logged(tmp_path), logged(mixed_whole), strict=True):
-        assert loss == pytest.approx(wanted, rel=1e-5), step
+    check_same_training(tmp_path, mixed_whole, 4)
 
 
 @pytest.mark.exhaustive

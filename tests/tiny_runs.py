@@ -5,6 +5,7 @@ import json
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import pytest
 
 from flix_jax.data.cells import Mixture
 from flix_jax.data.vocabularies import ByteVocabulary
@@ -70,6 +71,19 @@ def logged(run_dir):
     """(step, loss, tokens) of every line of a run's log that has a loss."""
     lines = read_metrics(run_dir / "metrics.jsonl")
     return [(x["step"], x["loss"], x["tokens"]) for x in lines if "loss" in x]
+
+
+def check_same_training(run_dir, expected_dir, step):
+    """Adapters equal to 2e-5 of their size, of which some have moved, and losses to 1e-5."""
+    found, expected = arrays(run_dir, step), arrays(expected_dir, step)
+    moved = 0.0
+    for name in (name for name in expected if "flix" in name):
+        size = np.abs(expected[name]).max()
+        assert np.abs(found[name] - expected[name]).max() <= 2e-5 * max(size, 1e-3), name
+        moved = max(moved, size if name.endswith("['b']") else 0.0)
+    assert moved > 1e-3
+    for (at, loss, _), (_, wanted, _) in zip(logged(run_dir), logged(expected_dir), strict=True):
+        assert loss == pytest.approx(wanted, rel=1e-5), at
 
 
 def make_base_run(data_dir):
