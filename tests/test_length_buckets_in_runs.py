@@ -184,7 +184,7 @@ def test_rows_of_a_cell_are_sorted_as_one(run, tmp_path):
 
 
 @pytest.mark.exhaustive
-def test_trials_of_one_program_are_their_solo_runs(run, whole, tmp_path):
+def test_trials_of_one_program_are_their_solo_runs(run, whole, tmp_path, capfd):
     runs = [dataclasses.replace(run, seed=s, data_seed=run.order_seed) for s in (run.seed, 1)]
     folders = [tmp_path / "a", tmp_path / "b"]
     together.train_together(
@@ -196,6 +196,7 @@ def test_trials_of_one_program_are_their_solo_runs(run, whole, tmp_path):
         log_dir=tmp_path / "program",
         title="program",
     )
+    assert capfd.readouterr().err.count("program: compiled again: ") == 1
     alone, first, second = map(logged, (whole, *folders))
     for (step, loss, _), (_, expected, _) in zip(first, alone, strict=True):
         assert loss == pytest.approx(expected, rel=1e-5), step

@@ -107,9 +107,10 @@ OPTIMIZERS = {
         pytest.param("adafactor", 20, marks=pytest.mark.exhaustive),
     ],
 )
-def test_every_trial_equals_its_solo_run(name, steps, base_run, bases_dir, tmp_path):
+def test_every_trial_equals_its_solo_run(name, steps, base_run, bases_dir, tmp_path, capfd):
     runs = trials(base_run, OPTIMIZERS[name], steps)
     outcomes = run_together(runs, tmp_path / "together", bases_dir)
+    assert "compiled again" not in capfd.readouterr().err
     for i, (run, outcome) in enumerate(zip(runs, outcomes, strict=True)):
         alone, beside = tmp_path / f"alone{i}", tmp_path / "together" / str(i)
         training.train(run, alone, bases_dir=bases_dir)

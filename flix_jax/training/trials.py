@@ -98,7 +98,7 @@ class Trials:
         split = NamedSharding(mesh, PartitionSpec(partitioning.BATCH_AXES))
         self._numbers = jax.device_put(self._stack_numbers(), split)
         self._split = split
-        self.step = jax.jit(self._step, donate_argnums=0)
+        self.step = jax.jit(self._step, donate_argnums=0, out_shardings=split)
 
     def stack(self, states: Sequence[TrainState]) -> TrialsState:
         """The state of all runs from those of each."""
