@@ -6,13 +6,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_runs import SPLIT_MESH, arrays, check_same_training, logged, make_base_run, write_words
+from tiny_runs import (
+    SPLIT_MESH,
+    check_same_bits,
+    check_same_training,
+    check_trials_are_solo_runs,
+    make_base_run,
+    write_words,
+)
 
 from flix_jax.adapters.activation import activate
 from flix_jax.adapters.features import FeatureSpace, FeatureType
 from flix_jax.adapters.fusion import Fusion
 from flix_jax.adapters.injection import AdapterSpec
-from flix_jax.experiments import together, training
+from flix_jax.experiments import training
 from flix_jax.experiments.job import Job
 from flix_jax.models.dropout import EXAMPLE_NUMBERS
 from flix_jax.training.optimizers import Optimizer, Schedule
@@ -50,9 +57,7 @@ def whole(run, tmp_path_factory):
 def test_a_restarted_run_is_the_run_bit_for_bit(run, whole, tmp_path):
     training.train(dataclasses.replace(run, total_steps=2), tmp_path)
     training.train(run, tmp_path)
-    for name, value in arrays(whole, STEPS).items():
-        np.testing.assert_array_equal(value, arrays(tmp_path, STEPS)[name], err_msg=name)
-    assert logged(tmp_path) == logged(whole)
+    check_same_bits(tmp_path, whole, STEPS)
 
 
 @pytest.mark.parametrize(
@@ -122,21 +127,7 @@ def test_rows_of_a_group_that_differ_are_no_number(run, tmp_path):
 
 @pytest.mark.exhaustive
 def test_trials_of_one_program_are_their_solo_runs(run, whole, tmp_path):
-    runs = [dataclasses.replace(run, seed=s, data_seed=run.order_seed) for s in (run.seed, 1)]
-    folders = [tmp_path / "a", tmp_path / "b"]
-    together.train_together(
-        runs,
-        folders,
-        bases_dir=tmp_path / "bases",
-        configs=[None, None],
-        splits=[],
-        log_dir=tmp_path / "program",
-        title="program",
-    )
-    alone, first, second = map(logged, (whole, *folders))
-    for (step, loss, _), (_, expected, _) in zip(first, alone, strict=True):
-        assert loss == pytest.approx(expected, rel=1e-5), step
-    assert second != first
+    check_trials_are_solo_runs(run, whole, tmp_path)
 
 
 def test_what_is_fastest_is_chosen_and_told(run, tmp_path):

@@ -261,15 +261,20 @@ def test_lengths_are_those_of_the_examples_as_they_are_drawn(transform, rows_per
     assert len(shapes) > 1
 
 
-def test_lengths_of_steps_that_are_over_are_known():
-    """A run's log asks for them, of many windows at once."""
+def make_counting():
+    """A pipeline, and a list that grows with each call of its transform."""
     calls = []
 
     def transform(example, rng):
         calls.append(None)
         return example
 
-    pipeline = make(transforms={"*/*": transform})
+    return make(transforms={"*/*": transform}), calls
+
+
+def test_lengths_of_steps_that_are_over_are_known():
+    """A run's log asks for them, of many windows at once."""
+    pipeline, calls = make_counting()
     expected = [pipeline.lengths_at(step) for step in range(12 * WINDOW)]
     made = len(calls)
     assert [pipeline.lengths_at(step) for step in range(12 * WINDOW)] == expected
@@ -293,13 +298,7 @@ def test_threads_do_not_make_windows_at_once():
 
 
 def test_a_window_of_transforms_is_made_a_batch_at_a_time():
-    calls = []
-
-    def transform(example, rng):
-        calls.append(None)
-        return example
-
-    pipeline = make(transforms={"*/*": transform})
+    pipeline, calls = make_counting()
     counts = []
     for step in range(3 * WINDOW):
         before = len(calls)

@@ -2,15 +2,22 @@
 
 import dataclasses
 
-import numpy as np
 import pytest
-from tiny_runs import SPLIT_MESH, arrays, check_same_training, logged, make_base_run, write_words
+from tiny_runs import (
+    SPLIT_MESH,
+    check_same_bits,
+    check_same_training,
+    check_trials_are_solo_runs,
+    logged,
+    make_base_run,
+    write_words,
+)
 
 from flix_jax.adapters.features import FeatureSpace, FeatureType
 from flix_jax.adapters.injection import AdapterSpec
 from flix_jax.data import packing
 from flix_jax.data.pipeline import SEGMENTS
-from flix_jax.experiments import together, training
+from flix_jax.experiments import training
 from flix_jax.experiments.job import Job
 from flix_jax.training.optimizers import Optimizer, Schedule
 from flix_jax.training.partitioning import MeshSpec
@@ -55,9 +62,8 @@ def whole(run, tmp_path_factory):
 def test_a_restarted_run_is_the_run_bit_for_bit(run, whole, tmp_path):
     training.train(dataclasses.replace(run, total_steps=12), tmp_path)
     training.train(run, tmp_path)
-    for name, value in arrays(whole, STEPS).items():
-        np.testing.assert_array_equal(value, arrays(tmp_path, STEPS)[name], err_msg=name)
-    assert logged(tmp_path) == logged(whole) and logged(whole)[-1][0] == STEPS
+    check_same_bits(tmp_path, whole, STEPS)
+    assert logged(whole)[-1][0] == STEPS
 
 
 def test_it_learns_from_all_that_the_rows_hold(run, whole):
@@ -112,9 +118,7 @@ def mixed_whole(mixed, tmp_path_factory):
 def test_a_restarted_mixed_run_is_the_run_bit_for_bit(mixed, mixed_whole, tmp_path):
     training.train(dataclasses.replace(mixed, total_steps=2), tmp_path)
     training.train(mixed, tmp_path)
-    for name, value in arrays(mixed_whole, 4).items():
-        np.testing.assert_array_equal(value, arrays(tmp_path, 4)[name], err_msg=name)
-    assert logged(tmp_path) == logged(mixed_whole)
+    check_same_bits(tmp_path, mixed_whole, 4)
 
 
 def test_mixed_batches_are_as_announced(mixed, mixed_whole):
@@ -148,20 +152,4 @@ def test_a_mixed_run_is_the_same_however_it_is_computed(mixed, mixed_whole, chan
 
 @pytest.mark.exhaustive
 def test_trials_of_one_program_are_their_solo_runs(run, whole, tmp_path):
-    other = dataclasses.replace(run, seed=1, data_seed=run.order_seed)
-    same = dataclasses.replace(run, data_seed=run.order_seed)
-    folders = [tmp_path / "a", tmp_path / "b"]
-    together.train_together(
-        [same, other],
-        folders,
-        bases_dir=tmp_path / "bases",
-        configs=[None, None],
-        splits=[],
-        log_dir=tmp_path / "program",
-        title="program",
-    )
-    alone, first, second = map(logged, (whole, *folders))
-    assert len(first) == len(alone)
-    for (step, loss, tokens), (_, expected, _) in zip(first, alone, strict=True):
-        assert loss == pytest.approx(expected, rel=1e-5) and tokens > 0, step
-    assert second != first
+    check_trials_are_solo_runs(run, whole, tmp_path)

@@ -1,5 +1,6 @@
 """Small files and a small base that several tests train runs on."""
 
+import dataclasses
 import json
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 
 from flix_jax.data.cells import Mixture
 from flix_jax.data.vocabularies import ByteVocabulary
+from flix_jax.experiments import together
 from flix_jax.experiments.run import Evaluation, Run
 from flix_jax.models.config import T5Config
 from flix_jax.tasks.xtreme_up import XtremeUp
@@ -71,6 +73,33 @@ def logged(run_dir):
     """(step, loss, tokens) of every line of a run's log that has a loss."""
     lines = read_metrics(run_dir / "metrics.jsonl")
     return [(x["step"], x["loss"], x["tokens"]) for x in lines if "loss" in x]
+
+
+def check_same_bits(run_dir, expected_dir, step):
+    """All that a checkpoint holds, and every line of the log."""
+    found = arrays(run_dir, step)
+    for name, value in arrays(expected_dir, step).items():
+        np.testing.assert_array_equal(value, found[name], err_msg=name)
+    assert logged(run_dir) == logged(expected_dir)
+
+
+def check_trials_are_solo_runs(run, alone, folder):
+    """Trains a run and another of its data together; the first is that which ran alone."""
+    runs = [dataclasses.replace(run, seed=s, data_seed=run.order_seed) for s in (run.seed, 1)]
+    folders = [folder / "a", folder / "b"]
+    together.train_together(
+        runs,
+        folders,
+        bases_dir=folder / "bases",
+        configs=[None, None],
+        splits=[],
+        log_dir=folder / "program",
+        title="program",
+    )
+    expected, first, second = map(logged, (alone, *folders))
+    for (step, loss, tokens), (_, wanted, _) in zip(first, expected, strict=True):
+        assert loss == pytest.approx(wanted, rel=1e-5) and tokens > 0, step
+    assert second != first
 
 
 def check_same_training(run_dir, expected_dir, step):
