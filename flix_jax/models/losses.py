@@ -151,12 +151,12 @@ def chunked_sums(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
 def _chunked(head, chunks, label_smoothing, z_loss, params, states, targets, weights):
     loss = _loss_of_part(head, label_smoothing, z_loss)
+    tokens = states, targets, weights
 
-    def turn(sums, part):
-        return jax.tree.map(jnp.add, sums, loss(params, *part)), None
+    def turn(sums, chunk):
+        return jax.tree.map(jnp.add, sums, loss(params, *_part(tokens, chunk, chunks))), None
 
-    parts = [_cut(x, chunks) for x in (states, targets, weights)]
-    return jax.lax.scan(turn, _no_sums(), parts)[0]
+    return jax.lax.scan(turn, _no_sums(), jnp.arange(chunks))[0]
 
 
 def _chunked_forward(head, chunks, label_smoothing, z_loss, params, states, targets, weights):
@@ -168,17 +168,21 @@ def _chunked_forward(head, chunks, label_smoothing, z_loss, params, states, targ
     loss = _loss_of_part(head, label_smoothing, z_loss)
     gradients = jax.value_and_grad(loss, argnums=(1, 0) if differentiated else (1,), has_aux=True)
 
-    def turn(carry, part):
-        sums, of_params = carry
-        found, (of_states, *more) = gradients(params, *part)
+    tokens = states, targets, weights
+
+    def turn(carry, chunk):
+        sums, of_params, of_states = carry
+        found, (of_part, *more) = gradients(params, *_part(tokens, chunk, chunks))
         if differentiated:
             of_params = jax.tree.map(jnp.add, of_params, more[0])
-        return (jax.tree.map(jnp.add, sums, found), of_params), of_states
+        start = chunk * of_part.shape[1]
+        of_states = jax.lax.dynamic_update_slice_in_dim(of_states, of_part, start, axis=1)
+        return (jax.tree.map(jnp.add, sums, found), of_params, of_states), None
 
     nothing = jax.tree.map(jnp.zeros_like, params) if differentiated else None
-    parts = [_cut(x, chunks) for x in (states, targets, weights)]
-    (sums, of_params), of_states = jax.lax.scan(turn, (_no_sums(), nothing), parts)
-    return sums, (jnp.moveaxis(of_states, 0, 1).reshape(states.shape), of_params)
+    start = _no_sums(), nothing, jnp.zeros_like(states)
+    (sums, of_params, of_states), _ = jax.lax.scan(turn, start, jnp.arange(chunks))
+    return sums, (of_states, of_params)
 
 
 def _chunked_backward(head, chunks, label_smoothing, z_loss, gradients, cotangents):
@@ -211,6 +215,10 @@ def _no_sums():
     return zero, dict.fromkeys(("loss", "z_loss", "weight", "correct"), zero)
 
 
-def _cut(x: Array, chunks: int) -> Array:
-    """[batch, length, …] -> [chunks, batch, length / chunks, …]."""
-    return jnp.moveaxis(x.reshape(x.shape[0], chunks, -1, *x.shape[2:]), 1, 0)
+def _part(tokens: tuple[Array, ...], chunk: Array, chunks: int) -> list[Array]:
+    """Each [batch, length, …] -> its chunk [batch, length / chunks, …].
+
+    Taken where it lies: a scan over chunks would have them copied side by side first.
+    """
+    size = tokens[0].shape[1] // chunks
+    return [jax.lax.dynamic_slice_in_dim(x, chunk * size, size, axis=1) for x in tokens]
