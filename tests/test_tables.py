@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 from tiny_runs import SPLIT_MESH, make_base_run, write_words
 
 from flix_jax.adapters import tables, tree
@@ -14,11 +15,13 @@ from flix_jax.adapters.features import FeatureSpace, FeatureType
 from flix_jax.adapters.fusion import Fusion
 from flix_jax.adapters.injection import AdapterSpec, Match
 from flix_jax.adapters.modules import ALL, MERGED, ROWS
-from flix_jax.experiments import table_kinds
+from flix_jax.experiments import compiled, table_kinds
 from flix_jax.experiments.job import Job
 from flix_jax.experiments.step_program import step_program
+from flix_jax.training.axis_rules import AxisRules
 from flix_jax.training.optimizers import Optimizer, Schedule
 from flix_jax.training.partitioning import MeshSpec
+from flix_jax.training.table_placement import TablePlacement
 
 TYPES = (
     FeatureType("task", rank=2, dropout=0.3),
@@ -334,3 +337,55 @@ def test_a_target_that_matches_no_layer_is_refused(run, tmp_path):
     changed = dataclasses.replace(run, tables={"encoder": "rows", "encodr/.*": "all"})
     with pytest.raises(ValueError, match=r"Run.tables: 'encodr/\.\*' matches none of .* adapted"):
         Job(changed, tmp_path)
+
+
+def test_matrices_are_taken_by_a_product_as_by_a_gather():
+    """What a TPU does, here on a CPU: exact, zero where absent, rounded where that is asked for."""
+    bank = jax.random.normal(jax.random.key(0), (5, 3, 7, 2))
+    ids = jnp.array([4, 0, -1, 4])
+    expected = np.where((ids < 0)[:, None, None, None], 0, bank[ids])
+    for axis in (0, 2):
+        names = ["layers", "embed", "rank"]
+        names.insert(axis, "features")
+        how = tables._Take(lambda x, axes, bank: x, tuple(names), "float32")
+        taken = tables._by_product(how, jnp.moveaxis(bank, 0, axis), ids)
+        np.testing.assert_array_equal(np.moveaxis(taken, axis, 0), expected)
+
+
+def test_tables_of_rows_move_together():
+    """As many exchanges as there are widths, there and back, and every leaf is what it was."""
+    rules = AxisRules(adapters=(("embed", "fsdp"), ("mlp", "fsdp")))
+    mesh = MeshSpec(data=2, fsdp=4).make(jax.devices())
+    place = TablePlacement(mesh, rules)
+    rng = np.random.default_rng(0)
+    made, names = {}, {}
+    for layer, columns, width, axis in (
+        ("query", 2, 16, "embed"),
+        ("out", 3, 16, "embed"),
+        ("wi", 2, 16, "embed"),
+        ("wo", 4, 32, "mlp"),
+        ("gate", 4, 32, "mlp"),
+    ):
+        made[layer] = rng.normal(size=(16, 3, columns, width)).astype(np.float32)
+        names[layer] = (tables.EXAMPLES, "layers", tables.OWN_COLUMNS, axis)
+    beside = NamedSharding(mesh, PartitionSpec("data", None, None, "fsdp"))
+    in_use = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+    def weighted(made, weights):
+        found = place.brought(made, names)
+        return sum(jnp.vdot(found[layer], weights[layer]) for layer in found), found
+
+    step = jax.jit(
+        jax.value_and_grad(weighted, has_aux=True), out_shardings=((None, in_use), beside)
+    )
+    shapes = [
+        jax.tree.map(lambda x, to=to: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to), made)
+        for to in (beside, in_use)
+    ]
+    program = step.lower(*shapes).compile()
+    exchanged = compiled.read(program.as_text()).collectives["all-to-all"]
+    assert exchanged.count == 2 + 2  # the tables, and their gradients
+    weights = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), made)
+    (_, found), gradients = program(jax.device_put(made, beside), jax.device_put(weights, in_use))
+    jax.tree.map(np.testing.assert_array_equal, found, made)
+    jax.tree.map(np.testing.assert_array_equal, gradients, weights)

@@ -22,11 +22,12 @@ number of values. Layers of a network may have tables of several kinds, or none 
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
+from jax.typing import DTypeLike
 from jaxtyping import Array, Int
 
 from flix_jax.adapters import low_rank, tree
@@ -51,7 +52,8 @@ _WORTH_MERGING_ALONE, _WORTH_MERGING = 0.2, 1.0
 
 Axes = tuple[str | None, ...]
 Siblings = Sequence[Sequence[str]]
-Place = Callable[[Array, Axes], Array]
+#: (an array, the names of its axes, those of a bank) -> the array, where it is to lie.
+Place = Callable[[Array, Axes, Axes], Array]
 
 
 def choose(
@@ -137,20 +139,22 @@ def of_rows(
     axes: tree.Tree,
     space: FeatureSpace,
     ids: Int[Array, "batch *examples slots"],
-    place: Place = lambda taken, axes: taken,
+    place: Place = lambda x, axes, bank: x,
     siblings: Siblings = (),
     name: str = ROWS,
+    dtype: DTypeLike = "float32",
 ) -> dict[str, Any]:
     """The columns of the values that each example has; differentiable.
 
     Args:
       banks, axes, space, siblings: as in `of_all`.
+      ids: of the examples' values, -1 where absent (then what stands there is of any value, or
+        zero); of packed rows those of all their examples.
+      place: brings what is of examples (`EXAMPLES`) beside a bank: ids, and what is taken of it for
+        a slot. The gradient of that is brought there, too, before it is added up by value.
       name: ROWS or MERGED.
-      ids: of the examples' values, -1 where absent (then any value stands there); of packed rows
-        those of all their examples.
-      place: (what is taken of a bank for a slot, its axes' names with `EXAMPLES` for the features)
-        -> the same, where it is to lie: beside the bank. Its gradient is brought there, too, before
-        it is added up by value.
+      dtype: of the products. For float32 what is taken is exact; for bfloat16 a TPU rounds it to
+        that, and takes less time.
 
     Returns:
       A tree with `<dense>/flix/(rows)/a` [batch, columns, in] and `b` [batch, columns, out], the
@@ -161,33 +165,67 @@ def of_rows(
     for path, sides in _layers(banks, axes, space, name, siblings):
         taken = []
         for t, leaf, names in sides:
-            placed = functools.partial(_placed, place, names)
+            take = _Take(place, names, dtype)
             slots = space.slots(t)
             for of in ids[..., slots.start : slots.stop].reshape(len(ids), -1).T:
-                rows = _take(placed, names.index(_FEATURES), leaf, of)
+                rows = _taken(take, leaf, place(of, (EXAMPLES,), names))
                 taken.append(jnp.moveaxis(rows, names.index(_RANK), -2))
         made.append((path, jnp.concatenate(taken, axis=-2)))
     return tree.from_named(made)
 
 
-def _placed(place: Place, names: Axes, taken: Array) -> Array:
-    return place(taken, tuple(EXAMPLES if name == _FEATURES else name for name in names))
+class _Take(NamedTuple):
+    """How matrices are taken: who brings them beside the bank, its axes, of which dtype."""
+
+    place: Place
+    bank: Axes
+    dtype: DTypeLike
+
+    @property
+    def axis(self) -> int:
+        return self.bank.index(_FEATURES)
+
+    def placed(self, taken: Array) -> Array:
+        axes = tuple(EXAMPLES if name == _FEATURES else name for name in self.bank)
+        return self.place(taken, axes, self.bank)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _take(placed: Callable[[Array], Array], axis: int, bank: Array, ids: Array) -> Array:
-    """The matrices of the ids, in place of all matrices."""
-    return placed(jnp.take(bank, ids, axis=axis, mode="clip"))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _taken(how: _Take, bank: Array, ids: Array) -> Array:
+    """The matrices of the ids, in place of all matrices.
+
+    On a TPU by a product with the one-hot ids, which has its part of the bank read where it lies;
+    of a gather the compiler would bring banks of few values to all devices first.
+    """
+
+    def gathered(bank: Array, ids: Array) -> Array:
+        return jnp.take(bank, ids, axis=how.axis, mode="clip")
+
+    return how.placed(
+        jax.lax.platform_dependent(
+            bank, ids, tpu=functools.partial(_by_product, how), default=gathered
+        )
+    )
 
 
-def _take_forward(placed, axis, bank, ids):
-    return _take(placed, axis, bank, ids), (jnp.zeros((bank.shape[axis], 0), bank.dtype), ids)
+def _by_product(how: _Take, bank: Array, ids: Array) -> Array:
+    one_hot = jax.nn.one_hot(ids, bank.shape[how.axis], dtype=bank.dtype)
+    precision = "default" if jnp.dtype(how.dtype) == jnp.bfloat16 else "highest"
+    rows = jnp.tensordot(one_hot, bank, axes=((1,), (how.axis,)), precision=precision)
+    return jnp.moveaxis(rows, 0, how.axis)
 
 
-def _take_backward(placed, axis, saved, g):
+def _taken_forward(how, bank, ids):
+    return _taken(how, bank, ids), (jnp.zeros((bank.shape[how.axis], 0), bank.dtype), ids)
+
+
+def _taken_backward(how, saved, g):
     values, ids = saved
-    total = low_rank.sum_by_value(jnp.moveaxis(placed(g), axis, 0), ids, values.shape[0])
-    return _as_kept(jnp.moveaxis(total, 0, axis).astype(values.dtype)), None
+    total = low_rank.sum_by_value(jnp.moveaxis(how.placed(g), how.axis, 0), ids, values.shape[0])
+    return _as_kept(jnp.moveaxis(total, 0, how.axis).astype(values.dtype)), None
+
+
+_taken.defvjp(_taken_forward, _taken_backward)
 
 
 def _as_kept(bank: Array) -> Array:
@@ -204,9 +242,6 @@ def _as_kept(bank: Array) -> Array:
         return with_layout_constraint(bank, Layout(major_to_minor=tuple(order)))
 
     return jax.lax.platform_dependent(bank, tpu=in_order, default=lambda bank: bank)
-
-
-_take.defvjp(_take_forward, _take_backward)
 
 
 def logical_axes(

@@ -17,15 +17,9 @@ from flix_jax.adapters.injection import AdapterSpec
 from flix_jax.adapters.modules import ALL, MERGED
 from flix_jax.models import int8
 from flix_jax.training import partitioning
-from flix_jax.training.axis_rules import BATCH_AXES, FEATURES, Axes, AxisRules
+from flix_jax.training.axis_rules import FEATURES, AxisRules
 from flix_jax.training.step import TrainState
-
-#: Where tables lie while the network runs, beside the rules for the widths of banks.
-TABLE_RULES: Mapping[str, Axes] = {
-    tables.COLUMNS: (),
-    tables.OWN_COLUMNS: (),
-    tables.EXAMPLES: BATCH_AXES,
-}
+from flix_jax.training.table_placement import TablePlacement
 
 
 class Model(Protocol):
@@ -289,30 +283,19 @@ class Parameters:
         """The tables of some banks, and copies of them in the dtype of the products."""
         assert self.spec is not None
         space, siblings = self.spec.space, self.siblings
+        place = TablePlacement(self.mesh, self.rules)
+        names = tables.logical_axes(axes, space, kind, siblings)
         if kind == ALL:
+            bring = place.in_use
             made = tables.of_all(banks, axes, space, siblings)
         else:
+            bring = place.brought
             ids = ids[:: self.rows_together]
-            made = tables.of_rows(banks, axes, space, ids, self._beside, siblings, kind)
-        rules = {**self.rules.in_use.table("adapters"), **TABLE_RULES}
-        names = tables.logical_axes(axes, space, kind, siblings)
-        shardings = partitioning.param_shardings(self.mesh, names, made, rules)
-        constrain = jax.lax.with_sharding_constraint
+            made = tables.of_rows(
+                banks, axes, space, ids, place.beside, siblings, kind, dtype=self.dtype
+            )
         copies = jax.tree.map(lambda x: jax.lax.stop_gradient(x).astype(self.dtype), made)
-        return constrain(made, shardings), tables.as_copies(constrain(copies, shardings))
-
-    def _beside(self, taken: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
-        """What is taken of a bank for examples, brought to where that is kept.
-
-        The mesh axes of the batch that do not split the bank split the examples.
-        """
-        rules = self.rules.table("adapters")
-        split = {axis for name in axes for axis in rules.get(name or "", ())}
-        examples = tuple(axis for axis in BATCH_AXES if axis not in split)
-        spec = partitioning.param_shardings(
-            self.mesh, {"x": axes}, {"x": taken}, {**rules, tables.EXAMPLES: examples}
-        )
-        return jax.lax.with_sharding_constraint(taken, spec["x"])
+        return bring(made, names), tables.as_copies(bring(copies, names))
 
     def create_state(self, trained: Any, optimizer: optax.GradientTransformation) -> TrainState:
         """The state before the first step, sharded as its template."""
