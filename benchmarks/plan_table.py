@@ -27,6 +27,7 @@ GIB = 2**30
 COLUMNS = """- Base, trained, moments: GiB that a chip holds of each.
 - Step: the cycles at the chip's clock, to the same with the bytes of all collectives after them, at
   the speed of one axis of the interconnect (`docs/plan.md`).
+- Collectives: the bytes of their results in a step, and how many there are.
 - Of LoRA's: cycles of the step against those of LoRA with the same mesh."""
 BINDINGS = (
     "BASE='random'",
@@ -107,6 +108,7 @@ def table(cells: list[dict[str, Any]]) -> str:
     for cell in sorted(cells, key=lambda c: (_order(c["pod"]), c["kind"])):
         size, chips = cell["pod"].split("_")[1], topology_of(cell["pod"])
         state = cell["state"]
+        count = sum(n for n, _ in cell["collectives"].values())
         moved = sum(size for _, size in cell["collectives"].values())
         ratio = ""
         if cell["kind"] != "lora" and cell["pod"] in lora and lora[cell["pod"]]["cycles"]:
@@ -123,7 +125,7 @@ def table(cells: list[dict[str, Any]]) -> str:
                 "" if cell["refused"] else f"{cell['memory']:.2f} of {cell['room']:.2f} GiB",
                 "yes" if cell["fits"] else "no",
                 " to ".join(f"{ms:,.0f}" for ms in cell["milliseconds"]) + " ms",
-                f"{moved:.2f} GiB",
+                f"{moved:.2f} GiB in {count:,}",
                 f"{cell['cycles']:,}",
                 ratio,
             ]
