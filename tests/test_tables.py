@@ -159,6 +159,19 @@ def test_in_bfloat16_gradients_are_those_of_float32_tables(run, tmp_path):
         assert errors[kind] < 1.2 * errors["banks"], errors
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["rows", BY_LAYER], ids=str)
+def test_what_a_step_computes_on_a_tpu_is_that_of_banks(run, kind, expected, tmp_path, monkeypatch):
+    """Its branches for a TPU, on a mesh of CPUs: products for gathers, orders in memory."""
+
+    def on_tpu(*args, default=None, tpu=None, **other):
+        return (tpu or default)(*args)
+
+    expected(True)  # as on a CPU
+    monkeypatch.setattr(jax.lax, "platform_dependent", on_tpu)
+    check(run, kind, 2, True, 2, expected, tmp_path)
+
+
 def test_shapes_and_names():
     space = FeatureSpace((FeatureType("t", ("a", "b", "c"), rank=2, slots=2), TYPES[1]))
     bank = {
@@ -340,10 +353,10 @@ def test_a_target_that_matches_no_layer_is_refused(run, tmp_path):
 
 
 def test_matrices_are_taken_by_a_product_as_by_a_gather():
-    """What a TPU does, here on a CPU: exact, zero where absent, rounded where that is asked for."""
+    """What a TPU does, here on a CPU: exact, and zero where there is no such value."""
     bank = jax.random.normal(jax.random.key(0), (5, 3, 7, 2))
-    ids = jnp.array([4, 0, -1, 4])
-    expected = np.where((ids < 0)[:, None, None, None], 0, bank[ids])
+    ids = jnp.array([4, 0, -1, 4, 5])
+    expected = np.where(((ids < 0) | (ids > 4))[:, None, None, None], 0, bank[ids % 5])
     for axis in (0, 2):
         names = ["layers", "embed", "rank"]
         names.insert(axis, "features")

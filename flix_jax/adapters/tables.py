@@ -16,8 +16,9 @@ the products, it computes with the copies; the gradient is that of the tables.
 Layers that read the same input (`siblings`) have their `a` side by side, as
 one leaf of the first (`modules.common_leaf`): one product makes the narrow activations of all.
 
-`of_all` costs what the number of values asks for, and `of_rows` what the examples do, whatever the
-number of values. Layers of a network may have tables of several kinds, or none (`apart`).
+`of_all` costs what the number of values asks for, and `of_rows` what the examples do, but for the
+sum of their gradients by value, which is as large as the banks. Layers of a network may have tables
+of several kinds, or none (`apart`).
 """
 
 import functools
@@ -26,7 +27,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import DTypeLike
 from jaxtyping import Array, Int
 
@@ -153,8 +153,8 @@ def of_rows(
       place: brings what is of examples (`EXAMPLES`) beside a bank: ids, and what is taken of it for
         a slot. The gradient of that is brought there, too, before it is added up by value.
       name: ROWS or MERGED.
-      dtype: of the products. For float32 what is taken is exact; for bfloat16 a TPU rounds it to
-        that, and takes less time.
+      dtype: of the products. For float32 what is taken is exact; for bfloat16 a TPU may round it
+        to that, which takes less time.
 
     Returns:
       A tree with `<dense>/flix/(rows)/a` [batch, columns, in] and `b` [batch, columns, out], the
@@ -194,18 +194,17 @@ class _Take(NamedTuple):
 def _taken(how: _Take, bank: Array, ids: Array) -> Array:
     """The matrices of the ids, in place of all matrices.
 
-    On a TPU by a product with the one-hot ids, which has its part of the bank read where it lies;
-    of a gather the compiler would bring banks of few values to all devices first.
+    On a TPU by a product with the one-hot ids, where the values are no more than rows or lanes: it
+    reads a bank whose widths are split where it lies, while of a gather the compiler brings a bank
+    of few values to all devices first. A value that is not finite is then in rows of others, too.
     """
 
     def gathered(bank: Array, ids: Array) -> Array:
         return jnp.take(bank, ids, axis=how.axis, mode="clip")
 
-    return how.placed(
-        jax.lax.platform_dependent(
-            bank, ids, tpu=functools.partial(_by_product, how), default=gathered
-        )
-    )
+    few = bank.shape[how.axis] <= max(len(ids), _LANES)
+    by_product = functools.partial(_by_product, how) if few else gathered
+    return how.placed(jax.lax.platform_dependent(bank, ids, tpu=by_product, default=gathered))
 
 
 def _by_product(how: _Take, bank: Array, ids: Array) -> Array:
@@ -222,26 +221,10 @@ def _taken_forward(how, bank, ids):
 def _taken_backward(how, saved, g):
     values, ids = saved
     total = low_rank.sum_by_value(jnp.moveaxis(how.placed(g), how.axis, 0), ids, values.shape[0])
-    return _as_kept(jnp.moveaxis(total, 0, how.axis).astype(values.dtype)), None
+    return jnp.moveaxis(total, 0, how.axis).astype(values.dtype), None
 
 
 _taken.defvjp(_taken_forward, _taken_backward)
-
-
-def _as_kept(bank: Array) -> Array:
-    """The same; on a TPU in the order of memory in which programs are given it.
-
-    There the wider of the last two axes is innermost. Without more said, an optimizer's update is
-    in the order of the gradient, a sum by value, and bank and moments are copied back, all three.
-    """
-
-    def in_order(bank: Array) -> Array:
-        order = list(range(bank.ndim))
-        if bank.shape[-1] < bank.shape[-2]:
-            order[-2:] = order[-1], order[-2]
-        return with_layout_constraint(bank, Layout(major_to_minor=tuple(order)))
-
-    return jax.lax.platform_dependent(bank, tpu=in_order, default=lambda bank: bank)
 
 
 def logical_axes(

@@ -175,13 +175,13 @@ def _chunked_forward(head, chunks, label_smoothing, z_loss, params, states, targ
         found, (of_part, *more) = gradients(params, *_part(tokens, chunk, chunks))
         if differentiated:
             of_params = jax.tree.map(jnp.add, of_params, more[0])
-        start = chunk * of_part.shape[1]
-        of_states = jax.lax.dynamic_update_slice_in_dim(of_states, of_part, start, axis=1)
+        offset = chunk * of_part.shape[1]
+        of_states = jax.lax.dynamic_update_slice_in_dim(of_states, of_part, offset, axis=1)
         return (jax.tree.map(jnp.add, sums, found), of_params, of_states), None
 
     nothing = jax.tree.map(jnp.zeros_like, params) if differentiated else None
-    start = _no_sums(), nothing, jnp.zeros_like(states)
-    (sums, of_params, of_states), _ = jax.lax.scan(turn, start, jnp.arange(chunks))
+    initial = _no_sums(), nothing, jnp.zeros_like(states)
+    (sums, of_params, of_states), _ = jax.lax.scan(turn, initial, jnp.arange(chunks))
     return sums, (of_states, of_params)
 
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import jax
 import optax
 from flax import linen as nn
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from flix_jax.adapters import dense, siblings, tables, tree
 from flix_jax.adapters.injection import AdapterSpec
@@ -246,8 +246,37 @@ class Parameters:
         return self._placed(trained, self._banks_in_use)
 
     def kept(self, trained: Any) -> Any:
-        """Gradients of what is trained, brought to where it is kept."""
-        return self._placed(trained, self.templates[0])
+        """Gradients of what is trained, brought to where it is kept.
+
+        Those of banks of which there are tables lie in memory as programs are given banks: a TPU
+        has the wider of their last two axes innermost. Without more said, an optimizer's update is
+        in the order of the gradient, and bank and moments are copied back, all three.
+        """
+        placed = self._placed(trained, self.templates[0])
+        if not self.kinds:
+            return placed
+        shardings = dict(tree.named_leaves(_shardings(self.templates[0])))
+        return tree.from_named(
+            [
+                (path, self._in_order(self.kinds.get(tree.layer_of(path)), bank, shardings[path]))
+                for path, bank in tree.named_leaves(placed)
+            ]
+        )
+
+    def _in_order(self, kind: str | None, bank: jax.Array, there: NamedSharding) -> jax.Array:
+        if kind is None:
+            return bank
+        *outer, rows, columns = range(bank.ndim)
+        sizes = there.shard_shape(bank.shape)
+        if sizes[columns] < sizes[rows]:
+            rows, columns = columns, rows
+        kept = (*outer, rows, columns)
+        if kind == ALL:
+            return partitioning.in_order_of_memory(bank, there, kept)
+        # A sum by value is made with the values innermost but one. It crosses devices so, and is
+        # turned where it is read; else it would be turned, and have more padding, before.
+        values, *others = kept[:-1]
+        return partitioning.in_order_of_memory(bank, there, (*others, values, columns), kept)
 
     def _placed(self, trained: Any, template: Any) -> Any:
         if not self.rules.adapters:  # it lies there already

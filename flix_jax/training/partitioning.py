@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from flax import linen as nn
 from jax.experimental import mesh_utils, multihost_utils
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flix_jax.training.axis_rules import AXES, BATCH_AXES, FEATURES, Axes, AxisRules
@@ -209,6 +210,29 @@ def logical_axes(boxed_params: Any) -> Any:
         return (None,) * leaf.ndim
 
     return jax.tree.map(names, boxed_params, is_leaf=lambda x: isinstance(x, nn.Partitioned))
+
+
+def in_order_of_memory(x: jax.Array, there: NamedSharding, *orders: Sequence[int]) -> jax.Array:
+    """The same array; on a TPU with its axes in an order in memory, the last one innermost.
+
+    Said device by device, for of an array whose layout is given as a whole the partitioner has
+    every device hold all.
+
+    Args:
+      x: an array that lies as `there` says.
+      there: its sharding.
+      orders: of its axes. It is first in one, then in the next: so it can be said not only how it
+        is to lie, but up to where it is left as it was made.
+    """
+
+    def ordered(part: jax.Array) -> jax.Array:
+        for order in orders:
+            part = with_layout_constraint(part, Layout(major_to_minor=tuple(order)))
+        return part
+
+    spec = there.spec
+    on_tpu = jax.shard_map(ordered, mesh=there.mesh, in_specs=spec, out_specs=spec)
+    return jax.lax.platform_dependent(x, tpu=on_tpu, default=lambda x: x)
 
 
 def param_shardings(
