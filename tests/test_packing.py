@@ -412,4 +412,4 @@ def test_without_segments_examples_of_a_row_would_see_each_other(small_windows):
         loss = loss_and_gradients()(params, batch)[0][0]
         ones = {name: (batch[name] > 0).astype(jnp.int32) for name in SEGMENTS}
         mixed = loss_and_gradients()(params, batch | ones)[0][0]
-    assert abs(mixed / loss - 1) > 1e-3
+        assert abs(mixed / loss - 1) > 1e-3
